@@ -1,0 +1,169 @@
+"""ggml's quantization blocks: how codes, scales and offsets lie in their bytes.
+
+Every type we tune is read as one formula. A block of `size` weights has `groups` equal groups; for a weight of group g
+
+    w = (d * multiplier_g) * code + m * offset_multiplier_g
+
+d and m are the block's fp16 fields, the values that QZO tunes; codes and multipliers are integers and stay as they are.
+In the simple types (Q4_0 .. Q8_0) there is one group and both multipliers are 1. In the K-quants m is `dmin` and the
+offset multiplier is minus the group's 4- or 6-bit minimum. Types without an m have `offset_at` None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Unpacked(NamedTuple):
+    """The integers of n blocks, all fp32 (exact)."""
+
+    codes: Tensor  # (n, groups, size / groups), zero point already subtracted
+    multiplier: Tensor  # (n, groups)
+    offset_multiplier: Tensor  # (n, groups); unused where the type has no offset
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """One ggml type.
+
+    Attributes:
+        name: ggml's name.
+        index: the number by which the C++ kernels know it.
+        size: weights in a block.
+        nbytes: bytes of a block.
+        scale_at: byte offset of the fp16 scale d.
+        offset_at: byte offset of the fp16 offset m, or None.
+        offset_unit: what a relative step of the offset is measured in, as a multiple of |d| (half the largest code, so
+            that it shifts the block's mean as far as the same step of the scale does); None: a multiple of |m| itself.
+        unpack: (n, nbytes) uint8 -> the blocks' integers.
+    """
+
+    name: str
+    index: int
+    size: int
+    nbytes: int
+    scale_at: int
+    offset_at: int | None
+    offset_unit: float | None
+    unpack: Callable[[Tensor], Unpacked]
+
+    def field(self, packed: Tensor, at: int) -> Tensor:
+        """The fp16 field at byte `at` of blocks (..., nbytes) uint8, as fp32 (...)."""
+        return packed[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1).float()
+
+
+def _nibbles(q: Tensor) -> Tensor:
+    """(n, k) bytes -> (n, 2k): all low nibbles, then all high ones."""
+    return torch.cat([q & 15, q >> 4], dim=1)
+
+
+def _fifth_bits(qh: Tensor) -> Tensor:
+    """(n, 4) bytes -> (n, 32): bit i of the little-endian 32-bit word, times 16."""
+    return ((qh.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=qh.device)) & 1).flatten(1) << 4
+
+
+def _simple(codes: Tensor, zero: int) -> Unpacked:
+    one = torch.ones(codes.shape[0], 1, device=codes.device)
+    return Unpacked((codes.float() - zero).unsqueeze(1), one, one)
+
+
+def _grouped(codes: Tensor, zero: int, multiplier: Tensor, minimum: Tensor | None = None) -> Unpacked:
+    groups = multiplier.shape[1]
+    offset = torch.zeros_like(multiplier, dtype=torch.float32) if minimum is None else -minimum.float()
+    return Unpacked((codes.float() - zero).unflatten(1, (groups, -1)), multiplier.float(), offset)
+
+
+def _q8_0(b: Tensor) -> Unpacked:
+    return _simple(b[:, 2:].contiguous().view(torch.int8), 0)
+
+
+def _q4_0(b: Tensor) -> Unpacked:
+    return _simple(_nibbles(b[:, 2:]), 8)
+
+
+def _q4_1(b: Tensor) -> Unpacked:
+    return _simple(_nibbles(b[:, 4:]), 0)
+
+
+def _q5_0(b: Tensor) -> Unpacked:
+    return _simple(_nibbles(b[:, 6:]) | _fifth_bits(b[:, 2:6]), 16)
+
+
+def _q5_1(b: Tensor) -> Unpacked:
+    return _simple(_nibbles(b[:, 8:]) | _fifth_bits(b[:, 4:8]), 0)
+
+
+def _two_bits(qs: Tensor) -> Tensor:
+    """(n, 64) bytes -> (n, 256) codes: each half of 32 bytes holds four planes of 32."""
+    half = qs.view(-1, 2, 1, 32)
+    return ((half >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=qs.device).view(4, 1)) & 3).flatten(
+        1
+    )
+
+
+def _q2_k(b: Tensor) -> Unpacked:
+    scales = b[:, :16]
+    return _grouped(_two_bits(b[:, 16:80]), 0, scales & 15, scales >> 4)
+
+
+def _q3_k(b: Tensor) -> Unpacked:
+    hmask, s = b[:, :32], b[:, 96:108]
+    planes = torch.arange(8, dtype=torch.uint8, device=b.device).view(8, 1)
+    high = ((hmask.unsqueeze(1) >> planes) & 1).flatten(1) << 2
+    pairs = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=b.device).view(4, 1)
+    multiplier = _nibbles(s[:, :8]) | ((s[:, 8:].unsqueeze(1) >> pairs & 3).flatten(1) << 4)
+    return _grouped(_two_bits(b[:, 32:96]) | high, 4, multiplier.float() - 32)
+
+
+def _k_scales(s: Tensor) -> tuple[Tensor, Tensor]:
+    """The eight 6-bit scales and minima that Q4_K and Q5_K keep in 12 bytes: both (n, 8)."""
+    low, mid, high = s[:, :4], s[:, 4:8], s[:, 8:]
+    multiplier = torch.cat([low & 63, (high & 15) | (low >> 6 << 4)], dim=1)
+    minimum = torch.cat([mid & 63, (high >> 4) | (mid >> 6 << 4)], dim=1)
+    return multiplier, minimum
+
+
+def _four_bits(qs: Tensor) -> Tensor:
+    """(n, 128) bytes -> (n, 256) codes: every 32 bytes hold 32 low nibbles, then 32 high ones."""
+    run = qs.view(-1, 4, 32)
+    return torch.cat([run & 15, run >> 4], dim=2).flatten(1)
+
+
+def _q4_k(b: Tensor) -> Unpacked:
+    return _grouped(_four_bits(b[:, 16:]), 0, *_k_scales(b[:, 4:16]))
+
+
+def _q5_k(b: Tensor) -> Unpacked:
+    planes = torch.arange(8, dtype=torch.uint8, device=b.device).view(8, 1)
+    high = ((b[:, 16:48].unsqueeze(1) >> planes) & 1).flatten(1) << 4
+    return _grouped(_four_bits(b[:, 48:]) | high, 0, *_k_scales(b[:, 4:16]))
+
+
+def _q6_k(b: Tensor) -> Unpacked:
+    low = b[:, :128].view(-1, 2, 2, 32)
+    low = torch.cat([low & 15, low >> 4], dim=2)
+    pairs = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=b.device).view(4, 1)
+    high = (b[:, 128:192].view(-1, 2, 1, 32) >> pairs) & 3
+    return _grouped((low | high << 4).flatten(1), 32, b[:, 192:208].contiguous().view(torch.int8))
+
+
+BLOCK_TYPES = {
+    block.name: block
+    for block in (
+        BlockType("Q4_0", 0, 32, 18, 0, None, None, _q4_0),
+        BlockType("Q4_1", 1, 32, 20, 0, 2, 7.5, _q4_1),
+        BlockType("Q5_0", 2, 32, 22, 0, None, None, _q5_0),
+        BlockType("Q5_1", 3, 32, 24, 0, 2, 15.5, _q5_1),
+        BlockType("Q8_0", 4, 32, 34, 0, None, None, _q8_0),
+        BlockType("Q2_K", 5, 256, 84, 80, 82, None, _q2_k),
+        BlockType("Q3_K", 6, 256, 110, 108, None, None, _q3_k),
+        BlockType("Q4_K", 7, 256, 144, 0, 2, None, _q4_k),
+        BlockType("Q5_K", 8, 256, 176, 0, 2, None, _q5_k),
+        BlockType("Q6_K", 9, 256, 210, 208, None, None, _q6_k),
+    )
+}

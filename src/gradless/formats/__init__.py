@@ -1,0 +1,1 @@
+"""Checkpoint formats: one file each, a reader and a writer. Unchanged in, byte-identical out."""

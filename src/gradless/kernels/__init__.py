@@ -1,0 +1,114 @@
+"""The operations behind a forward and an update, from the fastest set that passes its self-test here.
+
+`reference` is the meaning; `cpu` is compiled. The choice is by rule, not by timing: the compiled kernels for tensors on a
+CPU, unless they were not built, fail the self-test, or GRADLESS_KERNELS=torch asks for the reference.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gradless.blocks import BLOCK_TYPES
+from gradless.kernels import reference
+from gradless.kernels.reference import exported_offset
+from gradless.noise import Direction
+from gradless.tensor import Move, Part, QuantTensor
+
+__all__ = ["dequantize", "exported_offset", "move_blocks", "moved", "name", "why_not_compiled"]
+
+_log = logging.getLogger(__name__)
+
+
+def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a weight under its view; see `reference.dequantize`."""
+    result: Tensor = _ops(tensor.packed).dequantize(tensor, rows, dtype)
+    return result
+
+
+def move_blocks(tensor: QuantTensor, move: Move) -> None:
+    """Update a weight's tuned values in place; see `reference.move_blocks`."""
+    _ops(tensor.packed).move_blocks(tensor, move)
+
+
+def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochastic: bool = False) -> Tensor:
+    """A plain tensor, moved; see `reference.moved`."""
+    result: Tensor = _ops(values).moved(values, name, move, dtype, stochastic=stochastic)
+    return result
+
+
+def name(device: torch.device | str = "cpu") -> str:
+    """Which kernels serve tensors on `device`: "cpu" (compiled) or "torch"."""
+    result: str = _ops(torch.empty(0, device=device)).NAME
+    return result
+
+
+def why_not_compiled() -> str | None:
+    """Why the compiled kernels are not in use on this CPU, in one phrase; None where they are."""
+    return _compiled()[1]
+
+
+def _ops(tensor: Tensor) -> ModuleType:
+    compiled, _ = _compiled()
+    return compiled if compiled is not None and tensor.device.type == "cpu" else reference
+
+
+@cache
+def _compiled() -> tuple[ModuleType | None, str | None]:
+    if os.environ.get("GRADLESS_KERNELS") == reference.NAME:
+        return None, "GRADLESS_KERNELS=torch"
+    try:
+        from gradless.kernels import cpu
+    except OSError as error:
+        return None, str(error)
+    failed = self_test(cpu)
+    if failed:
+        _log.warning(
+            "gradless: the compiled kernels differ from the reference (%s); running on plain torch", failed
+        )
+        return None, f"self-test failed: {failed}"
+    return cpu, None
+
+
+def self_test(ops: ModuleType) -> str | None:
+    """Run every kernel of `ops` on small tensors against the reference; the first that differs in a bit, or None."""
+    move = Move(Direction(7, 1, 2), -0.03, 0.99)
+    rows = torch.tensor([2, 0, 1])
+    for block in BLOCK_TYPES.values():
+        packed = _some_bytes((3, 5, block.nbytes))
+        for at in filter(lambda at: at is not None, (block.scale_at, block.offset_at)):
+            packed[..., at + 1] = packed[..., at + 1] % 60 + packed[..., at + 1] // 128 * 128  # finite fp16
+        for part in Part:
+            ours, theirs = (QuantTensor("self-test", block, packed) for _ in range(2))
+            for tensor, kernels in ((ours, ops), (theirs, reference)):
+                tensor.tune(part)
+                kernels.move_blocks(tensor, move)
+                tensor.view = move
+            assert ours.master is not None
+            assert theirs.master is not None
+            same = torch.equal(ours.master, theirs.master)
+            for dtype in (torch.float32, torch.bfloat16):
+                same &= torch.equal(
+                    ops.dequantize(ours, rows, dtype), reference.dequantize(theirs, rows, dtype)
+                )
+            if not same:
+                return f"{block.name}, {part}"
+    for source in (torch.float32, torch.bfloat16):
+        values = move.direction.values("values", 0, 300).to(source)
+        for dtype in (torch.float32, torch.bfloat16):
+            arguments = (values, "self-test", move, dtype)
+            if not torch.equal(
+                ops.moved(*arguments, stochastic=True), reference.moved(*arguments, stochastic=True)
+            ):
+                return f"moved, {source} to {dtype}"
+    return None
+
+
+def _some_bytes(shape: tuple[int, ...]) -> Tensor:
+    n = torch.Size(shape).numel()
+    return (Direction(1, 0).words("self-test")(0, n) & 255).to(torch.uint8).view(shape)

@@ -1,0 +1,139 @@
+"""The compiled CPU kernels: `reference`'s functions to the bit, with the noise drawn inside the loops.
+
+The library holds no Python and no torch headers; it is called through ctypes on the tensors' memory. Its OpenMP symbols
+resolve to the runtime that torch has loaded, so both share one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradless.noise import Direction, Stream, Words, normal_table
+from gradless.tensor import Move, Part, QuantTensor
+
+NAME = "cpu"
+
+_PARTS = {None: 0, Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3}
+
+
+class _Words(ctypes.Structure):
+    _fields_ = (("key", ctypes.c_uint64), ("step", ctypes.c_uint32), ("query_and_stream", ctypes.c_uint32))
+
+
+class _Move(ctypes.Structure):
+    _fields_ = (
+        ("direction", _Words),
+        ("rounding", _Words),
+        ("distribution", ctypes.c_int32),
+        ("coefficient", ctypes.c_float),
+        ("decay", ctypes.c_float),
+    )
+
+
+class _Blocks(ctypes.Structure):
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("master", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("part", ctypes.c_int32),
+        ("relative", ctypes.c_int32),
+    )
+
+
+def _load() -> ctypes.CDLL:
+    """Load the library beside this file; raises OSError where it was not built or cannot run here."""
+    for path in Path(__file__).parent.glob("_native*.so"):
+        library = ctypes.CDLL(str(path))
+        library.gradless_set_normal_table(normal_table().ctypes.data_as(ctypes.c_void_p))
+        return library
+    raise OSError("the C++ kernels were not built (no compiler when gradless was installed)")
+
+
+_library = _load()
+
+
+def coordinates(direction: Direction, name: str, start: int, count: int) -> Tensor:
+    """`Direction.values` on the CPU: fp32, (count,)."""
+    out = torch.empty(count)
+    move = _move(Move(direction, 1.0), name)
+    _library.gradless_coordinates(ctypes.byref(move), ctypes.c_int64(start), ctypes.c_int64(count), _at(out))
+    return out
+
+
+def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `reference.dequantize`."""
+    out = torch.empty(len(rows), tensor.columns, dtype=dtype)
+    view = None if tensor.view is None or tensor.master is None else _move(tensor.view, tensor.name)
+    rows = rows.contiguous()
+    _library.gradless_dequantize(
+        ctypes.byref(_blocks(tensor, rows)),
+        None if view is None else ctypes.byref(view),
+        ctypes.c_int64(len(rows)),
+        ctypes.c_int32(dtype is torch.bfloat16),
+        _at(out),
+    )
+    return out
+
+
+def move_blocks(tensor: QuantTensor, move: Move) -> None:
+    """See `reference.move_blocks`."""
+    assert tensor.master is not None
+    _library.gradless_move_blocks(
+        ctypes.byref(_blocks(tensor)),
+        ctypes.byref(_move(move, tensor.name)),
+        ctypes.c_int64(tensor.master.numel()),
+    )
+
+
+def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochastic: bool = False) -> Tensor:
+    """See `reference.moved`."""
+    values = values.contiguous()
+    out = torch.empty(values.shape, dtype=dtype)
+    _library.gradless_moved(
+        ctypes.byref(_move(move, name)),
+        ctypes.c_int64(values.numel()),
+        ctypes.c_int32(values.dtype is torch.bfloat16),
+        ctypes.c_int32(dtype is torch.bfloat16),
+        ctypes.c_int32(stochastic and dtype is torch.bfloat16),
+        _at(values),
+        _at(out),
+    )
+    return out
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _words(words: Words) -> _Words:
+    return _Words(words.key, words.step, words.query_and_stream)
+
+
+def _move(move: Move, name: str) -> _Move:
+    direction = move.direction
+    return _Move(
+        _words(direction.words(name)),
+        _words(direction.words(name, Stream.ROUNDING)),
+        int(direction.distribution),
+        np.float32(move.coefficient),
+        np.float32(move.decay),
+    )
+
+
+def _blocks(tensor: QuantTensor, rows: Tensor | None = None) -> _Blocks:
+    return _Blocks(
+        tensor.packed.data_ptr(),
+        None if tensor.master is None else tensor.master.data_ptr(),
+        None if rows is None else rows.data_ptr(),
+        tensor.packed.shape[1],
+        tensor.block.index,
+        _PARTS[tensor.part],
+        int(tensor.relative),
+    )

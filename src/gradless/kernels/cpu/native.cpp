@@ -1,0 +1,197 @@
+// The CPU kernels: reference.py in loops, with the noise drawn where it is used. Same bits as the reference; compile with
+// -ffp-contract=off. Plain C++ that the compiler vectorizes: each worker is built for several instruction sets and the
+// right one is bound when the library loads.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include "blocks.hpp"
+#include "noise.hpp"
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#else
+#define CLONES
+#endif
+
+enum Part { NOTHING = 0, SCALE = 1, OFFSET = 2, BOTH = 3 };
+
+struct Move {
+    Words direction, rounding;
+    int32_t distribution;
+    float coefficient, decay;
+};
+
+struct Blocks {
+    const uint8_t *packed;
+    float *master;        // null: read the file's own fields
+    const int64_t *rows;  // null: rows 0, 1, ...
+    int64_t blocks;       // in a row
+    int32_t type, part, relative;
+};
+
+INLINE uint16_t to_bf16(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16 | 0x40) : rounded);
+}
+INLINE float from_bf16(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+INLINE void store(float *out, float value) { *out = value; }
+INLINE void store(uint16_t *out, float value) { *out = to_bf16(value); }
+INLINE float load(const float *in) { return *in; }
+INLINE float load(const uint16_t *in) { return from_bf16(*in); }
+
+// reference._moved_blocks for one block.
+template <class T> INLINE float moved(const Blocks &t, const Move &move, const uint8_t *b, float x, float z) {
+    float d = half_to_float(b + T::scale_at);
+    float base = t.part == OFFSET ? half_to_float(b + T::offset_at) : d;
+    float unit = 1.0f;
+    if (t.relative) unit = t.part == OFFSET && T::offset_unit != 0 ? __builtin_fabsf(d) * T::offset_unit : __builtin_fabsf(base);
+    float step = move.coefficient * z;
+    step = step * unit;
+    float y = x * move.decay + step;
+    if (t.part != OFFSET || T::offset_unit == 0) {
+        if (base > 0) y = y < 0 ? 0 : y;
+        else if (base < 0) y = y > 0 ? 0 : y;
+        else y = 0;
+    }
+    return y;
+}
+
+template <class T, class Out> INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, int64_t row, float *z, Out *out) {
+    const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
+    const float *master = t.master ? t.master + row * t.blocks : nullptr;
+    if (view) Coordinates::read(*u, row * t.blocks, t.blocks, z);
+    constexpr int group = T::size / T::groups;
+    for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes, out += T::size) {
+        float d = half_to_float(b + T::scale_at), m = T::offset_at < 0 ? 0 : half_to_float(b + T::offset_at);
+        if (master) {
+            float x = view ? moved<T>(t, *view, b, master[k], z[k]) : master[k];
+            if (t.part == OFFSET) m = x;
+            else {
+                if (t.part == BOTH) m = m * (d == 0 ? 1.0f : x / d);
+                d = x;
+            }
+        }
+        int8_t code[T::size];
+        float multiplier[T::groups], offset_multiplier[T::groups];
+        T::unpack(b, code, multiplier, offset_multiplier);
+        for (int g = 0; g < T::groups; g++) {
+            float scale = T::groups == 1 ? d : d * multiplier[g];
+            float offset = T::groups == 1 ? m : m * offset_multiplier[g];
+            for (int i = 0; i < group; i++) {
+                float w = scale * (float)code[g * group + i];
+                if (T::offset_at >= 0) w = w + offset;
+                store(out + g * group + i, w);
+            }
+        }
+    }
+}
+
+#define EACH_TYPE(DO) \
+    switch (t.type) { \
+        case 0: DO(Q4_0) break; case 1: DO(Q4_1) break; case 2: DO(Q5_0) break; case 3: DO(Q5_1) break; \
+        case 4: DO(Q8_0) break; case 5: DO(Q2_K) break; case 6: DO(Q3_K) break; case 7: DO(Q4_K) break; \
+        case 8: DO(Q5_K) break; case 9: DO(Q6_K) break; \
+    }
+
+// A worker's loop is written out for each output type because a template cannot be cloned for instruction sets.
+#define DEQUANTIZE(T) \
+    for (int64_t i = begin; i < end; i++) \
+        dequantize_row<T>(t, view, &u, t.rows ? t.rows[i] : i, z.data(), out + i * t.blocks * T::size);
+#define WORKER(NAME, OUT) \
+    CLONES void NAME(const Blocks &t, const Move *view, int64_t begin, int64_t end, OUT *out) { \
+        Coordinates u; \
+        std::vector<float> z(view ? t.blocks : 0); \
+        if (view) u.words = view->direction, u.distribution = view->distribution; \
+        EACH_TYPE(DEQUANTIZE) \
+    }
+WORKER(dequantize_f32, float)
+WORKER(dequantize_bf16, uint16_t)
+
+#define MOVE(T) \
+    for (int64_t i = begin; i < end; i++) { \
+        if (i % 128 == 0 || i == begin) Coordinates::read(u, i, std::min<int64_t>(128 - i % 128, end - i), z + i % 128); \
+        t.master[i] = moved<T>(t, move, t.packed + i * T::nbytes, t.master[i], z[i % 128]); \
+    }
+CLONES void move_range(const Blocks &t, const Move &move, int64_t begin, int64_t end) {
+    Coordinates u;
+    u.words = move.direction, u.distribution = move.distribution;
+    float z[128];
+    EACH_TYPE(MOVE)
+}
+
+// Plain tensors, a run of 128 values at a time.
+template <class In, class Out>
+INLINE void moved_run(const Move &move, Coordinates &u, int64_t run, int64_t n, int stochastic, const In *in, Out *out) {
+    Coordinates::fill(u, run);
+    uint16_t random[128];
+    if (stochastic) page_of_halves(move.rounding, run, random);
+    for (int64_t i = 0; i < n; i++) {
+        float step = u.value[i] * move.coefficient;
+        float y = load(in + i) * move.decay + step;
+        if (stochastic) {
+            uint32_t bits;
+            std::memcpy(&bits, &y, 4);
+            bits = (bits + random[i]) & 0xFFFF0000u;
+            std::memcpy(&y, &bits, 4);
+        }
+        store(out + i, y);
+    }
+}
+#define MOVED(NAME, IN, OUT) \
+    CLONES void NAME(const Move &move, int64_t begin, int64_t end, int64_t n, int stochastic, const IN *in, OUT *out) { \
+        Coordinates u; \
+        u.words = move.direction, u.distribution = move.distribution; \
+        for (int64_t run = begin; run < end; run++) \
+            moved_run(move, u, run, std::min<int64_t>(128, n - run * 128), stochastic, in + run * 128, out + run * 128); \
+    }
+MOVED(moved_f32_f32, float, float)
+MOVED(moved_f32_bf16, float, uint16_t)
+MOVED(moved_bf16_f32, uint16_t, float)
+MOVED(moved_bf16_bf16, uint16_t, uint16_t)
+
+// Calls worker(begin, end) on shares of [0, n), each a multiple of `grain` but for the last.
+template <class Worker> static void in_shares(int64_t n, int64_t grain, Worker worker) {
+#pragma omp parallel for schedule(static)
+    for (int64_t share = 0; share < (n + grain - 1) / grain; share++)
+        worker(share * grain, std::min(n, (share + 1) * grain));
+}
+
+extern "C" {
+void gradless_set_normal_table(const uint16_t *table) { std::memcpy(normal_table, table, sizeof normal_table); }
+
+void gradless_coordinates(const Move *move, int64_t start, int64_t count, float *out) {
+    in_shares(count, 1 << 14, [&](int64_t begin, int64_t end) {
+        Coordinates u;
+        u.words = move->direction, u.distribution = move->distribution;
+        Coordinates::read(u, start + begin, end - begin, out + begin);
+    });
+}
+
+void gradless_dequantize(const Blocks *t, const Move *view, int64_t n, int32_t bf16, void *out) {
+    in_shares(n, 32, [&](int64_t begin, int64_t end) {
+        if (bf16) dequantize_bf16(*t, view, begin, end, (uint16_t *)out);
+        else dequantize_f32(*t, view, begin, end, (float *)out);
+    });
+}
+
+void gradless_move_blocks(const Blocks *t, const Move *move, int64_t n) {
+    in_shares(n, 1 << 13, [&](int64_t begin, int64_t end) { move_range(*t, *move, begin, end); });
+}
+
+void gradless_moved(const Move *move, int64_t n, int32_t in_bf16, int32_t out_bf16, int32_t stochastic, const void *in, void *out) {
+    in_shares((n + 127) / 128, 64, [&](int64_t begin, int64_t end) {
+        if (in_bf16 && out_bf16) moved_bf16_bf16(*move, begin, end, n, stochastic, (const uint16_t *)in, (uint16_t *)out);
+        else if (in_bf16) moved_bf16_f32(*move, begin, end, n, 0, (const uint16_t *)in, (float *)out);
+        else if (out_bf16) moved_f32_bf16(*move, begin, end, n, stochastic, (const float *)in, (uint16_t *)out);
+        else moved_f32_f32(*move, begin, end, n, 0, (const float *)in, (float *)out);
+    });
+}
+}

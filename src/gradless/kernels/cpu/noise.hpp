@@ -1,0 +1,83 @@
+// The random words of noise.py, sixteen Philox blocks at a time, and the coordinates drawn from them.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#define INLINE static inline __attribute__((always_inline))
+
+struct Words {
+    uint64_t key;
+    uint32_t step, query_and_stream;
+};
+
+INLINE void page_of_words(const Words &w, uint64_t page, uint32_t out[64]) {
+    uint32_t c0[16], c1[16], c2[16], c3[16];
+    for (int i = 0; i < 16; i++) {
+        c0[i] = (uint32_t)(page * 16 + i);
+        c1[i] = (uint32_t)((page * 16) >> 32);
+        c2[i] = w.step;
+        c3[i] = w.query_and_stream;
+    }
+    uint32_t k0 = (uint32_t)w.key, k1 = (uint32_t)(w.key >> 32);
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+        for (int i = 0; i < 16; i++) {
+            uint64_t p0 = (uint64_t)c0[i] * 0xD2511F53u, p1 = (uint64_t)c2[i] * 0xCD9E8D57u;
+            c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
+            c1[i] = (uint32_t)p1;
+            c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
+            c3[i] = (uint32_t)p0;
+        }
+    std::memcpy(out, c0, 64);
+    std::memcpy(out + 16, c1, 64);
+    std::memcpy(out + 32, c2, 64);
+    std::memcpy(out + 48, c3, 64);
+}
+
+enum Distribution { GAUSSIAN = 0, RADEMACHER = 1 };
+
+static uint16_t normal_table[32768];
+
+// Coordinates in runs of 128, the last run kept: consecutive reads draw each page once.
+struct Coordinates {
+    Words words;
+    int distribution;
+    uint64_t run = ~0ull, page = ~0ull;
+    float value[128];
+    uint32_t word[64];
+
+    INLINE void fill(Coordinates &c, uint64_t run) {
+        c.run = run;
+        if (c.distribution == GAUSSIAN) {
+            page_of_words(c.words, run, c.word);
+            for (int half = 0; half < 2; half++)
+                for (int i = 0; i < 64; i++) {
+                    uint32_t h = half ? c.word[i] >> 16 : c.word[i] & 0xFFFF;
+                    float z = (float)normal_table[h & 0x7FFF] * 0x1p-13f;
+                    c.value[half * 64 + i] = h & 0x8000 ? -z : z;
+                }
+        } else {  // a page holds sixteen runs, four words each
+            if (c.page != run / 16) page_of_words(c.words, c.page = run / 16, c.word);
+            const uint32_t *w = c.word + (run % 16) * 4;
+            for (int i = 0; i < 128; i++) c.value[i] = (w[i / 32] >> (i % 32)) & 1 ? 1.0f : -1.0f;
+        }
+    }
+
+    INLINE void read(Coordinates &c, uint64_t start, int64_t count, float *out) {
+        while (count > 0) {
+            if (c.run != start / 128) fill(c, start / 128);
+            int64_t at = start % 128, n = count < 128 - at ? count : 128 - at;
+            std::memcpy(out, c.value + at, n * sizeof(float));
+            out += n, start += n, count -= n;
+        }
+    }
+};
+
+// Random 16-bit integers, for stochastic rounding to bf16.
+INLINE void page_of_halves(const Words &w, uint64_t page, uint16_t out[128]) {
+    uint32_t word[64];
+    page_of_words(w, page, word);
+    for (int i = 0; i < 64; i++) {
+        out[i] = (uint16_t)word[i];
+        out[64 + i] = (uint16_t)(word[i] >> 16);
+    }
+}

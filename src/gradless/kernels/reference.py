@@ -1,0 +1,112 @@
+"""What the kernels mean, in plain torch, on any device. Every fast path equals these to the bit.
+
+One multiplication or addition rounds once (no fused multiply-add), in the order in which it is written.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradless import noise
+from gradless.noise import Stream
+from gradless.tensor import Move, Part, QuantTensor
+
+NAME = "torch"
+
+
+def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of the weight under `tensor.view`.
+
+    Args:
+        tensor: the packed weight.
+        rows: int64, (n,): file rows.
+        dtype: fp32 or bf16; values are computed in fp32 and rounded once, to nearest even.
+
+    Returns:
+        (n, columns) in `dtype`.
+    """
+    n, blocks = len(rows), tensor.packed.shape[1]
+    block, packed = tensor.block, tensor.packed[rows]
+    scale = block.field(packed, block.scale_at)
+    offset = None if block.offset_at is None else block.field(packed, block.offset_at)
+    if tensor.master is not None:
+        tuned = (tensor.master if tensor.view is None else _moved_blocks(tensor, tensor.view))[rows]
+        match tensor.part:
+            case Part.SCALE:
+                scale = tuned
+            case Part.OFFSET:
+                offset = tuned
+            case Part.BOTH:
+                offset, scale = _scaled_offset(offset, tuned, scale), tuned
+    codes, multiplier, offset_multiplier = block.unpack(packed.flatten(0, 1))
+    weight = (scale.reshape(-1, 1) * multiplier).unsqueeze(-1) * codes
+    if offset is not None:
+        weight = weight + (offset.reshape(-1, 1) * offset_multiplier).unsqueeze(-1)
+    return weight.reshape(n, blocks * block.size).to(dtype)
+
+
+def _scaled_offset(offset: Tensor | None, scale: Tensor, base: Tensor) -> Tensor | None:
+    """m by the same factor as d: m * (d' / d); a block whose d is zero keeps its m."""
+    if offset is None:
+        return None
+    return offset * torch.where(base == 0, 1.0, scale / base)
+
+
+def exported_offset(tensor: QuantTensor) -> Tensor:
+    """The offset that goes with `master` where one factor tunes both fields: fp32, (rows, blocks)."""
+    assert tensor.master is not None
+    assert tensor.block.offset_at is not None
+    offset = _scaled_offset(
+        tensor.block.field(tensor.packed, tensor.block.offset_at), tensor.master, tensor.base()
+    )
+    assert offset is not None
+    return offset
+
+
+def _moved_blocks(tensor: QuantTensor, move: Move) -> Tensor:
+    """decay * x + (coefficient * z) * unit, stopped at zero where a sign is kept: fp32, (rows, blocks)."""
+    assert tensor.master is not None
+    x = tensor.master
+    z = move.direction.values(tensor.name, 0, x.numel(), x.device).view_as(x)
+    moved = x * _f32(move.decay) + (z * _f32(move.coefficient)) * tensor.unit()
+    if tensor.keeps_sign:
+        base = tensor.base()
+        moved = torch.where(base > 0, moved.clamp(min=0), torch.where(base < 0, moved.clamp(max=0), 0.0))
+    return moved
+
+
+def move_blocks(tensor: QuantTensor, move: Move) -> None:
+    """Update every tuned block value in place: the only writer of `tensor.master`."""
+    assert tensor.master is not None
+    tensor.master.copy_(_moved_blocks(tensor, move))
+
+
+def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochastic: bool = False) -> Tensor:
+    """decay * x + coefficient * z of a plain tensor, computed in fp32.
+
+    Args:
+        values: fp32 or bf16, any shape, contiguous.
+        name: the tensor's name, for its noise.
+        move: the move.
+        dtype: of the result, fp32 or bf16.
+        stochastic: round to bf16 stochastically (unbiased) instead of to nearest.
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    n = values.numel()
+    z = move.direction.values(name, 0, n, values.device).view_as(values)
+    result = values.float() * _f32(move.decay) + z * _f32(move.coefficient)
+    if stochastic and dtype is torch.bfloat16:
+        random = noise.halves(move.direction.words(name, Stream.ROUNDING), 0, n, values.device).view_as(
+            values
+        )
+        # The kept half of an fp32 is its bf16; adding 16 random bits below it carries with the right probability.
+        result = ((result.view(torch.int32) + random.int()) & -0x10000).view(torch.float32)
+    return result.to(dtype)
+
+
+def _f32(value: float) -> float:
+    return float(np.float32(value))

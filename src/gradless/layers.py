@@ -1,0 +1,113 @@
+"""The modules that stand in a model for a packed weight. A forward reads weights and never writes them: the weight under
+a perturbation exists only in a scratch, one layer (or one tile of a large one) at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradless import kernels
+from gradless.tensor import QuantTensor
+
+TILE = 1 << 22
+"""Weights that are unpacked at once: every layer of a small model whole, a language model's head never."""
+
+
+class QuantLinear(nn.Module):
+    """y = x @ W.T + b on a packed W.
+
+    Attributes:
+        packed: the packed (out_features, in_features) weight; an embedding's, where the head is tied to it.
+        bias: (out_features,) or None.
+        only: int64 (n,), the outputs to compute instead of all, or None (see `restricted_to`).
+    """
+
+    def __init__(self, weight: QuantTensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed = weight
+        self.bias = bias
+        self.dtype = dtype
+        self.only: Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.packed.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), or (..., n) under `restricted_to` n outputs; in x's dtype."""
+        rows = _file_rows(self.packed) if self.only is None else _file_rows(self.packed)[self.only]
+        bias = self.bias if self.bias is None or self.only is None else self.bias[self.only]
+        tile = max(1, TILE // self.in_features)
+        inputs = x.to(self.dtype)
+        outputs = [
+            F.linear(inputs, kernels.dequantize(self.packed, some, self.dtype)) for some in rows.split(tile)
+        ]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, {self.packed.block.name}, bias={self.bias is not None}"
+        )
+
+
+class QuantEmbedding(nn.Module):
+    """A lookup table of packed rows: only the rows that are looked up are unpacked.
+
+    Attributes:
+        packed: the packed (num_embeddings, embedding_dim) table.
+        factor: what the rows are multiplied by (Gemma's sqrt of the hidden size), or None.
+    """
+
+    def __init__(self, weight: QuantTensor, factor: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed = weight
+        self.dtype = dtype
+        self.factor = factor
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.packed.rows
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.packed.columns
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 (...) -> (..., embedding_dim)."""
+        distinct, place = torch.unique(ids, return_inverse=True)
+        y = kernels.dequantize(self.packed, _file_rows(self.packed)[distinct], self.dtype)[place]
+        return y if self.factor is None else y * self.factor.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed.block.name}"
+
+
+def _file_rows(tensor: QuantTensor) -> Tensor:
+    if tensor.row_order is None:
+        return torch.arange(tensor.rows, device=tensor.packed.device)
+    return tensor.row_order
+
+
+@contextmanager
+def restricted_to(head: nn.Module | None, ids: Tensor) -> Iterator[bool]:
+    """Let a model's head compute the logits of `ids` alone, in their order; yields whether the head can.
+
+    A classification among few words needs few of a head's rows; their normalizer cancels.
+    """
+    if not isinstance(head, QuantLinear):
+        yield False
+        return
+    head.only = ids
+    try:
+        yield True
+    finally:
+        head.only = None

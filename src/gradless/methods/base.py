@@ -1,0 +1,144 @@
+"""What every zeroth-order method here is: a torch optimizer whose step is `apply(estimate(closure))`.
+
+`estimate` reads losses and returns numbers; `apply` writes weights and reads none. Whoever wants a journal, several
+workers or accumulated micro-batches stands between the two.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from gradless.noise import Direction, Distribution
+from gradless.spaces import Space, viewed
+from gradless.tensor import Move
+
+Closure = Callable[[], Any]
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that a step learned: with the seed and the base point, all that is needed to repeat it.
+
+    Attributes:
+        step: the step's number, from 0.
+        losses: (loss at +eps, loss at -eps) of each query.
+        d: for each parameter group, the derivative that multiplies each query's direction.
+        lr: the learning rate of each parameter group.
+    """
+
+    step: int
+    losses: tuple[tuple[float, float], ...]
+    d: tuple[tuple[float, ...], ...]
+    lr: tuple[float, ...]
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step can be applied; a NaN or infinite loss makes it a skipped one."""
+        return all(math.isfinite(loss) for pair in self.losses for loss in pair)
+
+    @property
+    def loss(self) -> float:
+        """The mean of all the losses seen: the loss at x, to second order in eps."""
+        return sum(map(sum, self.losses)) / (2 * len(self.losses))
+
+
+class ZerothOrderOptimizer(torch.optim.Optimizer):
+    """A method that queries losses along seeded directions.
+
+    Args:
+        spaces: what to search, as a list of spaces or as parameter groups with a "spaces" key and their own options.
+        defaults: options of every group; they include `lr`, `eps` and `weight_decay`.
+        q: queries (directions) a step; each costs two forwards.
+        seed: of the run; directions follow from (seed, step, query, tensor name, offset).
+        distribution: of the directions' coordinates.
+    """
+
+    def __init__(
+        self,
+        spaces: Iterable[Space] | Iterable[Group],
+        defaults: Group,
+        *,
+        q: int,
+        seed: int,
+        distribution: Distribution | str,
+    ) -> None:
+        listed = list(spaces)
+        groups = cast(list[Group], listed) if isinstance(listed[0], dict) else [{"spaces": listed}]
+        super().__init__(
+            [{**group, "params": [space.values for space in group["spaces"]]} for group in groups], defaults
+        )
+        if isinstance(distribution, str):
+            distribution = Distribution[distribution.upper()]
+        self.q, self.seed, self.distribution = q, seed, distribution
+        self.t = 0
+
+    @abstractmethod
+    def derivative(self, plus: float, minus: float, group: Group) -> float:
+        """The scalar that multiplies u in the update, from one query's two losses."""
+
+    def directions(self, step: int) -> list[Direction]:
+        """The q directions of a step."""
+        return [Direction(self.seed, step, query, self.distribution) for query in range(self.q)]
+
+    @contextmanager
+    def at(self, direction: Direction, sign: int) -> Iterator[None]:
+        """Forwards inside read x + sign * eps * u, eps being each group's own."""
+        eps = {space.name: group["eps"] for group in self.param_groups for space in group["spaces"]}
+        with viewed(self.spaces, direction, lambda space: sign * eps[space.name]):
+            yield
+
+    @property
+    def spaces(self) -> list[Space]:
+        """Every space searched, group by group."""
+        return [space for group in self.param_groups for space in group["spaces"]]
+
+    @torch.no_grad()
+    def estimate(self, closure: Closure) -> Estimate:
+        """Query the losses of this step; nothing is written.
+
+        Args:
+            closure: runs the model (in eval mode) and returns the loss, a number or a tensor of one; it is called twice a
+                query and must see the same data each time.
+        """
+        losses = []
+        for u in self.directions(self.t):
+            pair = []
+            for sign in (+1, -1):
+                with self.at(u, sign):
+                    pair.append(float(closure()))
+            losses.append((pair[0], pair[1]))
+        return self.estimate_of(losses)
+
+    def estimate_of(self, losses: Sequence[tuple[float, float]]) -> Estimate:
+        """The estimate that follows from a step's losses, one (plus, minus) pair a query."""
+        d = tuple(tuple(self.derivative(*pair, group) for pair in losses) for group in self.param_groups)
+        return Estimate(self.t, tuple(losses), d, tuple(float(group["lr"]) for group in self.param_groups))
+
+    @torch.no_grad()
+    def apply(self, estimate: Estimate) -> None:
+        """Write the update of a step: x <- (1 - lr * weight_decay) * x - lr/q * sum_i d_i * u_i.
+
+        An estimate with a loss that is not finite changes nothing but the step's number.
+        """
+        if estimate.finite:
+            for group, lr, derivatives in zip(self.param_groups, estimate.lr, estimate.d, strict=True):
+                decay = 1 - lr * group["weight_decay"]
+                for u, d in zip(self.directions(estimate.step), derivatives, strict=True):
+                    for space in group["spaces"]:
+                        space.move(Move(u, -lr * d / self.q, decay))
+                    decay = 1.0
+        self.t = estimate.step + 1
+
+    def step(self, closure: Closure) -> Estimate:  # type: ignore[override]
+        """One step: `apply(estimate(closure))`."""
+        estimate = self.estimate(closure)
+        self.apply(estimate)
+        return estimate

@@ -1,0 +1,48 @@
+"""MeZO: fine-tuning language models with just forward passes (Malladi et al., 2023, arXiv 2305.17333)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gradless.methods.base import Group, ZerothOrderOptimizer
+from gradless.noise import Distribution
+from gradless.spaces import Space
+
+
+class MeZO(ZerothOrderOptimizer):
+    """Memory-efficient zeroth-order SGD (Algorithm 1), the full-precision baseline.
+
+        u ~ N(0, I)
+        d = [L(x + eps u) - L(x - eps u)] / (2 eps)
+        x <- x - lr (d u + weight_decay x)
+
+    with d and u averaged over q directions. Where the paper perturbs weights in place and restores them, which leaves 45 %
+    of fp16 weights different after one cycle, a query here reads x and writes nothing: x is exact after every query, in
+    any type. An update of bf16 values is rounded stochastically, E[bf16(x)] = x; to nearest, most updates would vanish.
+
+    Args:
+        spaces: see `ZerothOrderOptimizer`; leave biases and norms in a group with `weight_decay` 0, as the paper does.
+        lr: step size; the paper's are 1e-7 to 1e-6 for full tuning of OPT.
+        eps: perturbation; the paper's is 1e-3.
+        weight_decay: applied to x itself.
+        q: directions a step (the paper's n).
+        seed: of the run.
+        distribution: "gaussian" as in the paper, or "rademacher".
+    """
+
+    def __init__(
+        self,
+        spaces: Iterable[Space] | Iterable[Group],
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        q: int = 1,
+        seed: int = 0,
+        distribution: Distribution | str = Distribution.GAUSSIAN,
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
+
+    def derivative(self, plus: float, minus: float, group: Group) -> float:
+        return (plus - minus) / (2 * group["eps"])

@@ -1,0 +1,55 @@
+"""QZO: fine-tuning quantized neural networks with zeroth-order optimization (Shang et al., 2025, arXiv 2505.13430)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gradless.methods.base import Group, ZerothOrderOptimizer
+from gradless.noise import Distribution
+from gradless.spaces import Space
+
+
+class QZO(ZerothOrderOptimizer):
+    """Quantized zeroth-order optimization: perturb the scales Delta of W = Delta (.) Wbar, leave the codes Wbar alone.
+
+        z  ~ N(0, I)
+        d  = [L((Delta + eps z) (.) Wbar) - L((Delta - eps z) (.) Wbar)] / (2 eps)        Q-SPSA
+        d' = clip(d, -C, C)                                                               DDC
+        Delta <- Delta - lr d' z,  stopped at zero
+
+    The search space says what Delta is (`spaces.BlockSpace`): a block's scale, its offset, or both by one factor; moved
+    relative to each block's own size (the default here: one eps and lr serve every layer) or absolutely, as in the paper.
+    A scale keeps the sign it was read with, in queries and in updates. Unquantized parameters may be searched in the same
+    step: give their spaces in a group of their own, with its own `lr` and `eps`.
+
+    The paper calls the clipped estimate unbiased. It is a shrinkage: for a linear loss E[clip(d) z] = P(|d| < C) g.
+
+    Args:
+        spaces: see `ZerothOrderOptimizer`.
+        lr: step size; the paper's 1e-7 is absolute, relative steps are of the order of 1e-4.
+        eps: perturbation; the paper's 1e-3 is absolute, a relative one is of the order of 1e-2.
+        clip: C, the largest |d| that an update follows; the paper's 100 goes with its absolute eps.
+        weight_decay: shrinks the tuned values themselves.
+        q: directions a step.
+        seed: of the run.
+        distribution: "gaussian" as in the paper, or "rademacher".
+    """
+
+    def __init__(
+        self,
+        spaces: Iterable[Space] | Iterable[Group],
+        lr: float = 3e-4,
+        eps: float = 1e-2,
+        *,
+        clip: float = 100.0,
+        weight_decay: float = 0.0,
+        q: int = 1,
+        seed: int = 0,
+        distribution: Distribution | str = Distribution.GAUSSIAN,
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "clip": clip, "weight_decay": weight_decay}
+        super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
+
+    def derivative(self, plus: float, minus: float, group: Group) -> float:
+        d = (plus - minus) / (2 * group["eps"])
+        return max(-group["clip"], min(d, group["clip"]))

@@ -1,0 +1,223 @@
+"""Counter-based random directions: value = f(seed, step, query, tensor, offset).
+
+A direction is a handful of numbers, never a stored tensor. Any slice of it is regenerated alone, in any order, on any
+device, to the same bits: everything here is 32-bit integer arithmetic and one committed table; libm is not used, and no
+global generator is read or written.
+
+The words come from Philox4x32-10 (Salmon et al., 2011) with
+
+    key     = blake2b-64 of the tensor's name, keyed by the run's seed
+    counter = (block low, block high, step, 256 * query + stream)
+
+and are laid out so that sixteen blocks fill sixteen SIMD lanes without a shuffle: word w lies in page w // 64, and there
+it is word (w % 64) // 16 of block w % 16. A page of 64 words gives, in the same spirit, 128 halves of 16 bits (the low
+halves of the page, then the high halves) or 2048 bits (bit e % 32 of word e // 32).
+
+This module is the meaning. `kernels/cpu` draws the same bits inside its loops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from decimal import Decimal, getcontext
+from enum import IntEnum
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_PAGE_BLOCKS = 16
+PAGE_WORDS = 64
+
+
+class Stream(IntEnum):
+    """Independent sequences under one (seed, step, query, tensor)."""
+
+    DIRECTION = 0
+    ROUNDING = 1
+    ORDER = 2
+
+
+class Distribution(IntEnum):
+    """What a direction's coordinates are drawn from (also the codes that the C++ kernels know)."""
+
+    GAUSSIAN = 0
+    RADEMACHER = 1
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A random direction u, as numbers: which one it is, not what it holds.
+
+    Attributes:
+        seed: the run's seed, 0 <= seed < 2**64.
+        step: the step of the run, 0 <= step < 2**32.
+        query: the query within the step, 0 <= query < 2**24.
+        distribution: of each coordinate, all of unit variance.
+    """
+
+    seed: int
+    step: int
+    query: int = 0
+    distribution: Distribution = Distribution.GAUSSIAN
+
+    def values(self, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Coordinates [start, start + count) of tensor `name`: fp32, shape (count,)."""
+        draw = gaussian if self.distribution is Distribution.GAUSSIAN else rademacher
+        return draw(self.words(name), start, count, device)
+
+    def words(self, name: str, stream: Stream = Stream.DIRECTION) -> Words:
+        """The random words behind this direction for tensor `name`."""
+        return Words(key(self.seed, name), self.step, (self.query << 8) | stream)
+
+
+@dataclass(frozen=True)
+class Words:
+    """One infinite sequence of random 32-bit words: a Philox key and the upper half of its counter."""
+
+    key: int
+    step: int
+    query_and_stream: int
+
+    def __call__(self, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Words [start, start + count): int64 in [0, 2**32), shape (count,)."""
+        first, last = start // PAGE_WORDS, -(-(start + count) // PAGE_WORDS)
+        block = torch.arange(first * _PAGE_BLOCKS, last * _PAGE_BLOCKS, dtype=torch.int64, device=device)
+        lanes = philox(
+            (
+                block & _MASK,
+                block >> 32,
+                torch.full_like(block, self.step),
+                torch.full_like(block, self.query_and_stream),
+            ),
+            (self.key & _MASK, self.key >> 32),
+        )
+        pages = torch.stack([lane.view(-1, _PAGE_BLOCKS) for lane in lanes], dim=1)
+        return pages.reshape(-1)[start - first * PAGE_WORDS :][:count]
+
+
+@cache
+def key(seed: int, name: str) -> int:
+    """The 64-bit Philox key of one tensor in one run."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8, key=seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words, elementwise."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # A product overflows int64, but wraps: its low 64 bits, and so both halves, are the unsigned ones.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32) & _MASK ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def halves(words: Words, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Random 16-bit integers [start, start + count): int64 in [0, 65536), shape (count,)."""
+    first, last = start // 128, -(-(start + count) // 128)
+    page = words(first * PAGE_WORDS, (last - first) * PAGE_WORDS, device).view(-1, 1, PAGE_WORDS)
+    both = torch.cat([page & 0xFFFF, page >> 16], dim=1)
+    return both.reshape(-1)[start - first * 128 :][:count]
+
+
+def bits(words: Words, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Random bits [start, start + count): int64 in {0, 1}, shape (count,)."""
+    first, last = start // 32, -(-(start + count) // 32)
+    word = words(first, last - first, device).view(-1, 1)
+    each = (word >> torch.arange(32, device=device)) & 1
+    return each.reshape(-1)[start - first * 32 :][:count]
+
+
+@cache
+def normal_table() -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
+    """32768 upper-half normal quantiles at the midpoints of equal probabilities, in units of 2**-13."""
+    with files("gradless").joinpath("normal.npy").open("rb") as file:
+        table: np.ndarray[tuple[int], np.dtype[np.uint16]] = np.load(file, allow_pickle=False)
+    return table
+
+
+@cache
+def _normal_values(device: torch.device | str) -> Tensor:
+    return torch.from_numpy(normal_table().astype(np.float32) * 2.0**-13).to(device)
+
+
+def gaussian(words: Words, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """N(0, 1) on 65536 equally likely values (|z| <= 4.33, variance 0.99998, kurtosis 2.999): fp32, shape (count,)."""
+    half = halves(words, start, count, device)
+    magnitude = _normal_values(device)[half & 0x7FFF]
+    return torch.where(half >= 0x8000, -magnitude, magnitude)
+
+
+def rademacher(words: Words, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """-1 or +1 with equal probability: fp32, shape (count,)."""
+    return (2 * bits(words, start, count, device) - 1).float()
+
+
+def uniform(words: Words, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform multiples of 2**-24 in [0, 1): fp32, shape (count,)."""
+    return (words(start, count, device) >> 8).float() * 2.0**-24
+
+
+def uniform_grid(words: Words, m: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Integers uniform in {-m, ..., m} (ZOQO's noise, in grid steps): int64, shape (count,)."""
+    return ((words(start, count, device) * (2 * m + 1)) >> 32) - m
+
+
+@cache
+def _discretized_gaussian_edges(m: int, mu_over_s: float) -> tuple[int, ...]:
+    """Upper edges, as 32-bit integers, of P(k) proportional to phi(k / mu_over_s), |k| <= m; exact decimal arithmetic."""
+    getcontext().prec = 40
+    spread = Decimal(mu_over_s)
+    weights = [(-((Decimal(k) / spread) ** 2) / 2).exp() for k in range(-m, m + 1)]
+    total, running, edges = sum(weights), Decimal(0), []
+    for weight in weights[:-1]:
+        running += weight
+        edges.append(int((running / total * 2**32).to_integral_value()))
+    return tuple(edges)
+
+
+def discretized_gaussian(
+    words: Words, m: int, mu_over_s: float, start: int, count: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Integers in {-m, ..., m} with P(k) proportional to phi(k * s / mu) (ZOQO's noise, in grid steps).
+
+    Args:
+        m: the largest magnitude, in grid steps.
+        mu_over_s: the Gaussian's standard deviation in grid steps; well below 1 most draws are zero (sparse moves).
+
+    Returns:
+        int64, shape (count,).
+    """
+    edges = torch.tensor(_discretized_gaussian_edges(m, mu_over_s), dtype=torch.int64, device=device)
+    return torch.bucketize(words(start, count, device), edges, right=True) - m
+
+
+def stochastic_round(x: Tensor, words: Words, start: int = 0) -> Tensor:
+    """SR(x) = floor(x + r), r uniform in [0, 1): an integer with E[SR(x)] = x (QuZO, section 3).
+
+    Args:
+        x: fp32, any shape; element i of its flattened order takes draw start + i.
+        words: use `Stream.ROUNDING`, so that the draws are independent of the direction's own.
+    """
+    r = uniform(words, start, x.numel(), x.device).view_as(x)
+    whole = torch.floor(x)
+    return whole + (r < x - whole).to(x.dtype)
+
+
+def permutation(seed: int, epoch: int, n: int) -> Tensor:
+    """The order of n examples in one epoch: int64, shape (n,), each of 0..n-1 once."""
+    words = Direction(seed, epoch).words("", Stream.ORDER)
+    high, low = words(0, 2 * n).view(2, n)
+    return torch.argsort((high << 31) + (low >> 1), stable=True)

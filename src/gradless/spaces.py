@@ -1,0 +1,174 @@
+"""What a method searches. A space is one named tensor x with two verbs: `view` lets forwards read a moved x without
+writing anything, `move` is the one way that writes x."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradless import kernels
+from gradless.errors import GradlessError
+from gradless.noise import Direction
+from gradless.tensor import Move, Part, QuantTensor
+
+
+class Space(ABC):
+    """One tensor that a method searches.
+
+    Attributes:
+        name: unique in the model and stable between runs; with the seed it determines the noise.
+        values: the point x itself.
+    """
+
+    name: str
+    values: Tensor
+
+    @abstractmethod
+    def view(self, move: Move | None) -> None:
+        """Let forwards read x under `move`, or x itself for None."""
+
+    @abstractmethod
+    def move(self, move: Move) -> None:
+        """Write x <- decay * x + coefficient * u."""
+
+
+@contextmanager
+def viewed(
+    spaces: Iterable[Space], direction: Direction, coefficient: Callable[[Space], float]
+) -> Iterator[None]:
+    """Forwards inside read every space at x + coefficient(space) * u."""
+    spaces = list(spaces)
+    try:
+        for space in spaces:
+            space.view(Move(direction, coefficient(space)))
+        yield
+    finally:
+        for space in spaces:
+            space.view(None)
+
+
+class BlockSpace(Space):
+    """The scales (or offsets, or both by one factor) of a packed weight; one fp32 value a block."""
+
+    def __init__(self, tensor: QuantTensor, part: Part = Part.OFFSET, *, relative: bool = True) -> None:
+        tensor.tune(part, relative=relative)
+        assert tensor.master is not None
+        self.name, self.values, self.tensor = tensor.name, tensor.master, tensor
+
+    def view(self, move: Move | None) -> None:
+        self.tensor.view = move
+
+    def move(self, move: Move) -> None:
+        kernels.move_blocks(self.tensor, move)
+
+
+class DenseSpace(Space):
+    """A plain tensor that a model's modules show as a parameter.
+
+    A linear layer or an embedding sees its moved weight only while its own forward runs, so one layer's copy exists at a
+    time; other parameters (norms, biases) are swapped for as long as the view lasts. The parameter itself is never
+    written by a view, so nothing drifts, whatever its type.
+
+    Args:
+        name: of the tensor.
+        values: bf16 or fp32 values that moves write; a parameter's own data, or a master beside it.
+        sites: (module, attribute) of every parameter that shows them; none in a replay.
+        show: values -> what the parameters hold, where they differ (a file's own order and offset).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        values: Tensor,
+        sites: Iterable[tuple[nn.Module, str]] = (),
+        show: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if values.dtype not in (torch.float32, torch.bfloat16):
+            raise GradlessError(f"{name} is {values.dtype}; load the model in bfloat16 or float32.")
+        self.name, self.values, self.show = name, values, show
+        self.sites = list(sites)
+        self.parameters: dict[tuple[nn.Module, str], nn.Parameter] = {
+            site: getattr(*site) for site in self.sites
+        }
+        self._view: Move | None = None
+        for site in self.sites:
+            if type(site[0]) in (nn.Linear, nn.Embedding):
+                site[0].register_forward_pre_hook(self._enter(site))
+                site[0].register_forward_hook(self._leave(site), always_call=True)
+
+    def view(self, move: Move | None) -> None:
+        self._view = move
+        for site in self.sites:
+            if type(site[0]) not in (nn.Linear, nn.Embedding):
+                self._swap(site)
+
+    def move(self, move: Move) -> None:
+        self.values.copy_(kernels.moved(self.values, self.name, move, self.values.dtype, stochastic=True))
+        for parameter in self.parameters.values():
+            if parameter.data_ptr() != self.values.data_ptr():
+                parameter.data.copy_(self._shown(self.values))
+
+    def _shown(self, values: Tensor) -> Tensor:
+        return values if self.show is None else self.show(values)
+
+    def _swap(self, site: tuple[nn.Module, str]) -> None:
+        module, attribute = site
+        parameter = self.parameters[site]
+        if self._view is not None:
+            dtype = parameter.dtype if self.show is None else torch.float32
+            moved = self._shown(kernels.moved(self.values, self.name, self._view, dtype)).to(parameter.dtype)
+            parameter = nn.Parameter(moved, requires_grad=False)
+        module._parameters[attribute] = parameter
+
+    def _enter(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, Any], None]:
+        return lambda _module, _inputs: self._swap(site) if self._view is not None else None
+
+    def _leave(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, Any, Any], None]:
+        def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
+            module._parameters[site[1]] = self.parameters[site]
+
+        return leave
+
+
+def parameters(
+    model: nn.Module, chosen: Callable[[str, nn.Module], bool] | None = None, *, master: bool = False
+) -> list[Space]:
+    """The parameters of a dense model as spaces.
+
+    Args:
+        model: any torch module with fp32 or bf16 parameters.
+        chosen: (name, module) -> whether to search it; None: the weights and biases of linear layers, heads left out.
+        master: keep an fp32 master beside each bf16 parameter; otherwise updates of bf16 are rounded stochastically.
+
+    Raises:
+        GradlessError: nothing was chosen, or a parameter is neither fp32 nor bf16.
+    """
+    chosen = chosen or linear_layers(model)
+    sites: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    names: dict[nn.Parameter, str] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{attribute}" if path else attribute
+            if chosen(name, module):
+                sites.setdefault(parameter, []).append((module, attribute))
+                names.setdefault(parameter, name)
+    if not sites:
+        raise GradlessError(
+            f"no parameter of {type(model).__name__} was chosen for tuning; widen --target-modules."
+        )
+    found: list[Space] = []
+    for parameter, where in sites.items():
+        values = parameter.data.float() if master and parameter.dtype is not torch.float32 else parameter.data
+        found.append(DenseSpace(names[parameter], values, where))
+    return found
+
+
+def linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """Chooses what gradless trains by default: linear layers, but not the head that shares or mirrors an embedding."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return lambda _name, module: isinstance(module, nn.Linear) and module is not head

@@ -1,0 +1,93 @@
+"""`QuantTensor`: a packed weight matrix, the fp32 values that are tuned in it, and what a forward reads instead of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradless.blocks import BlockType
+from gradless.noise import Direction
+
+
+class Move(NamedTuple):
+    """x -> decay * x + coefficient * u: a query's view of a point x, and an update of it, are both one of these.
+
+    Attributes:
+        direction: which u.
+        coefficient: +eps or -eps in a query, -lr * d in an update; rounded to fp32 where it is used.
+        decay: 1 - lr * weight_decay in an update, 1 in a query.
+    """
+
+    direction: Direction
+    coefficient: float
+    decay: float = 1.0
+
+
+class Part(StrEnum):
+    """Which fields of a block are tuned; there is one fp32 value a block in each case."""
+
+    SCALE = "scale"  # d alone
+    OFFSET = "offset"  # m alone; types without an m fall back to d
+    BOTH = "both"  # d and m by one factor: the Delta of QZO's equations
+
+
+@dataclass(eq=False)
+class QuantTensor:
+    """A weight matrix in packed blocks along its rows.
+
+    Attributes:
+        name: the tensor's name in its file; with the seed it determines the noise.
+        block: the block type.
+        packed: uint8, (rows, blocks, block.nbytes), as in the file (memory-mapped; never written).
+        row_order: int64, (rows,): the file row that model row i reads, or None for the same order. Noise follows the file.
+        part: what is tuned, or None while nothing is.
+        relative: whether a move is measured in each block's own unit (`unit`) or absolutely.
+        master: fp32, (rows, blocks), in file order: the tuned values; None while nothing is tuned.
+        view: the move under which a forward reads `master`, or None for `master` itself.
+    """
+
+    name: str
+    block: BlockType
+    packed: Tensor
+    row_order: Tensor | None = None
+    part: Part | None = None
+    relative: bool = True
+    master: Tensor | None = field(default=None, repr=False)
+    view: Move | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.packed.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.packed.shape[1] * self.block.size
+
+    @property
+    def keeps_sign(self) -> bool:
+        """Whether the tuned value is a scale, which stops at zero instead of crossing it; a plain offset may cross."""
+        return self.part is not Part.OFFSET or self.block.offset_unit is None
+
+    def base(self) -> Tensor:
+        """The values of the tuned field that the file holds: fp32, (rows, blocks)."""
+        at = self.block.offset_at if self.part is Part.OFFSET else self.block.scale_at
+        assert at is not None
+        return self.block.field(self.packed, at)
+
+    def unit(self) -> Tensor:
+        """What a move of 1 means for each value: fp32, (rows, blocks); all ones where moves are absolute."""
+        if not self.relative:
+            return torch.ones(self.packed.shape[:2], device=self.packed.device)
+        if self.part is Part.OFFSET and self.block.offset_unit is not None:
+            return self.block.field(self.packed, self.block.scale_at).abs() * self.block.offset_unit
+        return self.base().abs()
+
+    def tune(self, part: Part, *, relative: bool = True) -> None:
+        """Give every block an fp32 master of the chosen part, starting at the file's values."""
+        self.part = Part.SCALE if self.block.offset_at is None else part
+        self.relative = relative
+        self.master = self.base()
