@@ -1,1 +1,34 @@
 """gradless: fine-tune a quantized model with forward passes only, and get the same file format back."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GradlessError": "gradless.errors",
+    "QuantTensor": "gradless.tensor",
+    "BlockSpace": "gradless.spaces",
+    "DenseSpace": "gradless.spaces",
+    "parameters": "gradless.spaces",
+    "Estimate": "gradless.methods",
+    "MeZO": "gradless.methods",
+    "QZO": "gradless.methods",
+    "Journal": "gradless.journal",
+    "GGUFFile": "gradless.formats.gguf",
+    "load_gguf": "gradless.formats.gguf_model",
+    "ZOConfig": "gradless.training.trainer",
+    "ZOTrainer": "gradless.training.trainer",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line starts without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradless' has no attribute {name!r}")
+    home = importlib.import_module(_HOMES[name])
+    return getattr(home, name)

@@ -75,7 +75,7 @@ def _simple(codes: Tensor, zero: int) -> Unpacked:
 def _grouped(codes: Tensor, zero: int, multiplier: Tensor, minimum: Tensor | None = None) -> Unpacked:
     groups = multiplier.shape[1]
     offset = torch.zeros_like(multiplier, dtype=torch.float32) if minimum is None else -minimum.float()
-    return Unpacked((codes.float() - zero).unflatten(1, (groups, -1)), multiplier.float(), offset)
+    return Unpacked((codes.float() - zero).view(len(codes), groups, -1), multiplier.float(), offset)
 
 
 def _q8_0(b: Tensor) -> Unpacked:
@@ -101,9 +101,7 @@ def _q5_1(b: Tensor) -> Unpacked:
 def _two_bits(qs: Tensor) -> Tensor:
     """(n, 64) bytes -> (n, 256) codes: each half of 32 bytes holds four planes of 32."""
     half = qs.view(-1, 2, 1, 32)
-    return ((half >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=qs.device).view(4, 1)) & 3).flatten(
-        1
-    )
+    return ((half >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=qs.device).view(4, 1)) & 3).flatten(1)
 
 
 def _q2_k(b: Tensor) -> Unpacked:

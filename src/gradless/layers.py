@@ -43,20 +43,16 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), or (..., n) under `restricted_to` n outputs; in x's dtype."""
-        rows = _file_rows(self.packed) if self.only is None else _file_rows(self.packed)[self.only]
+        rows = file_rows(self.packed) if self.only is None else file_rows(self.packed)[self.only]
         bias = self.bias if self.bias is None or self.only is None else self.bias[self.only]
         tile = max(1, TILE // self.in_features)
         inputs = x.to(self.dtype)
-        outputs = [
-            F.linear(inputs, kernels.dequantize(self.packed, some, self.dtype)) for some in rows.split(tile)
-        ]
+        outputs = [F.linear(inputs, kernels.dequantize(self.packed, some, self.dtype)) for some in torch.split(rows, tile)]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, {self.packed.block.name}, bias={self.bias is not None}"
-        )
+        return f"{self.in_features}, {self.out_features}, {self.packed.block.name}, bias={self.bias is not None}"
 
 
 class QuantEmbedding(nn.Module):
@@ -84,26 +80,27 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """int64 (...) -> (..., embedding_dim)."""
         distinct, place = torch.unique(ids, return_inverse=True)
-        y = kernels.dequantize(self.packed, _file_rows(self.packed)[distinct], self.dtype)[place]
+        y = kernels.dequantize(self.packed, file_rows(self.packed)[distinct], self.dtype)[place]
         return y if self.factor is None else y * self.factor.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed.block.name}"
 
 
-def _file_rows(tensor: QuantTensor) -> Tensor:
+def file_rows(tensor: QuantTensor) -> Tensor:
+    """The file row behind each model row: int64, (rows,)."""
     if tensor.row_order is None:
         return torch.arange(tensor.rows, device=tensor.packed.device)
     return tensor.row_order
 
 
 @contextmanager
-def restricted_to(head: nn.Module | None, ids: Tensor) -> Iterator[bool]:
-    """Let a model's head compute the logits of `ids` alone, in their order; yields whether the head can.
+def restricted_to(head: nn.Module, ids: Tensor | None) -> Iterator[bool]:
+    """Let a model's head compute the logits of `ids` alone, in their order; yields whether it does.
 
     A classification among few words needs few of a head's rows; their normalizer cancels.
     """
-    if not isinstance(head, QuantLinear):
+    if ids is None or not isinstance(head, QuantLinear):
         yield False
         return
     head.only = ids
@@ -111,3 +108,13 @@ def restricted_to(head: nn.Module | None, ids: Tensor) -> Iterator[bool]:
         yield True
     finally:
         head.only = None
+
+
+@contextmanager
+def reading_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Let a model's head see only the hidden states at (rows, columns): (batch, length, d) -> (1, n, d)."""
+    handle = head.register_forward_pre_hook(lambda _head, inputs: (inputs[0][rows, columns].unsqueeze(0),))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -110,9 +110,7 @@ def key(seed: int, name: str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words, elementwise."""
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -38,9 +38,7 @@ class Space(ABC):
 
 
 @contextmanager
-def viewed(
-    spaces: Iterable[Space], direction: Direction, coefficient: Callable[[Space], float]
-) -> Iterator[None]:
+def viewed(spaces: Iterable[Space], direction: Direction, coefficient: Callable[[Space], float]) -> Iterator[None]:
     """Forwards inside read every space at x + coefficient(space) * u."""
     spaces = list(spaces)
     try:
@@ -55,7 +53,7 @@ def viewed(
 class BlockSpace(Space):
     """The scales (or offsets, or both by one factor) of a packed weight; one fp32 value a block."""
 
-    def __init__(self, tensor: QuantTensor, part: Part = Part.OFFSET, *, relative: bool = True) -> None:
+    def __init__(self, tensor: QuantTensor, part: Part | str = Part.OFFSET, *, relative: bool = True) -> None:
         tensor.tune(part, relative=relative)
         assert tensor.master is not None
         self.name, self.values, self.tensor = tensor.name, tensor.master, tensor
@@ -92,9 +90,7 @@ class DenseSpace(Space):
             raise GradlessError(f"{name} is {values.dtype}; load the model in bfloat16 or float32.")
         self.name, self.values, self.show = name, values, show
         self.sites = list(sites)
-        self.parameters: dict[tuple[nn.Module, str], nn.Parameter] = {
-            site: getattr(*site) for site in self.sites
-        }
+        self.parameters: dict[tuple[nn.Module, str], nn.Parameter] = {site: getattr(*site) for site in self.sites}
         self._view: Move | None = None
         for site in self.sites:
             if type(site[0]) in (nn.Linear, nn.Embedding):
@@ -158,9 +154,7 @@ def parameters(
                 sites.setdefault(parameter, []).append((module, attribute))
                 names.setdefault(parameter, name)
     if not sites:
-        raise GradlessError(
-            f"no parameter of {type(model).__name__} was chosen for tuning; widen --target-modules."
-        )
+        raise GradlessError(f"no parameter of {type(model).__name__} was chosen for tuning; widen --target-modules.")
     found: list[Space] = []
     for parameter, where in sites.items():
         values = parameter.data.float() if master and parameter.dtype is not torch.float32 else parameter.data
@@ -170,5 +164,6 @@ def parameters(
 
 def linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     """Chooses what gradless trains by default: linear layers, but not the head that shares or mirrors an embedding."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Callable[[], nn.Module] | None = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     return lambda _name, module: isinstance(module, nn.Linear) and module is not head

@@ -86,8 +86,8 @@ class QuantTensor:
             return self.block.field(self.packed, self.block.scale_at).abs() * self.block.offset_unit
         return self.base().abs()
 
-    def tune(self, part: Part, *, relative: bool = True) -> None:
+    def tune(self, part: Part | str, *, relative: bool = True) -> None:
         """Give every block an fp32 master of the chosen part, starting at the file's values."""
-        self.part = Part.SCALE if self.block.offset_at is None else part
+        self.part = Part.SCALE if self.block.offset_at is None else Part(part)
         self.relative = relative
         self.master = self.base()

@@ -26,6 +26,7 @@ from gradless.files import replacing, sha256
 from gradless.tensor import Part, QuantTensor
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NOT_LINEAR = ("token_embd", "output.", "position_embd", "per_layer_token_embd", "token_types")
 SUPPORTED = (*FLOAT_TYPES, *BLOCK_TYPES)
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -89,6 +90,10 @@ class GGUFFile:
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", "unknown"))
 
+    def linear_layers(self) -> list[str]:
+        """The packed matrices that are trained by default: all but the embeddings and the head."""
+        return [name for name in self.quantized if not name.startswith(NOT_LINEAR)]
+
     def sha256(self) -> str:
         return sha256(self.path)
 
@@ -141,9 +146,7 @@ class _Header:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data = (
-            np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-        )
+        self.data = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
         self.at = 0
 
     def parse(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
@@ -154,9 +157,7 @@ class _Header:
         self.at = 4
         version = self.scalar("I")
         if version not in (2, 3):
-            raise GradlessError(
-                f"{self.path} is GGUF version {version}; versions 2 and 3, little-endian, are supported."
-            )
+            raise GradlessError(f"{self.path} is GGUF version {version}; versions 2 and 3, little-endian, are supported.")
         tensor_count, key_count = self.scalar("Q"), self.scalar("Q")
         metadata = {}
         for _ in range(key_count):
@@ -181,14 +182,10 @@ class _Header:
         except ValueError:
             type_name = f"number {type_number}"
         if type_name not in SUPPORTED:
-            raise GradlessError(
-                f"{self.path}: tensor {name} has type {type_name}; supported are {', '.join(SUPPORTED)}."
-            )
+            raise GradlessError(f"{self.path}: tensor {name} has type {type_name}; supported are {', '.join(SUPPORTED)}.")
         size, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type_number)]
         if shape[-1] % size:
-            raise GradlessError(
-                f"{self.path}: tensor {name} has rows of {shape[-1]}, not a multiple of {type_name}'s {size}."
-            )
+            raise GradlessError(f"{self.path}: tensor {name} has rows of {shape[-1]}, not a multiple of {type_name}'s {size}.")
         return name, shape, type_name, math.prod(shape) // size * nbytes, offset
 
     def value(self, kind: int) -> Any:
@@ -206,9 +203,7 @@ class _Header:
 
     def code(self, kind: int) -> str:
         if kind not in _SCALARS:
-            raise GradlessError(
-                f"{self.path}: byte {self.at} holds no GGUF value type ({kind}); the header is damaged."
-            )
+            raise GradlessError(f"{self.path}: byte {self.at} holds no GGUF value type ({kind}); the header is damaged.")
         return _SCALARS[kind]
 
     def scalar(self, code: str) -> Any:

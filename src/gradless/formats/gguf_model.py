@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.formats.gguf import GGUFFile
-from gradless.layers import QuantEmbedding, QuantLinear
+from gradless.layers import QuantEmbedding, QuantLinear, file_rows
+from gradless.spaces import BlockSpace, DenseSpace, Space
 from gradless.tensor import QuantTensor
 
 
@@ -34,7 +36,7 @@ class ShownFloat:
 
     values: Tensor
     sites: list[tuple[nn.Module, str]] = field(default_factory=list)
-    show: Callable[[Tensor], Tensor] = lambda values: values
+    show: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass
@@ -46,6 +48,54 @@ class GGUFModel:
     tokenizer: Any
     floats: dict[str, ShownFloat]
 
+    output_name = "model.gguf"
+    quantized = True
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def fingerprint(self) -> str:
+        """The file's SHA-256."""
+        return self.file.sha256()
+
+    def tunable(self) -> dict[str, list[str]]:
+        """Names of what can be searched, by kind: packed linear layers, and the float tensors that the model shows."""
+        return {"blocks": self.file.linear_layers(), "floats": list(self.floats)}
+
+    def spaces(self, kind: str, names: list[str], **options: Any) -> list[Space]:
+        """Spaces over the named tensors of one kind."""
+        return file_spaces(self.file, kind, names, shown=self.floats, **options)
+
+    def save(self, path: Path, spaces: list[Space]) -> None:
+        """Write the tuned file."""
+        save_file(self.file, path, spaces)
+
+
+def file_spaces(
+    file: GGUFFile,
+    kind: str,
+    names: list[str],
+    *,
+    shown: dict[str, ShownFloat] | None = None,
+    part: str = "offset",
+    relative: bool = True,
+    **_: Any,
+) -> list[Space]:
+    """Spaces over tensors of a file; a replay needs no model around it, so `shown` may be left out."""
+    if kind == "blocks":
+        return [BlockSpace(file.quantized[name], part, relative=relative) for name in names]
+    found: list[Space] = []
+    for name in names:
+        site = (shown or {}).get(name) or ShownFloat(file.floats[name])
+        found.append(DenseSpace(name, site.values.float().clone(), site.sites, site.show if site.sites else None))
+    return found
+
+
+def save_file(file: GGUFFile, path: Path, spaces: list[Space]) -> None:
+    """Write a copy of `file` with what the spaces tuned."""
+    file.export(path, {space.name: space.values for space in spaces if isinstance(space, DenseSpace)})
+
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer that a GGUF file holds."""
@@ -55,7 +105,7 @@ def load_tokenizer(path: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> GGUFModel:
+def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> GGUFModel:
     """Load a GGUF file as a transformers model that keeps it packed.
 
     Args:
@@ -107,9 +157,7 @@ def _configure(file: GGUFFile) -> tuple[Any, Any]:
     if file.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
         raise _unsupported(file, "transformers does not map it")
     try:
-        config = AutoConfig.from_pretrained(
-            str(file.path.parent), gguf_file=file.path.name, local_files_only=True
-        )
+        config = AutoConfig.from_pretrained(str(file.path.parent), gguf_file=file.path.name, local_files_only=True)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise _unsupported(file, f"transformers cannot read its configuration: {error}") from error
     return config, TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
@@ -124,9 +172,7 @@ def _restore_buffers(model: Any) -> None:
             model._init_weights(module)
 
 
-def _place(
-    file: GGUFFile, model: Any, names: dict[str, str], processor: Any, dtype: torch.dtype
-) -> dict[str, ShownFloat]:
+def _place(file: GGUFFile, model: Any, names: dict[str, str], processor: Any, dtype: torch.dtype) -> dict[str, ShownFloat]:
     """Put every tensor of the file where it belongs in the model."""
     floats = {}
     for name, info in file.tensors.items():
@@ -136,11 +182,7 @@ def _place(
         module = model.get_submodule(path)
         if name in file.quantized:
             tensor = file.quantized[name]
-            if (
-                len(info.shape) != 2
-                or attribute != "weight"
-                or not isinstance(module, (nn.Linear, nn.Embedding))
-            ):
+            if len(info.shape) != 2 or attribute != "weight" or not isinstance(module, (nn.Linear, nn.Embedding)):
                 raise _unsupported(file, f"{name} is quantized but belongs to a {type(module).__name__}")
             tensor.row_order = _row_order(file, processor, name, info.shape[0])
             model.set_submodule(path, _packed_layer(module, tensor, dtype))
@@ -158,20 +200,16 @@ def _packed_layer(module: nn.Linear | nn.Embedding, tensor: QuantTensor, dtype: 
 
 
 def _show(shown: ShownFloat, module: nn.Module, attribute: str, dtype: torch.dtype) -> None:
-    values = shown.show(shown.values).to(dtype)
+    values = (shown.show(shown.values) if shown.show else shown.values).to(dtype)
     parameter = getattr(module, attribute)
     if parameter.shape != values.shape:
-        raise GradlessError(
-            f"tensor shape {tuple(values.shape)} does not fit {attribute} {tuple(parameter.shape)}."
-        )
+        raise GradlessError(f"tensor shape {tuple(values.shape)} does not fit {attribute} {tuple(parameter.shape)}.")
     setattr(module, attribute, nn.Parameter(values, requires_grad=False))
     shown.sites.append((module, attribute))
 
 
 def _process(processor: Any, name: str, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    result = processor.process(
-        weights=weights, name=name, tensor_key_mapping={}, parsed_parameters={"tensors": {}}
-    )
+    result = processor.process(weights=weights, name=name, tensor_key_mapping={}, parsed_parameters={"tensors": {}})
     return np.asarray(result.weights)
 
 
@@ -181,17 +219,9 @@ def _row_order(file: GGUFFile, processor: Any, name: str, rows: int) -> Tensor |
     try:
         shown = _process(processor, name, np.stack([number, number + 0.5], axis=1))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise _unsupported(
-            file, f"transformers rearranges {name} in a way that packed rows cannot follow"
-        ) from error
-    if (
-        shown.shape != (rows, 2)
-        or not np.array_equal(np.sort(shown[:, 0]), number)
-        or (np.diff(shown) != 0.5).any()
-    ):
-        raise _unsupported(
-            file, f"transformers changes the values of {name}, which packed rows cannot follow"
-        )
+        raise _unsupported(file, f"transformers rearranges {name} in a way that packed rows cannot follow") from error
+    if shown.shape != (rows, 2) or not np.array_equal(np.sort(shown[:, 0]), number) or (np.diff(shown) != 0.5).any():
+        raise _unsupported(file, f"transformers changes the values of {name}, which packed rows cannot follow")
     return None if np.array_equal(shown[:, 0], number) else torch.from_numpy(shown[:, 0].astype(np.int64))
 
 
@@ -212,3 +242,18 @@ def _tie(model: Any, floats: dict[str, ShownFloat], dtype: torch.dtype) -> None:
         for shown in floats.values():
             if (embedding, "weight") in shown.sites:
                 shown.sites.append((head, "weight"))
+
+
+def dequantized(loaded: GGUFModel) -> Any:
+    """A dense bf16 model with the values of a packed one."""
+    from transformers import AutoModelForCausalLM
+
+    dense = AutoModelForCausalLM.from_config(loaded.model.config, dtype=torch.bfloat16)
+    for path, module in loaded.model.named_modules():
+        target = dense.get_submodule(path)
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            target.weight.data = kernels.dequantize(module.packed, file_rows(module.packed), torch.bfloat16)
+        for name, parameter in module.named_parameters(recurse=False):
+            getattr(target, name).data = parameter.data.to(torch.bfloat16)
+    dense.tie_weights()
+    return dense.requires_grad_(False).eval()

@@ -68,9 +68,7 @@ def _compiled() -> tuple[ModuleType | None, str | None]:
         return None, str(error)
     failed = self_test(cpu)
     if failed:
-        _log.warning(
-            "gradless: the compiled kernels differ from the reference (%s); running on plain torch", failed
-        )
+        _log.warning("gradless: the compiled kernels differ from the reference (%s); running on plain torch", failed)
         return None, f"self-test failed: {failed}"
     return cpu, None
 
@@ -81,7 +79,7 @@ def self_test(ops: ModuleType) -> str | None:
     rows = torch.tensor([2, 0, 1])
     for block in BLOCK_TYPES.values():
         packed = _some_bytes((3, 5, block.nbytes))
-        for at in filter(lambda at: at is not None, (block.scale_at, block.offset_at)):
+        for at in (at for at in (block.scale_at, block.offset_at) if at is not None):
             packed[..., at + 1] = packed[..., at + 1] % 60 + packed[..., at + 1] // 128 * 128  # finite fp16
         for part in Part:
             ours, theirs = (QuantTensor("self-test", block, packed) for _ in range(2))
@@ -93,18 +91,14 @@ def self_test(ops: ModuleType) -> str | None:
             assert theirs.master is not None
             same = torch.equal(ours.master, theirs.master)
             for dtype in (torch.float32, torch.bfloat16):
-                same &= torch.equal(
-                    ops.dequantize(ours, rows, dtype), reference.dequantize(theirs, rows, dtype)
-                )
+                same &= torch.equal(ops.dequantize(ours, rows, dtype), reference.dequantize(theirs, rows, dtype))
             if not same:
                 return f"{block.name}, {part}"
     for source in (torch.float32, torch.bfloat16):
         values = move.direction.values("values", 0, 300).to(source)
         for dtype in (torch.float32, torch.bfloat16):
             arguments = (values, "self-test", move, dtype)
-            if not torch.equal(
-                ops.moved(*arguments, stochastic=True), reference.moved(*arguments, stochastic=True)
-            ):
+            if not torch.equal(ops.moved(*arguments, stochastic=True), reference.moved(*arguments, stochastic=True)):
                 return f"moved, {source} to {dtype}"
     return None
 

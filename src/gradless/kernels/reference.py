@@ -58,9 +58,7 @@ def exported_offset(tensor: QuantTensor) -> Tensor:
     """The offset that goes with `master` where one factor tunes both fields: fp32, (rows, blocks)."""
     assert tensor.master is not None
     assert tensor.block.offset_at is not None
-    offset = _scaled_offset(
-        tensor.block.field(tensor.packed, tensor.block.offset_at), tensor.master, tensor.base()
-    )
+    offset = _scaled_offset(tensor.block.field(tensor.packed, tensor.block.offset_at), tensor.master, tensor.base())
     assert offset is not None
     return offset
 
@@ -100,9 +98,7 @@ def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochast
     z = move.direction.values(name, 0, n, values.device).view_as(values)
     result = values.float() * _f32(move.decay) + z * _f32(move.coefficient)
     if stochastic and dtype is torch.bfloat16:
-        random = noise.halves(move.direction.words(name, Stream.ROUNDING), 0, n, values.device).view_as(
-            values
-        )
+        random = noise.halves(move.direction.words(name, Stream.ROUNDING), 0, n, values.device).view_as(values)
         # The kept half of an fp32 is its bf16; adding 16 random bits below it carries with the right probability.
         result = ((result.view(torch.int32) + random.int()) & -0x10000).view(torch.float32)
     return result.to(dtype)

@@ -71,14 +71,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         distribution: Distribution | str,
     ) -> None:
         listed = list(spaces)
-        groups = cast(list[Group], listed) if isinstance(listed[0], dict) else [{"spaces": listed}]
-        super().__init__(
-            [{**group, "params": [space.values for space in group["spaces"]]} for group in groups], defaults
-        )
+        groups: list[Group] = cast(list[Group], listed) if isinstance(listed[0], dict) else [{"spaces": listed}]
+        super().__init__([{**group, "params": [space.values for space in group["spaces"]]} for group in groups], defaults)
         if isinstance(distribution, str):
             distribution = Distribution[distribution.upper()]
         self.q, self.seed, self.distribution = q, seed, distribution
         self.t = 0
+        self.pending: Estimate | None = None
 
     @abstractmethod
     def derivative(self, plus: float, minus: float, group: Group) -> float:
@@ -137,8 +136,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     decay = 1.0
         self.t = estimate.step + 1
 
-    def step(self, closure: Closure) -> Estimate:  # type: ignore[override]
-        """One step: `apply(estimate(closure))`."""
-        estimate = self.estimate(closure)
+    def step(self, closure: Closure | None = None) -> Estimate:  # type: ignore[override]
+        """One step: `apply(estimate(closure))`; without a closure, `apply` of the `pending` estimate.
+
+        Raises:
+            RuntimeError: neither a closure nor a pending estimate is there.
+        """
+        estimate = self.pending if closure is None else self.estimate(closure)
+        if estimate is None:
+            raise RuntimeError("step() needs a closure that returns the loss, or an estimate in `pending`")
+        self.pending = None
         self.apply(estimate)
         return estimate

@@ -45,4 +45,5 @@ class MeZO(ZerothOrderOptimizer):
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
 
     def derivative(self, plus: float, minus: float, group: Group) -> float:
-        return (plus - minus) / (2 * group["eps"])
+        d: float = (plus - minus) / (2 * group["eps"])
+        return d

@@ -51,5 +51,6 @@ class QZO(ZerothOrderOptimizer):
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
 
     def derivative(self, plus: float, minus: float, group: Group) -> float:
-        d = (plus - minus) / (2 * group["eps"])
-        return max(-group["clip"], min(d, group["clip"]))
+        d: float = (plus - minus) / (2 * group["eps"])
+        clip: float = group["clip"]
+        return max(-clip, min(d, clip))

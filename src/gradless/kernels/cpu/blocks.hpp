@@ -23,21 +23,29 @@ INLINE float half_to_float(const uint8_t *p) {
     return f;
 }
 
+// Sixteen bytes at once, on any target that has GCC's or clang's vector types.
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+INLINE Bytes load_bytes(const uint8_t *p) {
+    Bytes v;
+    std::memcpy(&v, p, 16);
+    return v;
+}
+INLINE void store_codes(int8_t *code, Bytes v) { std::memcpy(code, &v, 16); }
+
 // Per type: constants, and unpack(bytes, codes, multiplier, offset_multiplier).
-template <int ZERO> struct Nibbles {
+template <uint8_t ZERO> struct Nibbles {
     INLINE void unpack(const uint8_t *q, int8_t *code) {
-        for (int i = 0; i < 16; i++) {
-            code[i] = (int8_t)((q[i] & 15) - ZERO);
-            code[i + 16] = (int8_t)((q[i] >> 4) - ZERO);
-        }
+        Bytes v = load_bytes(q);
+        store_codes(code, (v & 15) - ZERO);
+        store_codes(code + 16, (v >> 4) - ZERO);
     }
     INLINE void unpack_fifth(const uint8_t *qh, const uint8_t *q, int8_t *code) {
-        uint32_t high;
-        std::memcpy(&high, qh, 4);
-        for (int i = 0; i < 16; i++) {
-            code[i] = (int8_t)(((q[i] & 15) | ((high >> i & 1) << 4)) - ZERO);
-            code[i + 16] = (int8_t)(((q[i] >> 4) | ((high >> (i + 16) & 1) << 4)) - ZERO);
-        }
+        const Bytes bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+        const Bytes low = {qh[0], qh[0], qh[0], qh[0], qh[0], qh[0], qh[0], qh[0], qh[1], qh[1], qh[1], qh[1], qh[1], qh[1], qh[1], qh[1]};
+        const Bytes high = {qh[2], qh[2], qh[2], qh[2], qh[2], qh[2], qh[2], qh[2], qh[3], qh[3], qh[3], qh[3], qh[3], qh[3], qh[3], qh[3]};
+        Bytes v = load_bytes(q);
+        store_codes(code, ((v & 15) | ((Bytes)((low & bit) != 0) & 16)) - ZERO);
+        store_codes(code + 16, ((v >> 4) | ((Bytes)((high & bit) != 0) & 16)) - ZERO);
     }
 };
 

@@ -9,7 +9,7 @@
 #include "noise.hpp"
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
-#define CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
 #endif
@@ -64,12 +64,10 @@ template <class T> INLINE float moved(const Blocks &t, const Move &move, const u
     return y;
 }
 
-template <class T, class Out> INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, int64_t row, float *z, Out *out) {
-    const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
-    const float *master = t.master ? t.master + row * t.blocks : nullptr;
-    if (view) Coordinates::read(*u, row * t.blocks, t.blocks, z);
-    constexpr int group = T::size / T::groups;
-    for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes, out += T::size) {
+// What a forward reads of one row: each block's scale and offset, under the view.
+template <class T>
+INLINE void row_fields(const Blocks &t, const Move *view, const uint8_t *b, const float *master, const float *z, float *scale, float *offset) {
+    for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes) {
         float d = half_to_float(b + T::scale_at), m = T::offset_at < 0 ? 0 : half_to_float(b + T::offset_at);
         if (master) {
             float x = view ? moved<T>(t, *view, b, master[k], z[k]) : master[k];
@@ -79,15 +77,27 @@ template <class T, class Out> INLINE void dequantize_row(const Blocks &t, const 
                 d = x;
             }
         }
-        int8_t code[T::size];
+        scale[k] = d, offset[k] = m;
+    }
+}
+
+template <class T, class Out>
+INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, int64_t row, float *z, Out *out) {
+    const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
+    float *scale = z + t.blocks, *offset = z + 2 * t.blocks;
+    if (view) Coordinates::read(*u, row * t.blocks, t.blocks, z);
+    row_fields<T>(t, view, b, t.master ? t.master + row * t.blocks : nullptr, z, scale, offset);
+    constexpr int group = T::size / T::groups;
+    for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes, out += T::size) {
+        alignas(64) int8_t code[T::size];
         float multiplier[T::groups], offset_multiplier[T::groups];
         T::unpack(b, code, multiplier, offset_multiplier);
         for (int g = 0; g < T::groups; g++) {
-            float scale = T::groups == 1 ? d : d * multiplier[g];
-            float offset = T::groups == 1 ? m : m * offset_multiplier[g];
+            float s = T::groups == 1 ? scale[k] : scale[k] * multiplier[g];
+            float o = T::groups == 1 ? offset[k] : offset[k] * offset_multiplier[g];
             for (int i = 0; i < group; i++) {
-                float w = scale * (float)code[g * group + i];
-                if (T::offset_at >= 0) w = w + offset;
+                float w = s * (float)code[g * group + i];
+                if (T::offset_at >= 0) w = w + o;
                 store(out + g * group + i, w);
             }
         }
@@ -108,7 +118,7 @@ template <class T, class Out> INLINE void dequantize_row(const Blocks &t, const 
 #define WORKER(NAME, OUT) \
     CLONES void NAME(const Blocks &t, const Move *view, int64_t begin, int64_t end, OUT *out) { \
         Coordinates u; \
-        std::vector<float> z(view ? t.blocks : 0); \
+        std::vector<float> z(3 * t.blocks); \
         if (view) u.words = view->direction, u.distribution = view->distribution; \
         EACH_TYPE(DEQUANTIZE) \
     }

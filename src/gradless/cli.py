@@ -1,0 +1,242 @@
+"""The command line. It parses, calls `run` and prints; torch is imported only when a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from gradless import __version__
+from gradless.errors import GradlessError
+from gradless.training.options import RunOptions
+
+TUNE_EXAMPLES = """\
+examples:
+  gradless tune model.gguf train.tsv --eval dev.tsv --task sst2 --output runs/first
+  gradless tune model.gguf tickets.csv --template "{text} This is" --labels bug=broken,wish=desired --max-minutes 20
+  gradless tune model.gguf train.tsv --task sst2 --output runs/first --resume
+  gradless tune dense-folder/ train.tsv --task sst2 --method mezo --output runs/mezo
+  gradless tune model.gguf train.tsv --config run.yaml
+"""
+EVAL_EXAMPLES = """\
+examples:
+  gradless eval runs/first/model.gguf dev.tsv --task sst2 --json
+  gradless eval model.gguf dev.tsv --template "Review: {text}\\nSentiment:" --labels 0=negative,1=positive
+"""
+REPLAY_EXAMPLES = """\
+example:
+  gradless replay model.gguf runs/first/journal.db --output tuned.gguf
+"""
+INFO_EXAMPLES = """\
+example:
+  gradless info model.gguf
+"""
+DEQUANTIZE_EXAMPLES = """\
+example:
+  gradless dequantize model.gguf --output dense-folder
+"""
+DATA_HELP = "JSONL, CSV, TSV, Parquet or SQuAD JSON, or the name of a data set."
+EVAL_OPTIONS = ("task", "template", "labels", "split", "eval_rows", "max_length", "batch_size", "threads")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="gradless",
+        description="Fine-tune a quantized model with forward passes only, and get the same file format back.",
+    )
+    top.add_argument("--version", action="version", version=f"gradless {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    tune = _command(commands, "tune", "Tune a model on labelled rows.", TUNE_EXAMPLES)
+    tune.add_argument("model", help="A GGUF file, or a folder of a dense model (mezo).")
+    tune.add_argument("data", help=DATA_HELP)
+    tune.add_argument("--config", metavar="FILE", help="YAML with the same names as these options; options given here win.")
+    _options(tune, [field.name for field in fields(RunOptions)])
+
+    evaluate = _command(commands, "eval", "Measure a model on labelled rows.", EVAL_EXAMPLES)
+    evaluate.add_argument("model", help="A GGUF file, or a folder of a dense model.")
+    evaluate.add_argument("data", help=DATA_HELP)
+    _options(evaluate, EVAL_OPTIONS)
+
+    replay = _command(commands, "replay", "Rebuild a tuned model from its base and its journal.", REPLAY_EXAMPLES)
+    replay.add_argument("model", help="The base that the run began with.")
+    replay.add_argument("journal", help="The run's journal.db.")
+    replay.add_argument("--output", required=True, metavar="FILE", help="The tuned model to write.")
+    replay.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
+
+    info = _command(commands, "info", "Show what a file holds and what each method would tune.", INFO_EXAMPLES)
+    info.add_argument("model", help="A GGUF file.")
+    _options(info, ["eps"])
+
+    dequantize = _command(commands, "dequantize", "Write a GGUF file as a dense bf16 folder.", DEQUANTIZE_EXAMPLES)
+    dequantize.add_argument("model", help="A GGUF file.")
+    dequantize.add_argument("--output", required=True, metavar="DIR", help="The folder to write.")
+    dequantize.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
+    return top
+
+
+def _command(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_argument("--json", action="store_true", help="Print one JSON object, and nothing else, on standard output.")
+    return command
+
+
+def _options(command: argparse.ArgumentParser, names: Any) -> None:
+    """Flags for the named fields of RunOptions; absent ones stay absent, so that --config can fill them."""
+    for field in fields(RunOptions):
+        if field.name in names:
+            flag = "--" + field.name.replace("_", "-")
+            text = field.metadata["help"]
+            if field.default is not None and field.default is not False:
+                text += f" (default: {field.default})"
+            if field.type == "bool":
+                command.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            else:
+                kind = next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))
+                command.add_argument(
+                    flag,
+                    type=kind,
+                    default=argparse.SUPPRESS,
+                    choices=field.metadata.get("choices"),
+                    metavar=field.metadata.get("metavar", None if "choices" in field.metadata else "N"),
+                    help=text,
+                )
+
+
+def run_options(arguments: argparse.Namespace) -> RunOptions:
+    """The options that a command line and its --config give together.
+
+    Raises:
+        GradlessError: the configuration cannot be read, or has a name that is no option.
+    """
+    names = {field.name for field in fields(RunOptions)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    if getattr(arguments, "config", None):
+        given = {**_read_config(Path(arguments.config), names), **given}
+    return RunOptions(**given)
+
+
+def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise GradlessError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise GradlessError(f"--config {path} is not a list of 'name: value' lines.")
+    content = {str(name).replace("-", "_"): value for name, value in content.items()}
+    unknown = sorted(content.keys() - names)
+    if unknown:
+        raise GradlessError(f"--config {path} has no option {unknown[0]!r}; see gradless tune --help for their names.")
+    types = {field.name: str(field.type) for field in fields(RunOptions)}
+    for name, value in content.items():
+        if "float" in types[name] and isinstance(value, int | str) and not isinstance(value, bool):
+            try:  # YAML reads 1e-3 as a string
+                content[name] = float(value)
+            except ValueError as error:
+                raise GradlessError(f"--config {path}: {name} is {value!r}, not a number.") from error
+    return content
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parsed = parser().parse_args(arguments)
+    try:
+        return _COMMANDS[parsed.command](parsed)
+    except GradlessError as error:
+        print(f"gradless: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gradless: stopped", file=sys.stderr)
+        return 130
+
+
+def _tune(parsed: argparse.Namespace) -> int:
+    options = run_options(parsed)
+    _prepare_libraries()
+    from gradless import run
+
+    summary = run.tune(parsed.model, parsed.data, options, quiet=parsed.json)
+    if parsed.json:
+        print(json.dumps(summary))
+    return 0 if summary["finished"] else 130
+
+
+def _eval(parsed: argparse.Namespace) -> int:
+    options = run_options(parsed)
+    _prepare_libraries()
+    import torch
+
+    from gradless import run
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result = run.evaluate(parsed.model, parsed.data, options, quiet=parsed.json)
+    if parsed.json:
+        print(json.dumps(result))
+    else:
+        print(
+            "  ".join(
+                f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items()
+            )
+        )
+    return 0
+
+
+def _replay(parsed: argparse.Namespace) -> int:
+    _prepare_libraries()
+    from gradless import run
+
+    result = run.replay(parsed.model, parsed.journal, parsed.output, overwrite=parsed.overwrite, quiet=parsed.json)
+    if parsed.json:
+        print(json.dumps(result))
+    else:
+        print(f"wrote {result['output']}: {result['steps']} steps at {result['steps_per_second']} a second")
+    return 0
+
+
+def _info(parsed: argparse.Namespace) -> int:
+    from gradless.report import info
+
+    description = info.describe(parsed.model, run_options(parsed).eps)
+    print(json.dumps(description) if parsed.json else info.as_text(description))
+    return 0
+
+
+def _dequantize(parsed: argparse.Namespace) -> int:
+    _prepare_libraries()
+    from gradless.formats.dense import write_folder
+    from gradless.formats.gguf_model import dequantized, load_gguf
+
+    output = Path(parsed.output)
+    if output.exists() and not parsed.overwrite:
+        raise GradlessError(f"{output} exists; give --overwrite to replace it, or another --output.")
+    loaded = load_gguf(parsed.model)
+    write_folder(dequantized(loaded), loaded.tokenizer, output)
+    print(json.dumps({"output": str(output)}) if parsed.json else f"wrote {output}")
+    return 0
+
+
+def _prepare_libraries() -> None:
+    """Keep the libraries quiet and, for a local file, off the network."""
+    import os
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+_COMMANDS = {"tune": _tune, "eval": _eval, "replay": _replay, "info": _info, "dequantize": _dequantize}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Dense checkpoints: a folder of safetensors that transformers loads. What MeZO tunes, and what `dequantize` writes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradless.errors import GradlessError
+from gradless.files import sha256
+from gradless.spaces import Space, parameters
+
+
+@dataclass
+class DenseModel:
+    """A dense transformers model and the folder it came from."""
+
+    path: Path
+    model: Any
+    tokenizer: Any
+
+    output_name = "model"
+    quantized = False
+
+    @classmethod
+    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> DenseModel:
+        """Load a folder; safetensors only, no remote code."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        path = Path(path)
+        if not list(path.glob("*.safetensors")) or not (path / "config.json").is_file():
+            raise GradlessError(f"{path} holds no dense model; a folder needs config.json and *.safetensors.")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+        model.requires_grad_(False).eval()
+        return cls(path, model, tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=True))
+
+    def fingerprint(self) -> str:
+        """One hash of all the weights."""
+        parts = "".join(f"{file.name}:{sha256(file)};" for file in sorted(self.path.glob("*.safetensors")))
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    def tunable(self) -> dict[str, list[str]]:
+        """Names of what can be searched, by kind."""
+        return {"parameters": [space.name for space in parameters(self.model)]}
+
+    def spaces(self, kind: str, names: list[str], *, master: bool = False, **_: Any) -> list[Space]:
+        """Spaces over the named parameters."""
+        del kind
+        wanted = set(names)
+        return parameters(self.model, lambda name, _module: name in wanted, master=master)
+
+    def save(self, path: Path, spaces: list[Space]) -> None:
+        """Write the tuned folder, whole or not at all."""
+        del spaces
+        write_folder(self.model, self.tokenizer, path)
+
+
+def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
+    """Save a model and its tokenizer to a folder, under a temporary name first."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except OSError as error:
+        raise GradlessError(f"could not write {path}: {error.strerror or error}; nothing was changed there.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,164 @@
+"""The durable record of a run: with the base file, it is the tuned model.
+
+One SQLite file. Every step is committed to the disk before it moves a weight, so a run that is killed at any moment holds
+each step either whole or not at all, and replaying its rows, which needs neither data nor forwards, gives the same bits.
+Rows are chained by digests: a journal that was edited is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gradless.errors import GradlessError
+from gradless.methods.base import Estimate
+
+FORMAT = 1
+"""Of the tables, and of the arithmetic behind them: noise, rounding, the order of operations."""
+
+_SCHEMA = """
+CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE steps (
+    step INTEGER PRIMARY KEY,
+    losses TEXT NOT NULL,    -- [[loss at +eps, loss at -eps] of each query]
+    estimate TEXT NOT NULL,  -- [[d of each query] of each parameter group]
+    lr TEXT NOT NULL,        -- [of each parameter group]
+    seconds REAL NOT NULL,   -- since the run began, pauses left out
+    digest TEXT NOT NULL     -- of this row's step, losses, estimate and lr, and the digest before
+) STRICT;
+CREATE TABLE evaluations (step INTEGER PRIMARY KEY, metrics TEXT NOT NULL, seconds REAL NOT NULL) STRICT;
+CREATE TABLE finished (steps INTEGER NOT NULL, digest TEXT NOT NULL) STRICT;
+"""
+
+
+class Journal:
+    """A run's journal, open for appending or for reading.
+
+    Attributes:
+        path: of the file.
+        header: what the run is: base hash, method, spaces, configuration, environment (plain JSON values).
+        steps: how many steps it holds.
+        seconds: the run's time at its last step.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path, self._connection = path, connection
+        self.header: dict[str, Any] = {}
+        self.steps = 0
+        self.seconds = 0.0
+        self._digest = ""
+
+    @classmethod
+    def create(cls, path: Path, header: dict[str, Any]) -> Journal:
+        """Begin a journal; `header` must survive JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        journal = cls(path, _connect(path))
+        with journal._connection as transaction:
+            transaction.executescript("BEGIN;" + _SCHEMA)
+            rows = [(name, json.dumps(value)) for name, value in {"format": FORMAT, **header}.items()]
+            transaction.executemany("INSERT INTO header VALUES (?, ?)", rows)
+        journal._read_header()
+        return journal
+
+    @classmethod
+    def open(cls, path: Path) -> Journal:
+        """Open a journal and check it from end to end.
+
+        Raises:
+            GradlessError: there is none, it is truncated or edited, or its format is another version's.
+        """
+        if not path.is_file():
+            raise GradlessError(f"there is no journal {path}; a run writes it as journal.db in its output folder.")
+        try:
+            journal = cls(path, _connect(path))
+            journal._read_header()
+            journal._verify()
+        except (sqlite3.DatabaseError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise GradlessError(f"{path} is not a whole journal ({error}); restore it from a copy.") from error
+        return journal
+
+    def _read_header(self) -> None:
+        rows = self._connection.execute("SELECT name, value FROM header ORDER BY name").fetchall()
+        self.header = {name: json.loads(value) for name, value in rows}
+        if self.header.get("format") != FORMAT:
+            raise GradlessError(
+                f"{self.path} has journal format {self.header.get('format')}, and this gradless replays format {FORMAT}; "
+                f"use the version that wrote it ({self.header.get('environment', {}).get('gradless', 'unknown')})."
+            )
+        self._digest = hashlib.blake2b(repr(rows).encode(), digest_size=16).hexdigest()
+
+    def _verify(self) -> None:
+        query = "SELECT step, losses, estimate, lr, seconds, digest FROM steps ORDER BY step"
+        for expected, (step, losses, estimate, lr, seconds, digest) in enumerate(self._connection.execute(query)):
+            self._digest = _chained(self._digest, step, losses, estimate, lr)
+            if step != expected or digest != self._digest:
+                raise GradlessError(
+                    f"{self.path} was changed: step {expected} is not what the run wrote; restore it from a copy."
+                )
+            self.steps, self.seconds = step + 1, seconds
+        for steps, digest in self._connection.execute("SELECT steps, digest FROM finished"):
+            if (steps, digest) != (self.steps, self._digest):
+                raise GradlessError(
+                    f"{self.path} is truncated: its run finished {steps} steps and it holds {self.steps}; "
+                    "restore it from a copy."
+                )
+
+    def append(self, estimate: Estimate, seconds: float) -> None:
+        """Commit a step to the disk. Call it before the step's update."""
+        columns = (json.dumps(estimate.losses), json.dumps(estimate.d), json.dumps(estimate.lr))
+        digest = _chained(self._digest, estimate.step, *columns)
+        with self._connection as transaction:
+            transaction.execute("DELETE FROM finished")
+            transaction.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?)", (estimate.step, *columns, seconds, digest))
+        self._digest, self.steps, self.seconds = digest, estimate.step + 1, seconds
+
+    def evaluated(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Record an evaluation after `step` steps."""
+        with self._connection as transaction:
+            transaction.execute("REPLACE INTO evaluations VALUES (?, ?, ?)", (step, json.dumps(metrics), seconds))
+
+    def estimates(self) -> Iterator[Estimate]:
+        """Every step, in order."""
+        for step, losses, d, lr in self._connection.execute("SELECT step, losses, estimate, lr FROM steps ORDER BY step"):
+            yield Estimate(
+                step,
+                tuple(tuple(pair) for pair in json.loads(losses)),
+                tuple(tuple(group) for group in json.loads(d)),
+                tuple(json.loads(lr)),
+            )
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """Every evaluation: its metrics, and `step` and `seconds`."""
+        query = "SELECT step, metrics, seconds FROM evaluations ORDER BY step"
+        return [
+            {"step": step, "seconds": seconds, **json.loads(metrics)}
+            for step, metrics, seconds in self._connection.execute(query)
+        ]
+
+    def finish(self) -> None:
+        """Mark the run as finished, and fold SQLite's write-ahead log in so that the file stands alone."""
+        with self._connection as transaction:
+            transaction.execute("DELETE FROM finished")
+            transaction.execute("INSERT INTO finished VALUES (?, ?)", (self.steps, self._digest))
+        self.close()
+
+    def close(self) -> None:
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._connection.execute("PRAGMA journal_mode=DELETE")
+        self._connection.close()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    return connection
+
+
+def _chained(previous: str, step: int, losses: str, estimate: str, lr: str) -> str:
+    text = "\n".join((previous, str(step), losses, estimate, lr))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

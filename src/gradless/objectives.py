@@ -1,0 +1,274 @@
+"""What is minimized: how well a model scores the right answer.
+
+An example is a prompt and its candidate completions. A candidate's score is its mean token log-probability (MeZO's rule).
+Among several candidates the loss is the cross-entropy over their scores and the prediction is the best one; a lone
+candidate's loss is minus its score. Logits are computed at supervised positions only, and where every candidate is one
+token, the head computes those tokens' logits alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradless.errors import GradlessError
+from gradless.layers import reading_at, restricted_to
+
+MAX_ANSWER_TOKENS = 50
+PACKED_ROW = 64
+"""Least length of a packed row: longer rows spend more on attention across sequences, shorter ones more on padding."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, its candidates and the right one.
+
+    Attributes:
+        prompt: text before the answer.
+        candidates: possible completions; one where the data only says what is right.
+        label: index of the right candidate.
+        answers: accepted answers of a question that is evaluated by generating, else None.
+    """
+
+    prompt: str
+    candidates: tuple[str, ...]
+    label: int = 0
+    answers: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """An `Example` as token ids: each candidate's completion may begin at its own prompt's end."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    completions: tuple[tuple[int, ...], ...]
+    label: int
+    answers: tuple[str, ...] | None = None
+
+    @property
+    def words(self) -> tuple[int, ...] | None:
+        """The candidates' token ids, if all are one token after one prompt."""
+        if len(self.completions) > 1 and len(set(self.prompts)) == 1 and all(len(c) == 1 for c in self.completions):
+            return tuple(c[0] for c in self.completions)
+        return None
+
+    def __len__(self) -> int:
+        return max(len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True))
+
+
+def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int | None = None) -> TokenizedExample:
+    """Tokenize an example.
+
+    Args:
+        example: the example.
+        tokenizer: of the model.
+        context: tokens that the model can read at once.
+        max_length: drop tokens from a longer prompt's left, or None: such a prompt must fit the context.
+
+    Raises:
+        GradlessError: the prompt and an answer do not fit, or a completion is empty.
+    """
+    limit = min(context, max_length or context)
+    joint = "" if example.prompt.endswith(("\n", " ")) else " "
+    prompt = list(tokenizer(example.prompt).input_ids)
+    prompts, completions = [], []
+    for candidate in example.candidates:
+        whole = list(tokenizer(example.prompt + joint + candidate).input_ids)
+        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
+        if shared == len(whole):
+            raise GradlessError(f"an answer is empty after the prompt {example.prompt[-60:]!r}; drop that row.")
+        if len(whole) > limit and max_length is None:
+            raise GradlessError(
+                f"a prompt of {len(whole)} tokens is longer than the model's context of {context}: "
+                f"{example.prompt[:60]!r}...; shorten it, or give --max-length to keep only the end of long prompts."
+            )
+        completion = whole[shared:][: limit - 1]
+        prompts.append(tuple(whole[:shared][-(limit - len(completion)) :]))
+        completions.append(tuple(completion))
+    return TokenizedExample(tuple(prompts), tuple(completions), example.label, example.answers)
+
+
+def collate(examples: Sequence[TokenizedExample], *, packed: bool = True) -> dict[str, Any]:
+    """A batch: its sequences packed end to end into rows, so that next to nothing is padding.
+
+    Args:
+        examples: of the batch.
+        packed: whether the model keeps sequences in one row apart by their position ids; otherwise each gets a row.
+
+    Returns:
+        `input_ids`, `position_ids`: int64 (rows, length); position ids begin anew with each sequence.
+        `rows`, `columns`: int64 (supervised,), the positions whose logits are needed, sequence by sequence.
+        `targets`: int64 (supervised,), what they predict.
+        `counts`: supervised positions of each sequence.
+        `words`: int64 (candidates,) where all examples choose among the same single tokens, else None: then there is one
+            sequence an example; otherwise one a candidate.
+        `sizes`: candidates of each example. `labels`: int64 (examples,).
+    """
+    words = examples[0].words
+    if words is not None and any(example.words != words for example in examples):
+        words = None
+    pairs = [
+        pair
+        for example in examples
+        for pair in list(zip(example.prompts, example.completions, strict=True))[: 1 if words else None]
+    ]
+    sequences = [(*prompt, *completion[:-1]) for prompt, completion in pairs]
+    places = _pack([len(ids) for ids in sequences], PACKED_ROW if packed else 0)
+    n_rows = 1 + max(row for row, _ in places)
+    length = max(start + len(ids) for (_, start), ids in zip(places, sequences, strict=True))
+    # Unfilled places hold token 0 at position 0: each is a sequence of its own, which no other attends to.
+    input_ids = torch.zeros(n_rows, length, dtype=torch.int64)
+    position_ids = torch.zeros_like(input_ids)
+    rows: list[int] = []
+    columns: list[int] = []
+    for (row, start), ids, (prompt, _) in zip(places, sequences, pairs, strict=True):
+        input_ids[row, start : start + len(ids)] = torch.tensor(ids)
+        position_ids[row, start : start + len(ids)] = torch.arange(len(ids))
+        supervised = range(start + len(prompt) - 1, start + len(ids))
+        rows += [row] * len(supervised)
+        columns += supervised
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids if packed else None,
+        "rows": torch.tensor(rows),
+        "columns": torch.tensor(columns),
+        "targets": torch.tensor([token for _, completion in pairs for token in completion]),
+        "counts": [len(completion) for _, completion in pairs],
+        "words": None if words is None else torch.tensor(words),
+        "sizes": [len(example.completions) for example in examples],
+        "labels": torch.tensor([example.label for example in examples]),
+    }
+
+
+def _pack(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:
+    """(row, start) of each sequence: the longest first, each into the first row with room for it."""
+    room = max(row_length, max(lengths) if row_length else 0)
+    filled: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, used in enumerate(filled) if used + lengths[i] <= room), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        places[i] = (row, filled[row])
+        filled[row] += lengths[i]
+    return places
+
+
+def packs(model: Any) -> bool:
+    """Whether the model takes position ids, by which transformers keeps packed sequences apart."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def scores(model: Any, batch: dict[str, Any]) -> list[Tensor]:
+    """Every candidate's score: for each example fp32 (candidates,), up to a constant of the example."""
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if batch[name] is not None}
+    head, words, targets = model.get_output_embeddings(), batch["words"], batch["targets"]
+    with reading_at(head, batch["rows"], batch["columns"]), restricted_to(head, words) as restricted:
+        logits = model(**inputs, use_cache=False).logits[0].float()
+    if words is not None:
+        return list(logits if restricted else logits[:, words])
+    logprobs = -F.cross_entropy(logits, targets, reduction="none")
+    means = torch.stack([one.mean() for one in torch.split(logprobs, batch["counts"])])
+    return list(torch.split(means, batch["sizes"]))
+
+
+def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(loss, whether the prediction is right) of every example: fp32 and bool, (examples,)."""
+    each, right = [], []
+    for score, label in zip(scores(model, batch), batch["labels"], strict=True):
+        each.append(-score[0] if len(score) == 1 else F.cross_entropy(score, label))
+        right.append(score.argmax() == label)
+    return torch.stack(each), torch.stack(right)
+
+
+def batches(examples: Sequence[TokenizedExample], size: int) -> Iterator[list[TokenizedExample]]:
+    """Batches of examples of like length, for evaluation."""
+    ordered = sorted(examples, key=len)
+    for start in range(0, len(ordered), size):
+        yield list(ordered[start : start + size])
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Any, examples: Sequence[TokenizedExample], tokenizer: Any, *, batch_size: int = 32, progress: Any = None
+) -> dict[str, float]:
+    """Loss and accuracy over examples.
+
+    Returns:
+        `loss`; `accuracy` and macro `f1` where there are candidates to choose from; for questions with answers,
+        `accuracy` is exact match and `f1` is SQuAD's, of at most 50 greedily generated tokens up to a newline.
+    """
+    total, right, confusion, packed = 0.0, 0, Counter[tuple[int, int]](), packs(model)
+    for batch in batches(examples, batch_size):
+        made = collate(batch, packed=packed)
+        for score, label in zip(scores(model, made), made["labels"], strict=True):
+            total += float(-score[0] if len(score) == 1 else F.cross_entropy(score, label))
+            guess = int(score.argmax())
+            right += guess == int(label)
+            confusion[guess, int(label)] += 1
+        if progress is not None:
+            progress(len(batch))
+    metrics = {"loss": total / len(examples)}
+    if examples[0].answers is not None:
+        each = [answer_scores(generate(model, e, tokenizer), e.answers or ()) for e in examples]
+        exact, f1 = (sum(column) / len(each) for column in zip(*each, strict=True))
+        return {**metrics, "accuracy": exact, "f1": f1}
+    if any(len(example.completions) > 1 for example in examples):
+        metrics |= {"accuracy": right / len(examples), "f1": _macro_f1(confusion)}
+    return metrics
+
+
+def generate(model: Any, example: TokenizedExample, tokenizer: Any) -> str:
+    """The model's own answer, greedily, up to a newline."""
+    ids = torch.tensor([example.prompts[0]])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=MAX_ANSWER_TOKENS,
+        do_sample=False,
+        stop_strings=["\n"],
+        tokenizer=tokenizer,
+        pad_token_id=_pad(tokenizer),
+    )
+    text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return text.strip().split("\n")[0]
+
+
+def answer_scores(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
+    """SQuAD's exact match and F1 of a predicted answer: the best over the accepted ones."""
+    predicted = _normalized(prediction)
+    exact = f1 = 0.0
+    for answer in map(_normalized, answers):
+        exact = max(exact, float(predicted == answer))
+        common = sum((Counter(predicted) & Counter(answer)).values())
+        f1 = max(f1, 2 * common / (len(predicted) + len(answer)) if common else 0.0)
+    return exact, f1
+
+
+def _normalized(text: str) -> list[str]:
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _macro_f1(confusion: Counter[tuple[int, int]]) -> float:
+    """The unweighted mean over the labels that occur of 2 TP / (2 TP + FP + FN)."""
+    labels = {label for _, label in confusion}
+    f1 = []
+    for label in labels:
+        hits = confusion[label, label]
+        misses = sum(n for (guess, truth), n in confusion.items() if (guess == label) != (truth == label))
+        f1.append(2 * hits / (2 * hits + misses))
+    return sum(f1) / len(f1)
+
+
+def _pad(tokenizer: Any) -> int:
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -1,0 +1,42 @@
+"""A run's loss and accuracy against its steps, drawn from its journal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from gradless.files import replacing
+from gradless.journal import Journal
+
+WINDOW = 50
+
+
+def plot_run(journal_path: Path, picture: Path) -> None:
+    """Draw the training loss (a mean over 50 steps) and, where it was measured, the held-out loss and accuracy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    journal = Journal.open(journal_path)
+    losses = [estimate.loss for estimate in journal.estimates()]
+    measured = journal.evaluations()
+    journal.close()
+    finite = [loss if math.isfinite(loss) else math.nan for loss in losses]
+    means = [sum(finite[max(0, i - WINDOW) : i]) / min(i, WINDOW) for i in range(1, len(finite) + 1)]
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(finite, color="C0", alpha=0.2, linewidth=0.8)
+    axis.plot(means, color="C0", label=f"training loss, mean of {WINDOW} steps")
+    axis.set(xlabel="step", ylabel="loss")
+    if measured:
+        steps = [row["step"] for row in measured]
+        axis.plot(steps, [row["loss"] for row in measured], "o-", color="C1", markersize=4, label="held-out loss")
+        if "accuracy" in measured[0]:
+            right = axis.twinx()
+            right.plot(steps, [row["accuracy"] for row in measured], "s-", color="C2", markersize=4, label="held-out accuracy")
+            right.set(ylabel="accuracy")
+            right.legend(loc="upper right")
+    axis.legend(loc="lower left")
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)

@@ -1,0 +1,109 @@
+"""What a GGUF file holds, and what each method would tune in it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+
+from gradless import kernels
+from gradless.formats.gguf import FLOAT_TYPES, GGUFFile
+from gradless.noise import Direction
+from gradless.tensor import Move, Part, QuantTensor
+from gradless.training.options import defaults
+
+ENOUGH = 0.9
+"""Cosine between an intended perturbation and what is left of it in a bf16 scratch, below which `info` warns."""
+
+
+def describe(path: str, eps: float | None = None) -> dict[str, Any]:
+    """Types, sizes, and what each method would tune.
+
+    Args:
+        path: of the file.
+        eps: the perturbation to check against the scratch's rounding; None for the default.
+    """
+    file = GGUFFile.open(path)
+    counts = Counter(info.type for info in file.tensors.values())
+    weights, nbytes = Counter[str](), Counter[str]()
+    for info in file.tensors.values():
+        weights[info.type] += math.prod(info.shape)
+        nbytes[info.type] += info.nbytes
+    linear = [file.quantized[name] for name in file.linear_layers()]
+    eps = eps or defaults("qzo", quantized=True)[1]
+    return {
+        "path": str(file.path),
+        "bytes": file.path.stat().st_size,
+        "architecture": file.architecture,
+        "name": file.metadata.get("general.name"),
+        "types": [
+            {
+                "type": name,
+                "tensors": counts[name],
+                "weights": weights[name],
+                "bits_per_weight": round(8 * nbytes[name] / weights[name], 3),
+                "bytes": nbytes[name],
+            }
+            for name in sorted(counts, key=lambda name: -nbytes[name])
+        ],
+        "tunable": {
+            "qzo": {"tensors": len(linear), "values": sum(tensor.packed[..., 0].numel() for tensor in linear)},
+            "mezo": {
+                "tensors": sum(counts[name] for name in FLOAT_TYPES),
+                "values": sum(weights[name] for name in FLOAT_TYPES),
+            },
+        },
+        "kernels": kernels.name(),
+        "why_not_compiled": kernels.why_not_compiled(),
+        "eps": eps,
+        "surviving": {tensor.block.name: round(surviving(tensor, eps), 4) for tensor in _one_a_type(linear)},
+    }
+
+
+def _one_a_type(tensors: list[QuantTensor]) -> list[QuantTensor]:
+    return list({tensor.block.name: tensor for tensor in tensors}.values())
+
+
+def surviving(tensor: QuantTensor, eps: float, part: Part = Part.OFFSET) -> float:
+    """The cosine between a perturbation of `tensor` as meant, in fp32, and as a bf16 scratch holds it."""
+    own = QuantTensor(tensor.name, tensor.block, tensor.packed)
+    own.tune(part)
+    rows = torch.arange(min(own.rows, 256))
+    sides = []
+    for dtype in (torch.float32, torch.bfloat16):
+        moved = []
+        for sign in (+1, -1):
+            own.view = Move(Direction(0, 0), sign * eps)
+            moved.append(kernels.dequantize(own, rows, dtype).float())
+        sides.append(moved[0] - moved[1])
+    return float(torch.nn.functional.cosine_similarity(sides[0].flatten(), sides[1].flatten(), dim=0))
+
+
+def as_text(description: dict[str, Any]) -> str:
+    """The description for a person."""
+    lines = [
+        f"{description['path']}: {description['name']} ({description['architecture']}), {description['bytes']:,} bytes",
+        "",
+        f"  {'type':6} {'tensors':>8} {'weights':>14} {'bits':>7} {'bytes':>14}",
+    ]
+    for row in description["types"]:
+        lines.append(
+            f"  {row['type']:6} {row['tensors']:>8} {row['weights']:>14,} {row['bits_per_weight']:>7} {row['bytes']:>14,}"
+        )
+    tunable = description["tunable"]
+    lines += [
+        "",
+        f"  qzo would tune  {tunable['qzo']['values']:>12,} block values in {tunable['qzo']['tensors']} linear layers",
+        f"  mezo would tune {tunable['mezo']['values']:>12,} values in {tunable['mezo']['tensors']} float tensors",
+        f"  kernels: {description['kernels']}"
+        + (f" ({description['why_not_compiled']})" if description["why_not_compiled"] else ""),
+    ]
+    for name, cosine in description["surviving"].items():
+        if cosine < ENOUGH:
+            lines.append(
+                f"  warning: of a perturbation of eps {description['eps']} only a cosine of {cosine:.2f} survives "
+                f"{name}'s bf16 scratch; give a larger --eps."
+            )
+    return "\n".join(lines)

@@ -1,0 +1,409 @@
+"""A run from files to files: what `gradless tune`, `eval` and `replay` do."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from gradless import noise, objectives
+from gradless.errors import GradlessError
+from gradless.formats.dense import DenseModel
+from gradless.formats.gguf import GGUFFile
+from gradless.formats.gguf_model import GGUFModel, file_spaces, load_gguf, save_file
+from gradless.journal import Journal
+from gradless.memory import resident_bytes
+from gradless.objectives import TokenizedExample
+from gradless.tasks.data import Row, read_rows
+from gradless.tasks.prompts import Task, choose_task
+from gradless.training.options import MAY_CHANGE, MethodOptions, RunOptions
+from gradless.training.trainer import ZOConfig, ZOTrainer, build_optimizer
+
+DEFAULT_STEPS = 1000
+ROUNDING_EXAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenized examples and what they came from."""
+
+    examples: list[TokenizedExample]
+    task: Task
+    rows: list[Row]
+
+
+def load_model(path: str | Path) -> GGUFModel | DenseModel:
+    """Load a GGUF file, or a folder of a dense model."""
+    return DenseModel.load(path) if Path(path).is_dir() else load_gguf(path)
+
+
+def prepare(
+    source: str,
+    loaded: GGUFModel | DenseModel,
+    options: RunOptions,
+    *,
+    limit: int | None = None,
+    shuffled: bool = False,
+) -> Prepared:
+    """Read rows, make examples and tokenize them.
+
+    Args:
+        source: of the rows.
+        loaded: the model, for its tokenizer and context.
+        options: the run's.
+        limit: use so many rows only.
+        shuffled: take them in the seed's order, not the first.
+    """
+    rows = read_rows(source, split=options.split)
+    if shuffled and limit is not None:
+        rows = [rows[i] for i in noise.permutation(options.seed, 0, len(rows)).tolist()]
+    rows = rows[:limit]
+    labels = None if options.labels is None else _parse_labels(options.labels)
+    task = choose_task(options.task, options.template, labels, rows[0], loaded.tokenizer)
+    context = getattr(loaded.model.config, "max_position_embeddings", 2**31)
+    examples = [
+        objectives.tokenize(example, loaded.tokenizer, context=context, max_length=options.max_length)
+        for example in task.examples(rows, source)
+    ]
+    return Prepared(examples, task, rows)
+
+
+def _parse_labels(text: str) -> dict[str, str]:
+    pairs = [pair.split("=", 1) for pair in text.split(",")]
+    if any(len(pair) != 2 or not pair[0] or not pair[1] for pair in pairs):
+        raise GradlessError(f"--labels {text!r} is not of the form 0=terrible,1=great.")
+    return {label.strip(): word.strip() for label, word in pairs}
+
+
+def evaluate(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> dict[str, Any]:
+    """Measure a model on rows: `accuracy`, `f1`, `loss`, `examples`, `seconds`."""
+    loaded = load_model(model)
+    prepared = prepare(data, loaded, options, limit=options.eval_rows)
+    return measure(loaded, prepared.examples, quiet=quiet)
+
+
+def measure(loaded: GGUFModel | DenseModel, examples: list[TokenizedExample], *, quiet: bool = False) -> dict[str, Any]:
+    """Metrics of a loaded model on examples, with a progress bar."""
+    began = time.perf_counter()
+    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+        bar = progress.add_task("evaluating", total=len(examples))
+        metrics = objectives.evaluate(loaded.model, examples, loaded.tokenizer, progress=lambda n: progress.advance(bar, n))
+    return {**metrics, "examples": len(examples), "seconds": round(time.perf_counter() - began, 2)}
+
+
+def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> dict[str, Any]:
+    """Tune a model; write the tuned model, the journal and the loss curve to `options.output`.
+
+    Returns:
+        A summary: `before` and `after` (metrics on --eval, where given), `steps`, `skipped`, `seconds`, `output`,
+        `rounding` (losses before and after scales were rounded to the file's type), `finished`.
+    """
+    output = Path(options.output)
+    _claim(output, options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    say = Console(stderr=True, quiet=quiet).print
+    say(f"loading {model}")
+    loaded = load_model(model)
+    train = prepare(data, loaded, options, limit=options.train_rows, shuffled=True)
+    held_out = None if options.eval is None else prepare(options.eval, loaded, options, limit=options.eval_rows)
+    if options.overwrite:
+        _clear(output)
+
+    steps = options.steps or (10**9 if options.max_minutes else DEFAULT_STEPS)
+    before = None
+    if held_out is not None:
+        resumed = _first_evaluation(output) if options.resume else None
+        before = resumed or measure(loaded, held_out.examples, quiet=quiet)
+        say(f"before: {_shown(before)}")
+    trainer = _make_trainer(loaded, train, held_out, options, steps, output)
+    line = ProgressLine(trainer, options, before, quiet=quiet)
+    trainer.add_callback(line)
+    with _stopping_on_interrupt(line):
+        trainer.train(resume_from_checkpoint=str(output) if options.resume else None)
+    journal = trainer.journal
+    assert journal is not None
+    summary: dict[str, Any] = {
+        "finished": not line.interrupted,
+        "steps": journal.steps,
+        "skipped": trainer.skipped,
+        "seconds": round(journal.seconds, 1),
+        "output": str(output),
+        "before": before,
+    }
+    if line.interrupted:
+        journal.close()
+        say(f"stopped after step {journal.steps}. To go on, run the same command with --resume.")
+        return summary
+
+    target = output / loaded.output_name
+    loaded.save(target, trainer.zeroth_order.spaces)
+    if held_out is not None:
+        summary["after"] = measure(loaded, held_out.examples, quiet=quiet)
+        journal.evaluated(journal.steps, summary["after"], journal.seconds)
+        say(f"after:  {_shown(summary['after'])}")
+    if isinstance(loaded, GGUFModel):
+        some = (held_out or train).examples[:ROUNDING_EXAMPLES]
+        summary["rounding"] = rounding_report(loaded, target, some)
+        say(_shown_rounding(summary["rounding"]))
+    journal.finish()
+    from gradless.report.curve import plot_run
+
+    plot_run(output / "journal.db", output / "loss.png")
+    say(f"wrote {target}, {output / 'journal.db'} and {output / 'loss.png'}")
+    return summary
+
+
+def _claim(output: Path, options: RunOptions) -> None:
+    """Refuse an output folder that holds a run, unless told what to do with it."""
+    journal = output / "journal.db"
+    if options.resume and options.overwrite:
+        raise GradlessError("--resume and --overwrite contradict each other; give one.")
+    if journal.exists() and not (options.resume or options.overwrite):
+        raise GradlessError(
+            f"{output} holds a run; give --resume to go on with it, --overwrite to replace it, or another --output."
+        )
+    if options.resume and not journal.exists():
+        raise GradlessError(f"{output} holds no run to resume; leave --resume out to start one.")
+
+
+def _clear(output: Path) -> None:
+    for name in ("journal.db", "journal.db-wal", "journal.db-shm", "loss.png", "model.gguf"):
+        (output / name).unlink(missing_ok=True)
+    shutil.rmtree(output / "model", ignore_errors=True)
+
+
+def _make_trainer(
+    loaded: GGUFModel | DenseModel,
+    train: Prepared,
+    held_out: Prepared | None,
+    options: RunOptions,
+    steps: int,
+    output: Path,
+) -> ZOTrainer:
+    config = ZOConfig(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        eval_strategy="no" if held_out is None else "steps",
+        eval_steps=options.eval_every,
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **{field.name: getattr(options, field.name) for field in fields(MethodOptions)},
+        seed=options.seed,
+    )
+    shown = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
+    trainer = ZOTrainer(
+        loaded.model,
+        config,
+        train_dataset=train.examples,
+        eval_dataset=None if held_out is None else held_out.examples,
+        checkpoint=loaded,
+        processing_class=loaded.tokenizer,
+        about={"options": shown, "task": train.task.name, "data": _fingerprint(train.examples)},
+    )
+    trainer.allow_changes = options.allow_changes
+    trainer.schedule = _schedule(options, steps, trainer)
+    return trainer
+
+
+def _schedule(options: RunOptions, steps: int, trainer: ZOTrainer) -> Callable[[int], float]:
+    """The factor of lr after so many steps; with --max-minutes, after so much of the time, whichever is further."""
+
+    def factor(step: int) -> float:
+        of_time = trainer.seconds / (60 * options.max_minutes) if options.max_minutes else 0.0
+        done = min(max(step / steps, of_time), 1.0)
+        return {"linear": 1 - done, "constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2}[options.schedule]
+
+    return factor
+
+
+def _fingerprint(examples: list[TokenizedExample]) -> str:
+    return hashlib.sha256(repr(examples).encode()).hexdigest()
+
+
+def _first_evaluation(output: Path) -> dict[str, float] | None:
+    journal = Journal.open(output / "journal.db")
+    found = [row for row in journal.evaluations() if row["step"] == 0]
+    journal.close()
+    return found[0] if found else None
+
+
+@contextmanager
+def _stopping_on_interrupt(line: ProgressLine) -> Iterator[None]:
+    """Let the first Ctrl-C stop the run after its current step; a second one stops at once."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        line.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class ProgressLine(TrainerCallback):  # type: ignore[misc]
+    """A live line: step, loss, accuracy, step time, resident memory, time left. It also ends a run that is out of time."""
+
+    SMOOTHING = 0.95
+    EVERY_SECONDS = 10.0
+
+    def __init__(self, trainer: ZOTrainer, options: RunOptions, before: dict[str, float] | None, *, quiet: bool) -> None:
+        self.trainer, self.options, self.before, self.quiet = trainer, options, before, quiet
+        self.interrupted = False
+        self.console = Console(stderr=True)
+        self.loss: float | None = None
+        self.accuracy: float | None = None
+        self.steps_here = 0
+        self.began = self.printed = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del control
+        self.began = self.printed = time.perf_counter()
+        if self.before is not None and self.trainer.journal is not None:
+            self.trainer.journal.evaluated(0, self.before, 0.0)
+        self.by_clock = args.max_steps >= 10**9
+        self.progress = Progress(
+            TextColumn("{task.fields[text]}"),
+            BarColumn(),
+            MofNCompleteColumn() if not self.by_clock else TextColumn("{task.percentage:3.0f} %"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=self.quiet or not self.console.is_terminal,
+        )
+        total = 60 * (self.options.max_minutes or 0) if self.by_clock else args.max_steps
+        self.bar = self.progress.add_task("", total=total, completed=0 if self.by_clock else state.global_step, text="")
+        self.progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args
+        loss = self.trainer.last_loss
+        if math.isfinite(loss):
+            self.loss = loss if self.loss is None else self.SMOOTHING * self.loss + (1 - self.SMOOTHING) * loss
+        self.steps_here += 1
+        now = time.perf_counter()
+        text = self._text(state.global_step, (now - self.began) / self.steps_here)
+        self.progress.update(self.bar, completed=self.trainer.seconds if self.by_clock else state.global_step, text=text)
+        if not self.quiet and not self.console.is_terminal and now - self.printed > self.EVERY_SECONDS:
+            self.printed = now
+            self.console.print(text, highlight=False)
+        minutes = self.options.max_minutes
+        if self.interrupted or (minutes and self.trainer.seconds >= 60 * minutes):
+            control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        del args, state, control
+        self.accuracy = metrics.get("eval_accuracy")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.progress.stop()
+
+    def _text(self, step: int, seconds: float) -> str:
+        parts = [f"step {step}", "loss -" if self.loss is None else f"loss {self.loss:.3f}"]
+        if self.accuracy is not None:
+            parts.append(f"accuracy {self.accuracy:.3f}")
+        parts += [f"{seconds:.2f} s/step", f"{resident_bytes() / 2**20:.0f} MiB"]
+        if self.trainer.skipped:
+            parts.append(f"{self.trainer.skipped} skipped")
+        return "  ".join(parts)
+
+
+def rounding_report(loaded: GGUFModel, exported: Path, examples: list[TokenizedExample]) -> dict[str, Any]:
+    """What the rounding of tuned values to the file's own type costs, measured with the exported file's own bytes.
+
+    Returns:
+        `before` and `after`: mean loss over the examples with fp32 values and with the file's; `by_type`: the loss when only
+        the tensors of one type are rounded, minus `before`.
+    """
+    file = GGUFFile.open(exported)
+    tuned = [tensor for tensor in loaded.file.quantized.values() if tensor.master is not None]
+    types = sorted({tensor.block.name for tensor in tuned})
+
+    def loss(rounded: list[str]) -> float:
+        swapped = [tensor for tensor in tuned if tensor.block.name in rounded]
+        kept = [(tensor.packed, tensor.master) for tensor in swapped]
+        for tensor in swapped:
+            tensor.packed, tensor.master = file.quantized[tensor.name].packed, None
+        try:
+            return objectives.evaluate(loaded.model, examples, loaded.tokenizer)["loss"]
+        finally:
+            for tensor, (packed, master) in zip(swapped, kept, strict=True):
+                tensor.packed, tensor.master = packed, master
+
+    before, after = loss([]), loss(types)
+    by_type = {name: loss([name]) - before for name in types} if len(types) > 1 else dict.fromkeys(types, after - before)
+    return {"before": before, "after": after, "by_type": by_type, "examples": len(examples)}
+
+
+def replay(model: str, journal_path: str, output: str, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Rebuild a tuned model from its base and its journal, without data or forwards."""
+    target, path = Path(output), Path(model)
+    if target.exists() and not overwrite:
+        raise GradlessError(f"{target} exists; give --overwrite to replace it, or another --output.")
+    journal = Journal.open(Path(journal_path))
+    source: Any = DenseModel.load(path) if path.is_dir() else _FileSource(GGUFFile.open(path))
+    if source.fingerprint() != journal.header["base"]:
+        raise GradlessError(
+            f"{path} is not the base of {journal_path}: its hash differs; give the model that the run began with."
+        )
+    optimizer = build_optimizer(source, journal.header["groups"], journal.header["method"])
+    began = time.perf_counter()
+    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+        for estimate in progress.track(journal.estimates(), total=journal.steps, description="replaying"):
+            optimizer.apply(estimate)
+    seconds = time.perf_counter() - began
+    journal.close()
+    source.save(target, optimizer.spaces)
+    return {
+        "steps": optimizer.t,
+        "seconds": round(seconds, 2),
+        "steps_per_second": round(optimizer.t / seconds, 1),
+        "output": output,
+    }
+
+
+@dataclass
+class _FileSource:
+    """A GGUF file without a model around it: enough for a replay."""
+
+    file: GGUFFile
+
+    def fingerprint(self) -> str:
+        return self.file.sha256()
+
+    def spaces(self, kind: str, names: list[str], **options: Any) -> Any:
+        return file_spaces(self.file, kind, names, **options)
+
+    def save(self, path: Path, spaces: Any) -> None:
+        save_file(self.file, path, spaces)
+
+
+def _shown(metrics: dict[str, Any]) -> str:
+    accuracy = f"accuracy {metrics['accuracy']:.4f}, " if "accuracy" in metrics else ""
+    return f"{accuracy}loss {metrics['loss']:.4f}"
+
+
+def _shown_rounding(report: dict[str, Any]) -> str:
+    shares = ", ".join(f"{name} {change:+.5f}" for name, change in report["by_type"].items())
+    return (
+        f"rounding to the file's fp16: loss {report['before']:.5f} -> {report['after']:.5f} "
+        f"on {report['examples']} examples ({shares})"
+    )

@@ -1,0 +1,1 @@
+"""From rows of a data file to examples: prompts, verbalizers and the built-in tasks."""

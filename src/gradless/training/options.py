@@ -1,0 +1,81 @@
+"""The options of a run: one dataclass is the configuration, the YAML keys and the command line's flags.
+
+Importing this module is cheap: the command line reads it before torch is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A dataclass field with its help text and what argparse should know of it."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **more})
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class MethodOptions:
+    """How a method searches. `None` takes the method's default for the kind of model (see `defaults`)."""
+
+    method: str = option("qzo", "qzo: scales of a quantized model; mezo: plain weights.", choices=("qzo", "mezo"))
+    lr: float | None = option(None, "Step size at the start.")
+    eps: float | None = option(None, "Size of a query's perturbation.")
+    q: int = option(1, "Queries (directions) a step; each costs two forwards.")
+    clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.")
+    part: str = option(
+        "offset",
+        "QZO: which value of a block is tuned; types without an offset tune their scale.",
+        choices=("scale", "offset", "both"),
+    )
+    absolute: bool = option(False, "QZO: perturb by eps itself, as in the paper, not relative to each scale.")
+    train_unquantized: bool = option(False, "QZO: search the unquantized tensors (norms, biases) in the same step.")
+    unquantized_lr: float | None = option(None, "Step size of the unquantized tensors.")
+    unquantized_eps: float | None = option(None, "Size of the unquantized tensors' perturbation.")
+    master: bool = option(False, "MeZO: keep fp32 masters of bf16 weights instead of rounding updates stochastically.")
+    distribution: str = option("gaussian", "Distribution of directions.", choices=("gaussian", "rademacher"))
+    weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.")
+
+
+@dataclass
+class RunOptions(MethodOptions):
+    """Everything that `gradless tune` takes beside the model and the data."""
+
+    eval: str | None = option(None, "Rows to measure on, as DATA.", metavar="DATA")
+    task: str | None = option(None, "A built-in task; without it, or --template, the data's columns decide.", metavar="NAME")
+    template: str | None = option(None, "A prompt with {columns}, such as '{text} It was'.", metavar="TEXT")
+    labels: str | None = option(None, "Labels and their words, such as 0=terrible,1=great.", metavar="A=B,..")
+    split: str = option("train", "Split of a data set that is given by name.")
+    train_rows: int | None = option(None, "Train on this many rows, chosen by the seed.")
+    eval_rows: int | None = option(None, "Measure on the first rows only.")
+    max_length: int | None = option(None, "Keep only the last tokens of longer prompts.")
+    steps: int | None = option(None, "Steps to run (1000 unless --max-minutes is given).")
+    max_minutes: float | None = option(None, "Stop after so many minutes; the schedule follows the clock.")
+    batch_size: int = option(16, "Examples in a forward.")
+    accumulate: int = option(1, "Forwards (micro-batches) under one direction.")
+    schedule: str = option("linear", "How lr falls.", choices=("linear", "constant", "cosine"))
+    eval_every: int = option(200, "Steps between measurements on --eval.")
+    seed: int = option(0, "Decides directions and the order of the data.")
+    threads: int | None = option(None, "CPU threads (default: one a core).")
+    output: str = option("runs/latest", "Folder of the tuned model and its journal.", metavar="DIR")
+    resume: bool = option(False, "Go on with the run that --output holds.")
+    overwrite: bool = option(False, "Replace the run that --output holds.")
+    allow_changes: bool = option(False, "Resume although versions, kernels or threads differ; bits may then differ too.")
+
+
+MAY_CHANGE = {"output", "resume", "overwrite", "allow_changes", "eval", "eval_rows", "eval_every", "max_minutes"}
+"""What a resumed run may set anew without becoming another run."""
+
+
+def defaults(method: str, *, quantized: bool, absolute: bool = False) -> tuple[float, float]:
+    """(lr, eps) that learn where a user gives none; docs/results.md has the runs behind them."""
+    if method == "qzo":
+        return (1e-7, 1e-3) if absolute else (1e-3, 1e-2)
+    return (1e-3, 3e-2) if quantized else (1e-6, 1e-3)
+
+
+def option_fields(cls: type[MethodOptions]) -> list[Any]:
+    """The dataclass fields, in order."""
+    return list(fields(cls))

@@ -1,0 +1,419 @@
+"""`ZOTrainer`: transformers' Trainer with zeroth-order steps, a journal instead of checkpoints, and nothing of its loop lost.
+
+    training_step            losses of a micro-batch at +eps and -eps of every direction; nothing is written
+    before optimizer.step    the accumulated losses become an estimate, which is committed to the journal
+    optimizer.step           applies it
+
+The order of the data is f(seed, epoch), and a resume replays the journal, so no state but the journal is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import speed_metrics
+
+import gradless
+from gradless import kernels, noise, objectives
+from gradless.errors import GradlessError
+from gradless.journal import Journal
+from gradless.methods import METHODS, Estimate, ZerothOrderOptimizer
+from gradless.objectives import TokenizedExample
+from gradless.spaces import parameters
+from gradless.training.options import MethodOptions, defaults
+
+NAN_STEPS = 5
+"""Steps in a row without a finite loss after which a run stops."""
+
+
+@dataclass
+class ZOConfig(MethodOptions, TrainingArguments):  # type: ignore[misc]
+    """TrainingArguments and the options of a method. `lr`, where given, is the `learning_rate`."""
+
+    max_grad_norm: float = 0.0
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    save_strategy: str = "no"
+    report_to: str | list[str] | None = "none"
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr is not None:
+            self.learning_rate = self.lr
+        super().__post_init__()
+
+
+class SeededSampler(Sampler[int]):
+    """Indices in an order that follows from seed and epoch alone."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed, self.epoch = n, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(noise.permutation(self.seed, self.epoch, self.n).tolist())
+
+    def __len__(self) -> int:
+        return self.n
+
+
+class _Unsaved:
+    """A dense model that was handed over without its folder."""
+
+    quantized = False
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def fingerprint(self) -> str:
+        return ""
+
+    def tunable(self) -> dict[str, list[str]]:
+        return {"parameters": [space.name for space in parameters(self.model)]}
+
+    def spaces(self, _kind: str, names: list[str], *, master: bool = False, **_: Any) -> Any:
+        wanted = set(names)
+        return parameters(self.model, lambda name, _module: name in wanted, master=master)
+
+
+class _Journaling(TrainerCallback):  # type: ignore[misc]
+    """Commits a step's estimate before the optimizer applies it."""
+
+    def __init__(self, trainer: ZOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.trainer.commit()
+
+
+class ZOTrainer(Trainer):  # type: ignore[misc]
+    """Fine-tune with forward passes only.
+
+    Args:
+        model: one that gradless loaded, or any dense `PreTrainedModel`.
+        args: a `ZOConfig`; its `output_dir` gets the journal.
+        train_dataset: `TokenizedExample`s, or anything a Trainer takes for a model that returns a loss.
+        eval_dataset: likewise.
+        checkpoint: what gradless loaded the model from; names what can be searched and identifies the base.
+        about: more entries for the journal's header (plain JSON values).
+
+    Raises:
+        GradlessError: from `train`, when losses stay NaN, or a resume does not fit the journal.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+    control: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: ZOConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        checkpoint: Any = None,
+        about: dict[str, Any] | None = None,
+        schedule: Callable[[int], float] | None = None,
+        **more: Any,
+    ) -> None:
+        self.checkpoint: Any = checkpoint or _Unsaved(model)
+        self.about = about or {}
+        self.schedule = schedule
+        self.journal: Journal | None = None
+        self.allow_changes = False
+        self.skipped = 0
+        self.last_loss = math.nan
+        self._skipped_in_a_row = 0
+        self._resuming = False
+        self._sums: list[list[float]] = []
+        self._seconds_before = 0.0
+        self._began = 0.0
+        self._packed = objectives.packs(model)
+        if train_dataset is not None and _tokenized(train_dataset):
+            more.setdefault("data_collator", self._collate)
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **more)
+        self.add_callback(_Journaling(self))
+
+    # -- what is searched, and by which method ------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> ZerothOrderOptimizer:
+        """The method's optimizer over its spaces."""
+        del model
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.checkpoint, self.header_groups(), self.header_method())
+        return self.zeroth_order
+
+    def header_method(self) -> dict[str, Any]:
+        """The method's name and the options that a replay needs."""
+        args = self.args
+        return {"name": args.method, "q": args.q, "seed": args.seed, "distribution": args.distribution}
+
+    def header_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups as plain values: kind and names of their tensors, and their options."""
+        args, tunable = self.args, self.checkpoint.tunable()
+        lr, eps = defaults(args.method, quantized=self.checkpoint.quantized, absolute=args.absolute)
+        if args.lr is not None:
+            lr = args.lr
+        options = {"lr": lr, "eps": args.eps or eps, "weight_decay": args.weight_decay}
+        unquantized_lr, unquantized_eps = defaults("mezo", quantized=True)
+        if args.method == "mezo":
+            kind = "floats" if self.checkpoint.quantized else "parameters"
+            if not tunable[kind]:
+                raise GradlessError("mezo tunes float tensors, and this model has none; use --method qzo.")
+            return [{"kind": kind, "names": tunable[kind], "master": args.master, **options}]
+        if not tunable.get("blocks"):
+            raise GradlessError(
+                f"{args.method} tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF."
+            )
+        blocks = {"kind": "blocks", "names": tunable["blocks"], "part": args.part, "relative": not args.absolute}
+        groups = [{**blocks, **options, "clip": args.clip}]
+        if args.train_unquantized:
+            more = {"lr": args.unquantized_lr or unquantized_lr, "eps": args.unquantized_eps or unquantized_eps}
+            groups.append(
+                {
+                    "kind": "floats",
+                    "names": tunable["floats"],
+                    **options,
+                    **more,
+                    "weight_decay": 0.0,
+                    "clip": args.clip,
+                }
+            )
+        return groups
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The given schedule of lr factors, or the Trainer's own."""
+        if self.schedule is not None and self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.schedule)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Losses of one micro-batch under each of the step's directions, added to the step's sums; their mean."""
+        del num_items_in_batch
+        model.eval()
+        inputs = self._prepare_inputs(inputs)
+        optimizer = self.zeroth_order
+        share = 1 / self.current_gradient_accumulation_steps
+        if not self._sums:
+            self._sums = [[0.0, 0.0] for _ in range(optimizer.q)]
+        total = 0.0
+        with torch.inference_mode():
+            for sums, u in zip(self._sums, optimizer.directions(optimizer.t), strict=True):
+                for side, sign in enumerate((+1, -1)):
+                    with optimizer.at(u, sign):
+                        loss = float(self.compute_loss(model, inputs))
+                    sums[side] += share * loss
+                    total += loss
+        return torch.tensor(total * share / (2 * optimizer.q))
+
+    def commit(self) -> None:
+        """Turn the sums into the step's estimate and write it to the journal; the optimizer's next step applies it."""
+        optimizer = self.zeroth_order
+        estimate = optimizer.estimate_of([(plus, minus) for plus, minus in self._sums])
+        self._sums = []
+        if self.journal is not None:
+            self.journal.append(estimate, self.seconds)
+        optimizer.pending = estimate
+        self.last_loss = estimate.loss
+        self._watch(estimate)
+
+    def _watch(self, estimate: Estimate) -> None:
+        self.skipped += not estimate.finite
+        self._skipped_in_a_row = 0 if estimate.finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= NAN_STEPS:
+            raise GradlessError(
+                f"the loss was not finite in {NAN_STEPS} steps in a row (up to step {estimate.step}); the model diverged: "
+                "start again with a smaller --lr or --eps."
+            )
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The mean loss of a batch of `TokenizedExample`s; any other batch goes to the model."""
+        if isinstance(inputs, dict) and "sizes" in inputs:
+            return objectives.losses(model, inputs)[0].mean()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @property
+    def zeroth_order(self) -> ZerothOrderOptimizer:
+        """The optimizer itself, without accelerate's wrapper."""
+        optimizer: ZerothOrderOptimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer
+
+    @property
+    def seconds(self) -> float:
+        """The run's time so far, pauses left out."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:
+        """Run, or resume the journal in `output_dir` (or in the folder that `resume_from_checkpoint` names)."""
+        self._began = time.perf_counter()
+        self._resuming = bool(resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else self.args.output_dir)
+        path = folder / "journal.db"
+        if self._resuming:
+            self.journal = Journal.open(path)
+            self._check_resume(self.journal)
+            self._seconds_before = self.journal.seconds
+        else:
+            if path.exists():
+                raise GradlessError(f"{path} exists; resume that run, or choose another output folder.")
+            self.journal = Journal.create(path, self.header())
+        return super().train(**more)
+
+    def header(self) -> dict[str, Any]:
+        """What the run is, as the journal keeps it."""
+        options = {field.name for field in fields(MethodOptions)}
+        return {
+            "method": self.header_method(),
+            "groups": self.header_groups(),
+            "base": self.checkpoint.fingerprint(),
+            "config": {
+                **{name: value for name, value in asdict(self.args).items() if name in options},
+                "batch_size": self.args.per_device_train_batch_size,
+                "accumulate": self.args.gradient_accumulation_steps,
+                "steps": self.args.max_steps,
+                "epochs": self.args.num_train_epochs,
+                "schedule": "given" if self.schedule else str(self.args.lr_scheduler_type),
+                "seed": self.args.seed,
+            },
+            "environment": environment(),
+            **self.about,
+        }
+
+    def _check_resume(self, journal: Journal) -> None:
+        mine = self.header()
+        for part in ("base", "method", "groups", "config", *self.about):
+            if journal.header.get(part) != mine[part]:
+                raise GradlessError(
+                    f"{journal.path} is another run: its {part} {_difference(journal.header.get(part), mine[part])}; "
+                    "give the same options and data, or a new --output."
+                )
+        if journal.header["environment"] != mine["environment"] and not self.allow_changes:
+            raise GradlessError(
+                f"{journal.path} was written elsewhere: its environment "
+                f"{_difference(journal.header['environment'], mine['environment'])}; the bits of later steps may differ. "
+                "Add --allow-changes to go on all the same."
+            )
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self._resuming:
+            kwargs["resume_from_checkpoint"] = self.args.output_dir
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, _resume: Any, trial: Any) -> Any:
+        super()._init_training_state(max_steps, steps_per_epoch, epochs, None, trial)
+        if self._resuming:
+            assert self.journal is not None
+            self.state.global_step = self.journal.steps
+        done, rest = divmod(self.state.global_step, steps_per_epoch)
+        return done, rest * self.args.gradient_accumulation_steps
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        """Bring weights, step and schedule to where the journal ends."""
+        del checkpoint
+        assert self.journal is not None
+        for estimate in self.journal.estimates():
+            self.zeroth_order.apply(estimate)
+            self.optimizer._opt_called = True  # torch warns of a scheduler that runs ahead of its optimizer
+            self.lr_scheduler.step()
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        """Nothing here draws from a global generator."""
+
+    def _load_scaler(self, checkpoint: Any) -> None:
+        """There is no gradient to scale."""
+
+    def _save_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Every step is in the journal already."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the tuned model, in the format it came in, to `output_dir`."""
+        if hasattr(self.checkpoint, "save"):
+            self.checkpoint.save(
+                Path(output_dir or self.args.output_dir) / self.checkpoint.output_name, self.zeroth_order.spaces
+            )
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _get_grad_norm(self, *_: Any, **__: Any) -> None:
+        """There are no gradients."""
+
+    def floating_point_ops(self, *_: Any) -> int:
+        """Not counted: it walks over all parameters in every step."""
+        return 0
+
+    # -- data and evaluation ------------------------------------------------------------------------------------------
+
+    def _collate(self, examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+        return objectives.collate(examples, packed=self._packed)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SeededSampler:
+        return SeededSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss, accuracy and F1 of `TokenizedExample`s; any other data set as the Trainer does it."""
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if not _tokenized(data):
+            metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return metrics
+        began = time.time()
+        measured = objectives.evaluate(self.model, data, self.processing_class, batch_size=self.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        metrics |= speed_metrics(metric_key_prefix, began, num_samples=len(data))
+        if self.journal is not None and self.is_in_train:
+            self.journal.evaluated(self.state.global_step, measured, self.seconds)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def build_optimizer(source: Any, groups: list[dict[str, Any]], method: dict[str, Any]) -> ZerothOrderOptimizer:
+    """A method's optimizer over the spaces of `source`, from the plain values that a journal's header keeps."""
+    made = []
+    for group in groups:
+        options = {name: value for name, value in group.items() if name not in ("kind", "names", "part", "relative", "master")}
+        made.append({**options, "spaces": source.spaces(**{k: v for k, v in group.items() if k not in options})})
+    name, rest = method["name"], {k: v for k, v in method.items() if k != "name"}
+    return METHODS[name](made, **rest)
+
+
+def environment() -> dict[str, Any]:
+    """What the bits of a forward depend on."""
+    import transformers
+
+    return {
+        "gradless": gradless.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kernels": kernels.name(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def _tokenized(data: Any) -> bool:
+    return isinstance(data, Sequence) and len(data) > 0 and isinstance(data[0], TokenizedExample)
+
+
+def _difference(theirs: Any, mine: Any) -> str:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for name in sorted({*theirs, *mine}):
+            if theirs.get(name) != mine.get(name):
+                return f"has {name} {_difference(theirs.get(name), mine.get(name))}"
+    return f"is {str(theirs)[:60]!r} and not {str(mine)[:60]!r}"
