@@ -7,6 +7,7 @@ Rows are chained by digests: a journal that was edited is refused.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -147,8 +148,10 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._connection.execute("PRAGMA journal_mode=DELETE")
+        """Fold the write-ahead log into the file; where someone else is reading it, SQLite does so when they stop."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._connection.execute("PRAGMA journal_mode=DELETE")
         self._connection.close()
 
 

@@ -42,9 +42,11 @@ class QuantLinear(nn.Module):
         return self.packed.rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), or (..., n) under `restricted_to` n outputs; in x's dtype."""
-        rows = file_rows(self.packed) if self.only is None else file_rows(self.packed)[self.only]
-        bias = self.bias if self.bias is None or self.only is None else self.bias[self.only]
+        """(..., in_features) -> (..., out_features) in x's dtype; under `restricted_to` n outputs (..., n) in fp32."""
+        if self.only is not None:
+            few = kernels.dequantize(self.packed, file_rows(self.packed)[self.only], torch.float32)
+            return F.linear(x.float(), few, None if self.bias is None else self.bias[self.only].float())
+        rows, bias = file_rows(self.packed), self.bias
         tile = max(1, TILE // self.in_features)
         inputs = x.to(self.dtype)
         outputs = [F.linear(inputs, kernels.dequantize(self.packed, some, self.dtype)) for some in torch.split(rows, tile)]
@@ -98,7 +100,8 @@ def file_rows(tensor: QuantTensor) -> Tensor:
 def restricted_to(head: nn.Module, ids: Tensor | None) -> Iterator[bool]:
     """Let a model's head compute the logits of `ids` alone, in their order; yields whether it does.
 
-    A classification among few words needs few of a head's rows; their normalizer cancels.
+    A classification among few words needs few of a head's rows; their normalizer cancels. So few are computed in
+    fp32: a logit of 16 has steps of 1/8 in bf16, which would drown the difference between two queries.
     """
     if ids is None or not isinstance(head, QuantLinear):
         yield False

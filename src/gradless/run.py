@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from gradless import noise, objectives
 from gradless.errors import GradlessError
@@ -130,6 +130,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         say(f"before: {_shown(before)}")
     trainer = _make_trainer(loaded, train, held_out, options, steps, output)
     line = ProgressLine(trainer, options, before, quiet=quiet)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(line)
     with _stopping_on_interrupt(line):
         trainer.train(resume_from_checkpoint=str(output) if options.resume else None)

@@ -53,7 +53,7 @@ def viewed(spaces: Iterable[Space], direction: Direction, coefficient: Callable[
 class BlockSpace(Space):
     """The scales (or offsets, or both by one factor) of a packed weight; one fp32 value a block."""
 
-    def __init__(self, tensor: QuantTensor, part: Part | str = Part.OFFSET, *, relative: bool = True) -> None:
+    def __init__(self, tensor: QuantTensor, part: Part | str = Part.SCALE, *, relative: bool = True) -> None:
         tensor.tune(part, relative=relative)
         assert tensor.master is not None
         self.name, self.values, self.tensor = tensor.name, tensor.master, tensor

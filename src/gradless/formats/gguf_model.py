@@ -78,7 +78,7 @@ def file_spaces(
     names: list[str],
     *,
     shown: dict[str, ShownFloat] | None = None,
-    part: str = "offset",
+    part: str = "scale",
     relative: bool = True,
     **_: Any,
 ) -> list[Space]:

@@ -72,12 +72,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     ) -> None:
         listed = list(spaces)
         groups: list[Group] = cast(list[Group], listed) if isinstance(listed[0], dict) else [{"spaces": listed}]
-        super().__init__([{**group, "params": [space.values for space in group["spaces"]]} for group in groups], defaults)
+        self.spaces_of: list[list[Space]] = []
+        super().__init__(groups, defaults)
         if isinstance(distribution, str):
             distribution = Distribution[distribution.upper()]
         self.q, self.seed, self.distribution = q, seed, distribution
         self.t = 0
         self.pending: Estimate | None = None
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group: its "spaces" and its options. The spaces stay out of `param_groups`, which torch copies and saves."""
+        options = dict(param_group)
+        spaces = list(options.pop("spaces"))
+        super().add_param_group({**options, "params": [space.values for space in spaces]})
+        self.spaces_of.append(spaces)
 
     @abstractmethod
     def derivative(self, plus: float, minus: float, group: Group) -> float:
@@ -90,14 +98,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     @contextmanager
     def at(self, direction: Direction, sign: int) -> Iterator[None]:
         """Forwards inside read x + sign * eps * u, eps being each group's own."""
-        eps = {space.name: group["eps"] for group in self.param_groups for space in group["spaces"]}
+        groups = zip(self.param_groups, self.spaces_of, strict=True)
+        eps = {space.name: group["eps"] for group, spaces in groups for space in spaces}
         with viewed(self.spaces, direction, lambda space: sign * eps[space.name]):
             yield
 
     @property
     def spaces(self) -> list[Space]:
         """Every space searched, group by group."""
-        return [space for group in self.param_groups for space in group["spaces"]]
+        return [space for spaces in self.spaces_of for space in spaces]
 
     @torch.no_grad()
     def estimate(self, closure: Closure) -> Estimate:
@@ -128,10 +137,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         An estimate with a loss that is not finite changes nothing but the step's number.
         """
         if estimate.finite:
-            for group, lr, derivatives in zip(self.param_groups, estimate.lr, estimate.d, strict=True):
+            each = zip(self.param_groups, self.spaces_of, estimate.lr, estimate.d, strict=True)
+            for group, spaces, lr, derivatives in each:
                 decay = 1 - lr * group["weight_decay"]
                 for u, d in zip(self.directions(estimate.step), derivatives, strict=True):
-                    for space in group["spaces"]:
+                    for space in spaces:
                         space.move(Move(u, -lr * d / self.q, decay))
                     decay = 1.0
         self.t = estimate.step + 1

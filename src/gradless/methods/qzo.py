@@ -38,8 +38,8 @@ class QZO(ZerothOrderOptimizer):
     def __init__(
         self,
         spaces: Iterable[Space] | Iterable[Group],
-        lr: float = 3e-4,
-        eps: float = 1e-2,
+        lr: float = 4e-4,
+        eps: float = 2e-2,
         *,
         clip: float = 100.0,
         weight_decay: float = 0.0,

@@ -66,7 +66,7 @@ def _one_a_type(tensors: list[QuantTensor]) -> list[QuantTensor]:
     return list({tensor.block.name: tensor for tensor in tensors}.values())
 
 
-def surviving(tensor: QuantTensor, eps: float, part: Part = Part.OFFSET) -> float:
+def surviving(tensor: QuantTensor, eps: float, part: Part = Part.SCALE) -> float:
     """The cosine between a perturbation of `tensor` as meant, in fp32, and as a bf16 scratch holds it."""
     own = QuantTensor(tensor.name, tensor.block, tensor.packed)
     own.tune(part)

@@ -53,7 +53,7 @@ def classification(template: str, labels: dict[str, str], **aliases: str) -> Mak
     columns = [field for _, field, _, _ in string.Formatter().parse(template) if field]
 
     def make(row: Row) -> list[Example]:
-        values = {name: row[name] if name in row or name not in aliases else row[aliases[name]] for name in columns}
+        values = {name: row[aliases[name] if name not in row and aliases.get(name) in row else name] for name in columns}
         label = _as_label(row["label"])
         if label not in labels:
             raise GradlessError(f"label {label!r} has no verbalizer; there are some for {', '.join(map(repr, labels))}.")

