@@ -4,7 +4,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tests.tiny import random_blocks, tiny_gguf
 
 from gradless.blocks import BLOCK_TYPES
 from gradless.errors import GradlessError
@@ -13,6 +12,7 @@ from gradless.formats.gguf_model import dequantized, load_gguf
 from gradless.noise import Direction
 from gradless.spaces import BlockSpace
 from gradless.tensor import Move, Part
+from tests.tiny import random_blocks, tiny_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 

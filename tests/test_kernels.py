@@ -79,9 +79,7 @@ def test_dequantize_has_the_references_bits(name, rows, blocks, part, relative, 
 
 
 @settings(deadline=None, max_examples=80)
-@given(
-    st.sampled_from(list(BLOCK_TYPES)), st.integers(1, 300), st.integers(1, 9), st.sampled_from(Part), st.booleans(), MOVES
-)
+@given(st.sampled_from(list(BLOCK_TYPES)), st.integers(1, 300), st.integers(1, 9), st.sampled_from(Part), st.booleans(), MOVES)
 def test_move_blocks_has_the_references_bits(name, rows, blocks, part, relative, move):
     ours, theirs = quant(name, rows, blocks), quant(name, rows, blocks)
     for tensor, ops in ((ours, cpu), (theirs, reference)):
@@ -95,9 +93,7 @@ def test_move_blocks_has_the_references_bits(name, rows, blocks, part, relative,
 def test_moved_has_the_references_bits(n, source, dtype, stochastic, move):
     values = Direction(9, 9).values("x", 0, n).to(source)
     arguments = (values, "w", move, dtype)
-    assert torch.equal(
-        cpu.moved(*arguments, stochastic=stochastic), reference.moved(*arguments, stochastic=stochastic)
-    )
+    assert torch.equal(cpu.moved(*arguments, stochastic=stochastic), reference.moved(*arguments, stochastic=stochastic))
 
 
 @settings(deadline=None, max_examples=60)

@@ -20,9 +20,7 @@ def trainer(path, output, **options):
     loaded = load_gguf(path)
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, "part": "scale"}
     config = ZOConfig(output_dir=str(output), **{**defaults, **options})
-    return ZOTrainer(
-        loaded.model, config, examples(loaded.tokenizer), checkpoint=loaded, processing_class=loaded.tokenizer
-    )
+    return ZOTrainer(loaded.model, config, examples(loaded.tokenizer), checkpoint=loaded, processing_class=loaded.tokenizer)
 
 
 def masters(zo):
@@ -34,10 +32,11 @@ def test_a_run_journals_every_step_and_moves_the_weights(tiny, tmp_path):
     zo.train()
     assert zo.journal.steps == zo.state.global_step == 6
     base = load_gguf(tiny).file.quantized
-    moved = [not torch.equal(space.values, base[space.name].block.field(base[space.name].packed, 0)) for space in zo.zeroth_order.spaces]
-    assert all(moved)
+    for space in zo.zeroth_order.spaces:
+        tensor = base[space.name]
+        assert not torch.equal(space.values, tensor.block.field(tensor.packed, tensor.block.scale_at))
     rates = [estimate.lr[0] for estimate in zo.journal.estimates()]
-    assert rates == pytest.approx([1e-3 * (1 - step / 6) for step in range(6)])
+    assert rates == pytest.approx([4e-4 * (1 - step / 6) for step in range(6)])
 
 
 @pytest.mark.parametrize("options", [{}, {"q": 2}, {"gradient_accumulation_steps": 2}, {"train_unquantized": True}])
@@ -46,7 +45,6 @@ def test_a_resume_gives_the_bits_of_the_uninterrupted_run(tiny, tmp_path, option
     whole.train()
 
     cut = trainer(tiny, tmp_path / "cut", **options)
-    cut.train_steps = 0
     original = ZOTrainer.commit
 
     def commit_and_die(self):
@@ -75,7 +73,7 @@ def test_accumulated_micro_batches_are_one_batch_under_one_direction(tiny, tmp_p
 
 def test_another_run_is_not_resumed(tiny, tmp_path):
     trainer(tiny, tmp_path).train()
-    with pytest.raises(GradlessError, match=r"is another run: its groups .*eps is 0\.01 and not 0\.02"):
+    with pytest.raises(GradlessError, match=r"is another run \(config: eps: None there, 0\.02 here\)"):
         trainer(tiny, tmp_path, eps=0.02).train(resume_from_checkpoint=True)
     with pytest.raises(GradlessError, match=r"journal\.db exists"):
         trainer(tiny, tmp_path).train()
@@ -87,7 +85,7 @@ def test_other_threads_are_refused_unless_allowed(tiny, tmp_path, monkeypatch):
     first.journal.close()
     monkeypatch.setattr("gradless.training.trainer.torch.get_num_threads", lambda: 77)
     again = trainer(tiny, tmp_path)
-    with pytest.raises(GradlessError, match=r"threads is '\d+' and not '77'.*--allow-changes"):
+    with pytest.raises(GradlessError, match=r"threads: \d+ there, 77 here.*--allow-changes"):
         again.train(resume_from_checkpoint=True)
     again.allow_changes = True
     again.train(resume_from_checkpoint=True)

@@ -104,7 +104,14 @@ def tune(row: dict[str, Any]) -> dict[str, Any]:
     curve = journal.evaluations()
     lr, eps = journal.header["groups"][0]["lr"], journal.header["groups"][0]["eps"]
     journal.close()
-    return {**summary["after"], "curve": curve, "seconds": summary["seconds"], "lr": lr, "eps": eps, "rounding": summary.get("rounding")}
+    return {
+        **summary["after"],
+        "curve": curve,
+        "seconds": summary["seconds"],
+        "lr": lr,
+        "eps": eps,
+        "rounding": summary.get("rounding"),
+    }
 
 
 def score_gaps(split: str) -> tuple[Any, Any]:
@@ -194,7 +201,7 @@ def table() -> str:
             lines.append(f"| {name} | – | still to run | | |")
             continue
         loss = f"{row['loss']:.4f}" if "loss" in row else "–"
-        lines.append(f"| {name} | {row['examples']} | {row['accuracy']:.4f} | {loss} | {row['seconds']:.0f} |")
+        lines.append(f"| {name} | {row['examples']} | {row['accuracy']:.4f} | {loss} | {row.get('seconds', 0):.0f} |")
     three = [finished[name]["accuracy"] for name in (f"QZO, 1000 steps, seed {s}" for s in range(3)) if name in finished]
     if len(three) > 1:
         mean, spread = statistics.mean(three), statistics.stdev(three)
@@ -230,7 +237,11 @@ def main() -> None:
             if name in done() or (arguments.only and arguments.only not in name):
                 continue
             print(f"== {name}", flush=True)
-            result = {"name": name, **{k: v for k, v in row.items() if k != "kind"}, **KINDS[row["kind"]]({"name": name, **row})}
+            result = {
+                "name": name,
+                **{k: v for k, v in row.items() if k != "kind"},
+                **KINDS[row["kind"]]({"name": name, **row}),
+            }
             result["threads"] = __import__("torch").get_num_threads()
             with RESULTS.open("a") as file:
                 file.write(json.dumps(result) + "\n")

@@ -43,7 +43,11 @@ def write_rows(folder: Path) -> tuple[Path, Path]:
     for sentiment in LABELS:
         rows = sorted(text for text, label in texts.items() if label == sentiment and len(text) > 20)
         by_label[sentiment] = [rows[i] for i in noise.permutation(0, 0, len(rows)).tolist()[:need]]
-    lines = [f"{text}\t{LABELS[label]}\n" for pair in zip(*by_label.values(), strict=True) for text, label in zip(pair, LABELS, strict=True)]
+    lines = [
+        f"{text}\t{LABELS[label]}\n"
+        for pair in zip(*by_label.values(), strict=True)
+        for text, label in zip(pair, LABELS, strict=True)
+    ]
     paths = folder / "train.tsv", folder / "held-out.tsv"
     write_text(paths[0], "".join(lines[:TRAIN_ROWS]))
     write_text(paths[1], "".join(lines[TRAIN_ROWS:]))

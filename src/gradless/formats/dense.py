@@ -18,11 +18,11 @@ from gradless.spaces import Space, parameters
 
 @dataclass
 class DenseModel:
-    """A dense transformers model and the folder it came from."""
+    """A dense transformers model, and the folder it came from where it came from one."""
 
-    path: Path
     model: Any
-    tokenizer: Any
+    tokenizer: Any = None
+    path: Path | None = None
 
     output_name = "model"
     quantized = False
@@ -37,10 +37,12 @@ class DenseModel:
             raise GradlessError(f"{path} holds no dense model; a folder needs config.json and *.safetensors.")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
         model.requires_grad_(False).eval()
-        return cls(path, model, tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=True))
+        return cls(model, tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=True), path)
 
     def fingerprint(self) -> str:
-        """One hash of all the weights."""
+        """One hash of the folder's weights; empty for a model that came from none."""
+        if self.path is None:
+            return ""
         parts = "".join(f"{file.name}:{sha256(file)};" for file in sorted(self.path.glob("*.safetensors")))
         return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -65,7 +67,8 @@ def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         for file in temporary.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())

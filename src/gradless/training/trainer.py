@@ -25,10 +25,10 @@ from transformers.trainer_utils import speed_metrics
 import gradless
 from gradless import kernels, noise, objectives
 from gradless.errors import GradlessError
+from gradless.formats.dense import DenseModel
 from gradless.journal import Journal
 from gradless.methods import METHODS, Estimate, ZerothOrderOptimizer
 from gradless.objectives import TokenizedExample
-from gradless.spaces import parameters
 from gradless.training.options import MethodOptions, defaults
 
 NAN_STEPS = 5
@@ -66,25 +66,6 @@ class SeededSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.n
-
-
-class _Unsaved:
-    """A dense model that was handed over without its folder."""
-
-    quantized = False
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def fingerprint(self) -> str:
-        return ""
-
-    def tunable(self) -> dict[str, list[str]]:
-        return {"parameters": [space.name for space in parameters(self.model)]}
-
-    def spaces(self, _kind: str, names: list[str], *, master: bool = False, **_: Any) -> Any:
-        wanted = set(names)
-        return parameters(self.model, lambda name, _module: name in wanted, master=master)
 
 
 class _Journaling(TrainerCallback):  # type: ignore[misc]
@@ -128,7 +109,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         schedule: Callable[[int], float] | None = None,
         **more: Any,
     ) -> None:
-        self.checkpoint: Any = checkpoint or _Unsaved(model)
+        self.checkpoint: Any = checkpoint or DenseModel(model)
         self.about = about or {}
         self.schedule = schedule
         self.journal: Journal | None = None
@@ -301,7 +282,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         for part in ("base", "method", "groups", "config", *self.about):
             if journal.header.get(part) != mine[part]:
                 raise GradlessError(
-                    f"{journal.path} is another run: its {part} {_difference(journal.header.get(part), mine[part])}; "
+                    f"{journal.path} is another run ({part}: {_difference(journal.header.get(part), mine[part])}); "
                     "give the same options and data, or a new --output."
                 )
         if journal.header["environment"] != mine["environment"] and not self.allow_changes:
@@ -344,12 +325,9 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the tuned model, in the format it came in, to `output_dir`."""
-        if hasattr(self.checkpoint, "save"):
-            self.checkpoint.save(
-                Path(output_dir or self.args.output_dir) / self.checkpoint.output_name, self.zeroth_order.spaces
-            )
-        else:
-            super().save_model(output_dir, _internal_call)
+        del _internal_call
+        target = Path(output_dir or self.args.output_dir) / self.checkpoint.output_name
+        self.checkpoint.save(target, self.zeroth_order.spaces)
 
     def _get_grad_norm(self, *_: Any, **__: Any) -> None:
         """There are no gradients."""
@@ -412,8 +390,9 @@ def _tokenized(data: Any) -> bool:
 
 
 def _difference(theirs: Any, mine: Any) -> str:
+    """Where two plain values differ first, and how."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for name in sorted({*theirs, *mine}):
             if theirs.get(name) != mine.get(name):
-                return f"has {name} {_difference(theirs.get(name), mine.get(name))}"
-    return f"is {str(theirs)[:60]!r} and not {str(mine)[:60]!r}"
+                return f"{name}: {_difference(theirs.get(name), mine.get(name))}"
+    return f"{str(theirs)[:60]} there, {str(mine)[:60]} here"
