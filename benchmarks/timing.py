@@ -1,4 +1,4 @@
-"""Timing on a shared machine: interleave the variants, set aside samples in which the process waited for a CPU, take medians."""
+"""Timing on a shared machine: interleave the variants, set aside samples that waited for a CPU, take medians."""
 
 from __future__ import annotations
 

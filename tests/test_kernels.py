@@ -46,7 +46,7 @@ def test_the_torch_path_can_be_asked_for(monkeypatch):
 
 def test_a_kernel_that_differs_is_found_out(monkeypatch):
     assert kernels.self_test(cpu) is None
-    monkeypatch.setattr(cpu, "move_blocks", lambda tensor, move: tensor.master.add_(1e-6))
+    monkeypatch.setattr(cpu, "move_blocks", lambda tensor, _move: tensor.master.add_(1e-6))
     assert kernels.self_test(cpu) == "Q4_0, scale"
 
 

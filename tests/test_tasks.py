@@ -30,10 +30,10 @@ def test_jsonl_json_and_parquet(tmp_path):
     row = {"prompt": "Say:", "completion": "hello"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n\n")
     (tmp_path / "a.json").write_text(json.dumps([row]))
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    parquet.write_table(Table.from_pylist([row]), tmp_path / "a.parquet")
     for kind in ("jsonl", "json", "parquet"):
         assert read_rows(str(tmp_path / f"a.{kind}")) == [row]
 

@@ -104,7 +104,7 @@ def test_nan_losses_are_counted_and_end_a_run(tiny, tmp_path, monkeypatch):
     assert (zo.skipped, zo.journal.steps) == (1, 6)
     monkeypatch.setattr(ZOTrainer, "compute_loss", lambda *_args, **_kwargs: float("nan"))
     always = trainer(tiny, tmp_path / "all")
-    with pytest.raises(GradlessError, match="not finite in 5 steps in a row.*smaller --lr"):
+    with pytest.raises(GradlessError, match=r"not finite in 5 steps in a row.*smaller --lr"):
         always.train()
 
 

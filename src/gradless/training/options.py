@@ -73,7 +73,7 @@ def defaults(method: str, *, quantized: bool, absolute: bool = False) -> tuple[f
     """(lr, eps) that learn where a user gives none; docs/results.md has the runs behind them."""
     if method == "qzo":
         return (1e-7, 1e-3) if absolute else (4e-4, 2e-2)
-    return (1e-3, 3e-2) if quantized else (1e-6, 1e-3)
+    return (1e-3, 3e-2) if quantized else (1e-5, 1e-3)
 
 
 def option_fields(cls: type[MethodOptions]) -> list[Any]:

@@ -175,7 +175,7 @@ template <class Worker> static void in_shares(int64_t n, int64_t grain, Worker w
 }
 
 extern "C" {
-void gradless_set_normal_table(const uint16_t *table) { std::memcpy(normal_table, table, sizeof normal_table); }
+void gradless_set_normal_table(const uint16_t *table) { set_normal_table(table); }
 
 void gradless_coordinates(const Move *move, int64_t start, int64_t count, float *out) {
     in_shares(count, 1 << 14, [&](int64_t begin, int64_t end) {

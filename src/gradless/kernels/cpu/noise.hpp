@@ -35,7 +35,14 @@ INLINE void page_of_words(const Words &w, uint64_t page, uint32_t out[64]) {
 
 enum Distribution { GAUSSIAN = 0, RADEMACHER = 1 };
 
-static uint16_t normal_table[32768];
+static uint32_t normal_bits[32768];  // magnitudes as the bits of floats
+
+INLINE void set_normal_table(const uint16_t *table) {
+    for (int i = 0; i < 32768; i++) {
+        float z = (float)table[i] * 0x1p-13f;
+        std::memcpy(normal_bits + i, &z, 4);
+    }
+}
 
 // Coordinates in runs of 128, the last run kept: consecutive reads draw each page once.
 struct Coordinates {
@@ -49,12 +56,13 @@ struct Coordinates {
         c.run = run;
         if (c.distribution == GAUSSIAN) {
             page_of_words(c.words, run, c.word);
-            for (int half = 0; half < 2; half++)
-                for (int i = 0; i < 64; i++) {
-                    uint32_t h = half ? c.word[i] >> 16 : c.word[i] & 0xFFFF;
-                    float z = (float)normal_table[h & 0x7FFF] * 0x1p-13f;
-                    c.value[half * 64 + i] = h & 0x8000 ? -z : z;
-                }
+            uint32_t bits[128];
+            for (int i = 0; i < 64; i++) {  // without branches: a sign is never predicted
+                uint32_t w = c.word[i];
+                bits[i] = normal_bits[w & 0x7FFF] | (w & 0x8000) << 16;
+                bits[64 + i] = normal_bits[w >> 16 & 0x7FFF] | (w & 0x80000000u);
+            }
+            std::memcpy(c.value, bits, sizeof bits);
         } else {  // a page holds sixteen runs, four words each
             if (c.page != run / 16) page_of_words(c.words, c.page = run / 16, c.word);
             const uint32_t *w = c.word + (run % 16) * 4;

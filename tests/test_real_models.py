@@ -1,0 +1,90 @@
+"""Slow: real models from PyPI through tune, replay and llama.cpp."""
+
+import json
+
+import pytest
+
+from gradless.cli import main
+from gradless.formats.gguf import GGUFFile
+from gradless.tasks.data import read_rows
+
+pytestmark = pytest.mark.slow
+STEPS = 40
+
+
+@pytest.fixture(scope="module", params=["smollm2", "gemma3"])
+def base(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def run(base, shared_data, tmp_path_factory):
+    """A short run on SST-2: long enough that predictions are no longer all the same."""
+    output = tmp_path_factory.mktemp("real") / "run"
+    train = str(shared_data / "sst2" / "train.tsv")
+    arguments = ["tune", str(base), train, "--task", "sst2", "--steps", str(STEPS), "--lr", "1e-3", "--schedule", "constant"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    return output
+
+
+def test_untouched_round_trip_is_byte_identical(base, tmp_path):
+    GGUFFile.open(base).export(tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == base.read_bytes()
+
+
+def test_replay_is_byte_identical_and_fast(base, run, tmp_path, capsys):
+    output = tmp_path / "again.gguf"
+    assert main(["replay", str(base), str(run / "journal.db"), "--output", str(output), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert output.read_bytes() == (run / "model.gguf").read_bytes()
+    assert output.read_bytes() != base.read_bytes()
+    assert result["steps"] == STEPS
+
+
+def test_the_tuned_file_has_the_bases_size_types_and_metadata(base, run):
+    ours, theirs = GGUFFile.open(run / "model.gguf"), GGUFFile.open(base)
+    assert ours.tensors == theirs.tensors
+    assert ours.metadata == theirs.metadata
+    first = min(info.offset for info in theirs.tensors.values())
+    assert (run / "model.gguf").read_bytes()[:first] == base.read_bytes()[:first]
+    assert (run / "model.gguf").stat().st_size == base.stat().st_size
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, through xllamacpp."""
+
+    def __init__(self, path):
+        xllamacpp = pytest.importorskip("xllamacpp")
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx = 1024
+        parameters.n_parallel = 1
+        parameters.warmup = False
+        parameters.verbosity = 0
+        self.server = xllamacpp.Server(parameters)
+
+    def complete(self, prompt, tokens, **more):
+        request = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0, **more}
+        return self.server.handle_completions(request)["choices"][0]["text"]
+
+    def likelier(self, prompt, words):
+        """Which of two single tokens has the larger log-probability: both are raised alike, so that the best is one of them."""
+        return self.complete(prompt, 1, logit_bias=[[word, 100.0] for word in words])
+
+
+def test_llama_cpp_runs_the_tuned_file_and_measures_our_accuracy(base, run, shared_data, capsys):
+    from gradless.formats.gguf_model import load_tokenizer
+
+    dev = shared_data / "sst2" / "dev.tsv"
+    assert main(["eval", str(run / "model.gguf"), str(dev), "--task", "sst2", "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)["accuracy"]
+    llama = LlamaCpp(run / "model.gguf")
+    assert len(llama.complete("The capital of France is", 8)) > 3
+    tokenizer = load_tokenizer(base)
+    words = [tokenizer(" " + word, add_special_tokens=False).input_ids[0] for word in ("terrible", "great")]
+    rows = read_rows(str(dev))
+    right = sum(
+        llama.likelier(row["text"] + " It was", words).strip() == ("terrible", "great")[int(row["label"])] for row in rows
+    )
+    print(f"accuracy on {len(rows)} rows: ours {ours:.4f}, llama.cpp's {right / len(rows):.4f}")
+    assert abs(right / len(rows) - ours) <= 0.01
