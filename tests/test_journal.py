@@ -107,6 +107,22 @@ def test_edited(tmp_path, edit, message):
         Journal.open(path)
 
 
+def test_a_full_disk_keeps_what_was_written(tmp_path):
+    journal = Journal.create(tmp_path / "journal.db", HEADER)
+    journal.append(estimate(0), 0.0)
+    journal._connection.execute("PRAGMA max_page_count = 1")
+
+    def fill():
+        for step in range(1, 2000):
+            journal.append(estimate(step), 0.0)
+
+    with pytest.raises(GradlessError, match=r"step \d+ could not be written .*full.*--resume"):
+        fill()
+    written = journal.steps
+    journal.close()
+    assert Journal.open(tmp_path / "journal.db").steps == written
+
+
 def test_evaluations_are_kept_in_order(tmp_path):
     journal = Journal.create(tmp_path / "journal.db", HEADER)
     journal.evaluated(10, {"loss": 0.5}, 2.0)

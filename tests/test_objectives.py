@@ -10,11 +10,13 @@ from gradless import objectives
 from gradless.errors import GradlessError
 from gradless.formats.gguf_model import load_gguf
 from gradless.objectives import Example, TokenizedExample, collate, tokenize
+from tests.tiny import tiny_gguf
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny):
-    return load_gguf(tiny, dtype=torch.float32)
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def loaded(request, tmp_path_factory):
+    path = tiny_gguf(tmp_path_factory.mktemp(request.param) / "tiny.gguf", request.param)
+    return load_gguf(path, dtype=torch.float32)
 
 
 def plain_score(model, prompt, completion):

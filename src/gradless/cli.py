@@ -225,10 +225,9 @@ def _dequantize(parsed: argparse.Namespace) -> int:
 
 
 def _prepare_libraries() -> None:
-    """Keep the libraries quiet and, for a local file, off the network."""
+    """Keep the libraries quiet."""
     import os
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

@@ -109,12 +109,22 @@ class Journal:
                 )
 
     def append(self, estimate: Estimate, seconds: float) -> None:
-        """Commit a step to the disk. Call it before the step's update."""
+        """Commit a step to the disk. Call it before the step's update.
+
+        Raises:
+            GradlessError: it could not be written; the journal is as it was.
+        """
         columns = (json.dumps(estimate.losses), json.dumps(estimate.d), json.dumps(estimate.lr))
         digest = _chained(self._digest, estimate.step, *columns)
-        with self._connection as transaction:
-            transaction.execute("DELETE FROM finished")
-            transaction.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?)", (estimate.step, *columns, seconds, digest))
+        try:
+            with self._connection as transaction:
+                transaction.execute("DELETE FROM finished")
+                transaction.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?)", (estimate.step, *columns, seconds, digest))
+        except sqlite3.OperationalError as error:
+            raise GradlessError(
+                f"step {estimate.step} could not be written to {self.path} ({error}); every step before it is safe: "
+                "free some space and run the same command with --resume."
+            ) from error
         self._digest, self.steps, self.seconds = digest, estimate.step + 1, seconds
 
     def evaluated(self, step: int, metrics: dict[str, float], seconds: float) -> None:

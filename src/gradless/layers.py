@@ -3,8 +3,9 @@ a perturbation exists only in a scratch, one layer (or one tile of a large one) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,18 @@ TILE = 1 << 22
 """Weights that are unpacked at once: every layer of a small model whole, a language model's head never."""
 
 
-class QuantLinear(nn.Module):
+class _Packed(nn.Module):
+    """A module that holds a packed tensor, which follows the module from device to device."""
+
+    packed: QuantTensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.packed.to(fn(torch.empty(0, device=self.packed.packed.device)).device)
+        return self
+
+
+class QuantLinear(_Packed):
     """y = x @ W.T + b on a packed W.
 
     Attributes:
@@ -57,7 +69,7 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.packed.block.name}, bias={self.bias is not None}"
 
 
-class QuantEmbedding(nn.Module):
+class QuantEmbedding(_Packed):
     """A lookup table of packed rows: only the rows that are looked up are unpacked.
 
     Attributes:

@@ -79,10 +79,12 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
     """
     limit = min(context, max_length or context)
     joint = "" if example.prompt.endswith(("\n", " ")) else " "
-    prompt = list(tokenizer(example.prompt).input_ids)
+    # A chat template writes the beginning-of-sequence token out; the tokenizer must not add a second one.
+    special = not (tokenizer.bos_token and example.prompt.startswith(tokenizer.bos_token))
+    prompt = list(tokenizer(example.prompt, add_special_tokens=special).input_ids)
     prompts, completions = [], []
     for candidate in example.candidates:
-        whole = list(tokenizer(example.prompt + joint + candidate).input_ids)
+        whole = list(tokenizer(example.prompt + joint + candidate, add_special_tokens=special).input_ids)
         shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
         if shared == len(whole):
             raise GradlessError(f"an answer is empty after the prompt {example.prompt[-60:]!r}; drop that row.")
@@ -170,6 +172,7 @@ def packs(model: Any) -> bool:
 
 def scores(model: Any, batch: dict[str, Any]) -> list[Tensor]:
     """Every candidate's score: for each example fp32 (candidates,), up to a constant of the example."""
+    batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if batch[name] is not None}
     head, words, targets = model.get_output_embeddings(), batch["words"], batch["targets"]
     with reading_at(head, batch["rows"], batch["columns"]), restricted_to(head, words) as restricted:
@@ -229,7 +232,7 @@ def evaluate(
 
 def generate(model: Any, example: TokenizedExample, tokenizer: Any) -> str:
     """The model's own answer, greedily, up to a newline."""
-    ids = torch.tensor([example.prompts[0]])
+    ids = torch.tensor([example.prompts[0]], device=model.device)
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

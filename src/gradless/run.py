@@ -26,7 +26,7 @@ from gradless.formats.gguf_model import GGUFModel, file_spaces, load_gguf, save_
 from gradless.journal import Journal
 from gradless.memory import resident_bytes
 from gradless.objectives import TokenizedExample
-from gradless.tasks.data import Row, read_rows
+from gradless.tasks.data import read_rows
 from gradless.tasks.prompts import Task, choose_task
 from gradless.training.options import MAY_CHANGE, MethodOptions, RunOptions
 from gradless.training.trainer import ZOConfig, ZOTrainer, build_optimizer
@@ -37,11 +37,10 @@ ROUNDING_EXAMPLES = 128
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenized examples and what they came from."""
+    """Tokenized examples and the task that made them."""
 
     examples: list[TokenizedExample]
     task: Task
-    rows: list[Row]
 
 
 def load_model(path: str | Path) -> GGUFModel | DenseModel:
@@ -77,7 +76,7 @@ def prepare(
         objectives.tokenize(example, loaded.tokenizer, context=context, max_length=options.max_length)
         for example in task.examples(rows, source)
     ]
-    return Prepared(examples, task, rows)
+    return Prepared(examples, task)
 
 
 def _parse_labels(text: str) -> dict[str, str]:

@@ -72,6 +72,12 @@ class QuantTensor:
         """Whether the tuned value is a scale, which stops at zero instead of crossing it; a plain offset may cross."""
         return self.part is not Part.OFFSET or self.block.offset_unit is None
 
+    def to(self, device: torch.device) -> None:
+        """Move everything it holds to a device."""
+        for name in ("packed", "row_order", "master"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(device))
+
     def base(self) -> Tensor:
         """The values of the tuned field that the file holds: fp32, (rows, blocks)."""
         at = self.block.offset_at if self.part is Part.OFFSET else self.block.scale_at

@@ -115,10 +115,10 @@ class GGUFFile:
                     info = self.tensors[tensor.name]
                     packed = data[info.offset : info.offset + info.nbytes].reshape(tensor.packed.shape)
                     for at, values in tuned_fields(tensor):
-                        packed[..., at : at + 2] = to_fp16(values).unsqueeze(-1).view(torch.uint8).numpy()
+                        packed[..., at : at + 2] = to_fp16(values).cpu().unsqueeze(-1).view(torch.uint8).numpy()
             for name, values in (floats or {}).items():
                 info = self.tensors[name]
-                raw = values.to(FLOAT_TYPES[info.type]).contiguous().view(torch.uint8)
+                raw = values.cpu().to(FLOAT_TYPES[info.type]).contiguous().view(torch.uint8)
                 data[info.offset : info.offset + info.nbytes] = raw.flatten().numpy()
             data.flush()
 
