@@ -132,6 +132,13 @@ def test_an_order_is_a_permutation_that_follows_from_seed_and_epoch():
     assert not torch.equal(order, noise.permutation(4, 0, 1000))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("distribution", Distribution)
+def test_cuda_has_the_same_bits(distribution):
+    direction = Direction(1, 2, 3, distribution)
+    assert torch.equal(direction.values("w", 77, 10_000, "cuda").cpu(), direction.values("w", 77, 10_000))
+
+
 def test_nothing_global_is_touched():
     torch.manual_seed(0)
     before = torch.get_rng_state()

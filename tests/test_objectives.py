@@ -82,9 +82,16 @@ def test_a_prompt_longer_than_the_context(loaded):
     assert len(made) == 64
 
 
-def test_an_empty_answer(loaded):
+def test_empty_answers_and_prompts(loaded):
     with pytest.raises(GradlessError, match="an answer is empty"):
         tokenize(Example("text\n", ("",)), loaded.tokenizer, context=128)
+    with pytest.raises(GradlessError, match="a prompt is empty"):
+        tokenize(Example("", ("text",), verbatim=True), loaded.tokenizer, context=128)
+
+
+def test_completions_follow_their_prompt_as_they_are(loaded):
+    made = tokenize(Example("def f(", ("x)",), verbatim=True), loaded.tokenizer, context=128)
+    assert loaded.tokenizer.decode([*made.prompts[0], *made.completions[0]]) == "def f(x)"
 
 
 def test_macro_f1_and_accuracy(loaded):

@@ -1,6 +1,9 @@
 """Slow: real models from PyPI through tune, replay and llama.cpp."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +35,7 @@ def test_untouched_round_trip_is_byte_identical(base, tmp_path):
     assert (tmp_path / "out.gguf").read_bytes() == base.read_bytes()
 
 
-def test_replay_is_byte_identical_and_fast(base, run, tmp_path, capsys):
+def test_replay_is_byte_identical(base, run, tmp_path, capsys):
     output = tmp_path / "again.gguf"
     assert main(["replay", str(base), str(run / "journal.db"), "--output", str(output), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -88,3 +91,12 @@ def test_llama_cpp_runs_the_tuned_file_and_measures_our_accuracy(base, run, shar
     )
     print(f"accuracy on {len(rows)} rows: ours {ours:.4f}, llama.cpp's {right / len(rows):.4f}")
     assert abs(right / len(rows) - ours) <= 0.01
+
+
+def test_memory_stays_within_the_file_and_a_little(smollm2):
+    """benchmarks/memory.py: loading, tuning and saving, over an interpreter with its libraries and the tokenizer."""
+    benchmark = Path(__file__).parents[1] / "benchmarks" / "memory.py"
+    command = [sys.executable, str(benchmark), str(smollm2), "--json"]
+    measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert measured["ours"] < measured["allowed_without_activations"]
+    assert measured["ours"] < measured["dequantized"]

@@ -60,7 +60,7 @@ def test_squads_nesting(tmp_path):
     [
         ("sst2", {"text": "fine", "label": 1}, "fine It was", "great"),
         ("cb", {"premise": "P.", "hypothesis": "h", "label": "neutral"}, "Suppose P. Can we infer", "Maybe"),
-        ("boolq", {"passage": "P.", "question": "is it", "label": True}, "P. is it?\n", "Yes"),
+        ("boolq", {"passage": "P.", "question": "is it", "label": True}, "P. is it?", "Yes"),
         (
             "wsc",
             {"text": "T.", "target": {"span1_text": "Ann", "span2_text": "She"}, "label": False},
@@ -164,5 +164,5 @@ def test_a_task_that_does_not_exist():
 
 
 def test_a_template_without_labels():
-    with pytest.raises(GradlessError, match="--template needs --labels"):
+    with pytest.raises(GradlessError, match="--template and --labels go together"):
         choose_task(None, "{text}", None, {}, None)

@@ -62,6 +62,27 @@ def test_a_resume_gives_the_bits_of_the_uninterrupted_run(tiny, tmp_path, option
     assert all(torch.equal(a, b) for a, b in zip(masters(again), masters(whole), strict=True))
 
 
+@pytest.mark.parametrize("steps", [5, 6])
+def test_a_run_that_is_done_is_not_resumed_by_a_step(tiny, tmp_path, steps):
+    for _ in range(2):
+        zo = trainer(tiny, tmp_path, max_steps=steps, lr_scheduler_type="constant")
+        zo.train(resume_from_checkpoint=(tmp_path / "journal.db").exists())
+        assert zo.journal.steps == zo.state.global_step == steps
+        ended = masters(zo)
+        zo.journal.close()
+    assert all(torch.equal(a, b) for a, b in zip(masters(zo), ended, strict=True))
+
+
+def test_skipped_steps_are_counted_over_a_resume(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(ZOTrainer, "compute_loss", lambda *_args, **_kwargs: float("nan"))
+    first = trainer(tiny, tmp_path, max_steps=3)
+    first.train()
+    first.journal.close()
+    again = trainer(tiny, tmp_path, max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.skipped == 3
+
+
 def test_accumulated_micro_batches_are_one_batch_under_one_direction(tiny, tmp_path):
     whole = trainer(tiny, tmp_path / "a", per_device_train_batch_size=4, max_steps=1)
     parts = trainer(tiny, tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1)

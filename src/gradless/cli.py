@@ -216,7 +216,7 @@ def _dequantize(parsed: argparse.Namespace) -> int:
     from gradless.formats.gguf_model import dequantized, load_gguf
 
     output = Path(parsed.output)
-    if output.exists() and not parsed.overwrite:
+    if output.exists() and (not parsed.overwrite or output.resolve() == Path(parsed.model).resolve()):
         raise GradlessError(f"{output} exists; give --overwrite to replace it, or another --output.")
     loaded = load_gguf(parsed.model)
     write_folder(dequantized(loaded), loaded.tokenizer, output)

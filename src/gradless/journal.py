@@ -57,10 +57,11 @@ class Journal:
     def create(cls, path: Path, header: dict[str, Any]) -> Journal:
         """Begin a journal; `header` must survive JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        journal = cls(path, _connect(path))
-        with journal._connection as transaction:
-            transaction.executescript("BEGIN;" + _SCHEMA)
-            rows = [(name, json.dumps(value)) for name, value in {"format": FORMAT, **header}.items()]
+        journal = cls(path, sqlite3.connect(path))
+        rows = [(name, json.dumps(value)) for name, value in {"format": FORMAT, **header}.items()]
+        with journal._writing("the journal's beginning") as transaction:
+            for statement in _SCHEMA.split(";"):
+                transaction.execute(statement)
             transaction.executemany("INSERT INTO header VALUES (?, ?)", rows)
         journal._read_header()
         return journal
@@ -75,7 +76,7 @@ class Journal:
         if not path.is_file():
             raise GradlessError(f"there is no journal {path}; a run writes it as journal.db in its output folder.")
         try:
-            journal = cls(path, _connect(path))
+            journal = cls(path, sqlite3.connect(path))
             journal._read_header()
             journal._verify()
         except (sqlite3.DatabaseError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -108,6 +109,20 @@ class Journal:
                     "restore it from a copy."
                 )
 
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[sqlite3.Connection]:
+        """One durable transaction."""
+        try:
+            self._connection.execute("PRAGMA synchronous=FULL")
+            with self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield self._connection
+        except (sqlite3.OperationalError, sqlite3.IntegrityError) as error:
+            raise GradlessError(
+                f"{what} could not be written to {self.path} ({error}); all that was written before is safe: make sure that "
+                "the disk has room and that no other process writes there, and run the same command with --resume."
+            ) from error
+
     def append(self, estimate: Estimate, seconds: float) -> None:
         """Commit a step to the disk. Call it before the step's update.
 
@@ -116,20 +131,15 @@ class Journal:
         """
         columns = (json.dumps(estimate.losses), json.dumps(estimate.d), json.dumps(estimate.lr))
         digest = _chained(self._digest, estimate.step, *columns)
-        try:
-            with self._connection as transaction:
-                transaction.execute("DELETE FROM finished")
-                transaction.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?)", (estimate.step, *columns, seconds, digest))
-        except sqlite3.OperationalError as error:
-            raise GradlessError(
-                f"step {estimate.step} could not be written to {self.path} ({error}); every step before it is safe: "
-                "free some space and run the same command with --resume."
-            ) from error
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        with self._writing(f"step {estimate.step}") as transaction:
+            transaction.execute("DELETE FROM finished")
+            transaction.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?)", (estimate.step, *columns, seconds, digest))
         self._digest, self.steps, self.seconds = digest, estimate.step + 1, seconds
 
     def evaluated(self, step: int, metrics: dict[str, float], seconds: float) -> None:
         """Record an evaluation after `step` steps."""
-        with self._connection as transaction:
+        with self._writing("an evaluation") as transaction:
             transaction.execute("REPLACE INTO evaluations VALUES (?, ?, ?)", (step, json.dumps(metrics), seconds))
 
     def estimates(self) -> Iterator[Estimate]:
@@ -152,7 +162,7 @@ class Journal:
 
     def finish(self) -> None:
         """Mark the run as finished, and fold SQLite's write-ahead log in so that the file stands alone."""
-        with self._connection as transaction:
+        with self._writing("the run's end") as transaction:
             transaction.execute("DELETE FROM finished")
             transaction.execute("INSERT INTO finished VALUES (?, ?)", (self.steps, self._digest))
         self.close()
@@ -163,13 +173,6 @@ class Journal:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._connection.execute("PRAGMA journal_mode=DELETE")
         self._connection.close()
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    return connection
 
 
 def _chained(previous: str, step: int, losses: str, estimate: str, lr: str) -> str:

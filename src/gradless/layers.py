@@ -81,7 +81,9 @@ class QuantEmbedding(_Packed):
         super().__init__()
         self.packed = weight
         self.dtype = dtype
-        self.factor = factor
+        self.register_buffer("factor", factor, persistent=False)
+
+    factor: Tensor | None
 
     @property
     def num_embeddings(self) -> int:

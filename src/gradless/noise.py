@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from decimal import Decimal, getcontext
+from decimal import Decimal, localcontext
 from enum import IntEnum
 from functools import cache
 from importlib.resources import files
@@ -176,13 +176,14 @@ def uniform_grid(words: Words, m: int, start: int, count: int, device: torch.dev
 @cache
 def _discretized_gaussian_edges(m: int, mu_over_s: float) -> tuple[int, ...]:
     """Upper edges, as 32-bit integers, of P(k) proportional to phi(k / mu_over_s), |k| <= m; exact decimal arithmetic."""
-    getcontext().prec = 40
-    spread = Decimal(mu_over_s)
-    weights = [(-((Decimal(k) / spread) ** 2) / 2).exp() for k in range(-m, m + 1)]
-    total, running, edges = sum(weights), Decimal(0), []
-    for weight in weights[:-1]:
-        running += weight
-        edges.append(int((running / total * 2**32).to_integral_value()))
+    with localcontext() as context:
+        context.prec = 40
+        spread = Decimal(mu_over_s)
+        weights = [(-((Decimal(k) / spread) ** 2) / 2).exp() for k in range(-m, m + 1)]
+        total, running, edges = sum(weights), Decimal(0), []
+        for weight in weights[:-1]:
+            running += weight
+            edges.append(int((running / total * 2**32).to_integral_value()))
     return tuple(edges)
 
 

@@ -12,7 +12,7 @@ import inspect
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,14 @@ class Example:
         candidates: possible completions; one where the data only says what is right.
         label: index of the right candidate.
         answers: accepted answers of a question that is evaluated by generating, else None.
+        verbatim: candidates follow the prompt as they are; otherwise after a space, unless white space is there already.
     """
 
     prompt: str
     candidates: tuple[str, ...]
     label: int = 0
     answers: tuple[str, ...] | None = None
+    verbatim: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
         GradlessError: the prompt and an answer do not fit, or a completion is empty.
     """
     limit = min(context, max_length or context)
-    joint = "" if example.prompt.endswith(("\n", " ")) else " "
+    joint = "" if example.verbatim or example.prompt.endswith(("\n", " ")) else " "
     # A chat template writes the beginning-of-sequence token out; the tokenizer must not add a second one.
     special = not (tokenizer.bos_token and example.prompt.startswith(tokenizer.bos_token))
     prompt = list(tokenizer(example.prompt, add_special_tokens=special).input_ids)
@@ -86,15 +88,17 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
     for candidate in example.candidates:
         whole = list(tokenizer(example.prompt + joint + candidate, add_special_tokens=special).input_ids)
         shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
-        if shared == len(whole):
-            raise GradlessError(f"an answer is empty after the prompt {example.prompt[-60:]!r}; drop that row.")
+        if shared == len(whole) or shared == 0:
+            what = "an answer" if shared else "a prompt"
+            raise GradlessError(f"{what} is empty: {example.prompt[-60:]!r} followed by {candidate[:60]!r}; drop that row.")
         if len(whole) > limit and max_length is None:
             raise GradlessError(
                 f"a prompt of {len(whole)} tokens is longer than the model's context of {context}: "
                 f"{example.prompt[:60]!r}...; shorten it, or give --max-length to keep only the end of long prompts."
             )
-        completion = whole[shared:][: limit - 1]
-        prompts.append(tuple(whole[:shared][-(limit - len(completion)) :]))
+        completion = whole[shared:][: limit - 2]
+        first = whole[:1] if whole[0] == tokenizer.bos_token_id and len(whole) > limit else []
+        prompts.append((*first, *whole[:shared][-(limit - len(completion) - len(first)) :]))
         completions.append(tuple(completion))
     return TokenizedExample(tuple(prompts), tuple(completions), example.label, example.answers)
 
@@ -166,8 +170,9 @@ def _pack(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:
 
 
 def packs(model: Any) -> bool:
-    """Whether the model takes position ids, by which transformers keeps packed sequences apart."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    """Whether sequences in one row stay apart: by position ids, in models whose layers all are attention."""
+    kinds = getattr(model.config, "layer_types", None) or []
+    return "position_ids" in inspect.signature(model.forward).parameters and all("attention" in kind for kind in kinds)
 
 
 def scores(model: Any, batch: dict[str, Any]) -> list[Tensor]:
@@ -202,9 +207,23 @@ def batches(examples: Sequence[TokenizedExample], size: int) -> Iterator[list[To
 
 @torch.inference_mode()
 def evaluate(
-    model: Any, examples: Sequence[TokenizedExample], tokenizer: Any, *, batch_size: int = 32, progress: Any = None
+    model: Any,
+    examples: Sequence[TokenizedExample],
+    tokenizer: Any,
+    *,
+    batch_size: int = 32,
+    generating: bool = True,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
     """Loss and accuracy over examples.
+
+    Args:
+        model: the language model.
+        examples: at least one.
+        tokenizer: of the model.
+        batch_size: examples in a forward.
+        generating: whether questions with answers are answered; otherwise only their loss is measured.
+        progress: called with the number of examples of each batch that is done.
 
     Returns:
         `loss`; `accuracy` and macro `f1` where there are candidates to choose from; for questions with answers,
@@ -221,6 +240,8 @@ def evaluate(
         if progress is not None:
             progress(len(batch))
     metrics = {"loss": total / len(examples)}
+    if examples[0].answers is not None and not generating:
+        return metrics
     if examples[0].answers is not None:
         each = [answer_scores(generate(model, e, tokenizer), e.answers or ()) for e in examples]
         exact, f1 = (sum(column) / len(each) for column in zip(*each, strict=True))

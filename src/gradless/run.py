@@ -21,8 +21,8 @@ from transformers import PrinterCallback, TrainerCallback
 from gradless import noise, objectives
 from gradless.errors import GradlessError
 from gradless.formats.dense import DenseModel
-from gradless.formats.gguf import GGUFFile
-from gradless.formats.gguf_model import GGUFModel, file_spaces, load_gguf, save_file
+from gradless.formats.gguf import GGUFFile, to_fp16
+from gradless.formats.gguf_model import GGUFModel, load_gguf
 from gradless.journal import Journal
 from gradless.memory import resident_bytes
 from gradless.objectives import TokenizedExample
@@ -32,6 +32,9 @@ from gradless.training.options import MAY_CHANGE, MethodOptions, RunOptions
 from gradless.training.trainer import ZOConfig, ZOTrainer, build_optimizer
 
 DEFAULT_STEPS = 1000
+WRITTEN = ("journal.db", "journal.db-wal", "journal.db-shm", "loss.png", "model.gguf", "model")
+"""What a run may write into its output folder."""
+NO_LIMIT = 10**9
 ROUNDING_EXAMPLES = 128
 
 
@@ -53,6 +56,7 @@ def prepare(
     loaded: GGUFModel | DenseModel,
     options: RunOptions,
     *,
+    split: str | None = None,
     limit: int | None = None,
     shuffled: bool = False,
 ) -> Prepared:
@@ -62,15 +66,17 @@ def prepare(
         source: of the rows.
         loaded: the model, for its tokenizer and context.
         options: the run's.
+        split: of a data set that is given by name; None for the options'.
         limit: use so many rows only.
         shuffled: take them in the seed's order, not the first.
     """
-    rows = read_rows(source, split=options.split)
+    rows = read_rows(source, split=split or options.split)
     if shuffled and limit is not None:
         rows = [rows[i] for i in noise.permutation(options.seed, 0, len(rows)).tolist()]
     rows = rows[:limit]
     labels = None if options.labels is None else _parse_labels(options.labels)
-    task = choose_task(options.task, options.template, labels, rows[0], loaded.tokenizer)
+    template = None if options.template is None else options.template.replace("\\n", "\n")
+    task = choose_task(options.task, template, labels, rows[0], loaded.tokenizer)
     context = getattr(loaded.model.config, "max_position_embeddings", 2**31)
     examples = [
         objectives.tokenize(example, loaded.tokenizer, context=context, max_length=options.max_length)
@@ -90,15 +96,19 @@ def evaluate(model: str, data: str, options: RunOptions, *, quiet: bool = False)
     """Measure a model on rows: `accuracy`, `f1`, `loss`, `examples`, `seconds`."""
     loaded = load_model(model)
     prepared = prepare(data, loaded, options, limit=options.eval_rows)
-    return measure(loaded, prepared.examples, quiet=quiet)
+    return measure(loaded, prepared.examples, options.batch_size, quiet=quiet)
 
 
-def measure(loaded: GGUFModel | DenseModel, examples: list[TokenizedExample], *, quiet: bool = False) -> dict[str, Any]:
+def measure(
+    loaded: GGUFModel | DenseModel, examples: list[TokenizedExample], batch_size: int, *, quiet: bool = False
+) -> dict[str, Any]:
     """Metrics of a loaded model on examples, with a progress bar."""
     began = time.perf_counter()
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
         bar = progress.add_task("evaluating", total=len(examples))
-        metrics = objectives.evaluate(loaded.model, examples, loaded.tokenizer, progress=lambda n: progress.advance(bar, n))
+        metrics = objectives.evaluate(
+            loaded.model, examples, loaded.tokenizer, batch_size=batch_size, progress=lambda n: progress.advance(bar, n)
+        )
     return {**metrics, "examples": len(examples), "seconds": round(time.perf_counter() - began, 2)}
 
 
@@ -110,28 +120,32 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         `rounding` (losses before and after scales were rounded to the file's type), `finished`.
     """
     output = Path(options.output)
-    _claim(output, options)
+    _claim(output, options, [model, data, options.eval])
     if options.threads:
         torch.set_num_threads(options.threads)
     say = Console(stderr=True, quiet=quiet).print
     say(f"loading {model}")
     loaded = load_model(model)
     train = prepare(data, loaded, options, limit=options.train_rows, shuffled=True)
-    held_out = None if options.eval is None else prepare(options.eval, loaded, options, limit=options.eval_rows)
+    held_out = (
+        None
+        if options.eval is None
+        else prepare(options.eval, loaded, options, split=options.eval_split, limit=options.eval_rows)
+    )
     if options.overwrite:
         _clear(output)
 
-    steps = options.steps or (10**9 if options.max_minutes else DEFAULT_STEPS)
+    steps = options.steps or (NO_LIMIT if options.max_minutes else DEFAULT_STEPS)
     before = None
     if held_out is not None:
         resumed = _first_evaluation(output) if options.resume else None
-        before = resumed or measure(loaded, held_out.examples, quiet=quiet)
+        before = resumed or measure(loaded, held_out.examples, options.batch_size, quiet=quiet)
         say(f"before: {_shown(before)}")
     trainer = _make_trainer(loaded, train, held_out, options, steps, output)
     line = ProgressLine(trainer, options, before, quiet=quiet)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(line)
-    with _stopping_on_interrupt(line):
+    with _stopping_on_interrupt(line), line:
         trainer.train(resume_from_checkpoint=str(output) if options.resume else None)
     journal = trainer.journal
     assert journal is not None
@@ -150,14 +164,14 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
 
     target = output / loaded.output_name
     loaded.save(target, trainer.zeroth_order.spaces)
-    if held_out is not None:
-        summary["after"] = measure(loaded, held_out.examples, quiet=quiet)
-        journal.evaluated(journal.steps, summary["after"], journal.seconds)
-        say(f"after:  {_shown(summary['after'])}")
     if isinstance(loaded, GGUFModel):
         some = (held_out or train).examples[:ROUNDING_EXAMPLES]
-        summary["rounding"] = rounding_report(loaded, target, some)
+        summary["rounding"] = round_as_saved(loaded, some)
         say(_shown_rounding(summary["rounding"]))
+    if held_out is not None:
+        summary["after"] = measure(loaded, held_out.examples, options.batch_size, quiet=quiet)
+        journal.evaluated(journal.steps, summary["after"], journal.seconds)
+        say(f"after:  {_shown(summary['after'])}")
     journal.finish()
     from gradless.report.curve import plot_run
 
@@ -166,23 +180,27 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     return summary
 
 
-def _claim(output: Path, options: RunOptions) -> None:
-    """Refuse an output folder that holds a run, unless told what to do with it."""
+def _claim(output: Path, options: RunOptions, inputs: list[str | None]) -> None:
+    """Refuse an output folder that holds a run, unless told what to do with it, or that would replace an input."""
     journal = output / "journal.db"
+    for source in inputs:
+        if source is not None and Path(source).resolve() in [(output / name).resolve() for name in WRITTEN]:
+            raise GradlessError(f"{source} lies where {output} would be written; give another --output.")
     if options.resume and options.overwrite:
         raise GradlessError("--resume and --overwrite contradict each other; give one.")
-    if journal.exists() and not (options.resume or options.overwrite):
+    held = journal.is_file() and journal.stat().st_size > 0
+    if held and not (options.resume or options.overwrite):
         raise GradlessError(
             f"{output} holds a run; give --resume to go on with it, --overwrite to replace it, or another --output."
         )
-    if options.resume and not journal.exists():
+    if options.resume and not held:
         raise GradlessError(f"{output} holds no run to resume; leave --resume out to start one.")
 
 
 def _clear(output: Path) -> None:
-    for name in ("journal.db", "journal.db-wal", "journal.db-shm", "loss.png", "model.gguf"):
-        (output / name).unlink(missing_ok=True)
-    shutil.rmtree(output / "model", ignore_errors=True)
+    for name in WRITTEN:
+        path = output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _make_trainer(
@@ -269,18 +287,9 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: ZOTrainer, options: RunOptions, before: dict[str, float] | None, *, quiet: bool) -> None:
         self.trainer, self.options, self.before, self.quiet = trainer, options, before, quiet
         self.interrupted = False
+        self.by_clock = trainer.args.max_steps >= NO_LIMIT
+        self.total = 60 * (options.max_minutes or 0) if self.by_clock else trainer.args.max_steps
         self.console = Console(stderr=True)
-        self.loss: float | None = None
-        self.accuracy: float | None = None
-        self.steps_here = 0
-        self.began = self.printed = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del control
-        self.began = self.printed = time.perf_counter()
-        if self.before is not None and self.trainer.journal is not None:
-            self.trainer.journal.evaluated(0, self.before, 0.0)
-        self.by_clock = args.max_steps >= 10**9
         self.progress = Progress(
             TextColumn("{task.fields[text]}"),
             BarColumn(),
@@ -289,9 +298,18 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
             console=self.console,
             disable=self.quiet or not self.console.is_terminal,
         )
-        total = 60 * (self.options.max_minutes or 0) if self.by_clock else args.max_steps
-        self.bar = self.progress.add_task("", total=total, completed=0 if self.by_clock else state.global_step, text="")
-        self.progress.start()
+        self.loss: float | None = None
+        self.accuracy: float | None = None
+        self.steps_here = 0
+        self.began = self.printed = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        self.began = self.printed = time.perf_counter()
+        if self.before is not None and self.trainer.journal is not None:
+            self.trainer.journal.evaluated(0, self.before, 0.0)
+        done = int(self.trainer.seconds) if self.by_clock else state.global_step
+        self.bar = self.progress.add_task("", total=self.total, completed=done, text="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args
@@ -305,16 +323,26 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         if not self.quiet and not self.console.is_terminal and now - self.printed > self.EVERY_SECONDS:
             self.printed = now
             self.console.print(text, highlight=False)
-        minutes = self.options.max_minutes
-        if self.interrupted or (minutes and self.trainer.seconds >= 60 * minutes):
+        if self.interrupted or self.out_of_time:
             control.should_training_stop = True
+        if control.should_training_stop:
+            control.should_evaluate = False  # the saved values are measured at the end
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         del args, state, control
         self.accuracy = metrics.get("eval_accuracy")
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def __enter__(self) -> None:
+        self.progress.start()
+
+    def __exit__(self, *_: object) -> None:
         self.progress.stop()
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether --max-minutes are over."""
+        minutes = self.options.max_minutes
+        return minutes is not None and self.trainer.seconds >= 60 * minutes
 
     def _text(self, step: int, seconds: float) -> str:
         parts = [f"step {step}", "loss -" if self.loss is None else f"loss {self.loss:.3f}"]
@@ -326,40 +354,36 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         return "  ".join(parts)
 
 
-def rounding_report(loaded: GGUFModel, exported: Path, examples: list[TokenizedExample]) -> dict[str, Any]:
-    """What the rounding of tuned values to the file's own type costs, measured with the exported file's own bytes.
+def round_as_saved(loaded: GGUFModel, examples: list[TokenizedExample]) -> dict[str, Any]:
+    """Round the tuned block values as the saved file holds them, and measure what that costs.
 
     Returns:
-        `before` and `after`: mean loss over the examples with fp32 values and with the file's; `by_type`: the loss when only
-        the tensors of one type are rounded, minus `before`.
+        `before` and `after`: mean loss over the examples with fp32 values and with the file's fp16; `by_type`: the loss when
+        only the tensors of one type are rounded, minus `before`. (An offset that is tuned together with its scale keeps its
+        fp32 value here; in the file it is rounded too.)
     """
-    file = GGUFFile.open(exported)
-    tuned = [tensor for tensor in loaded.file.quantized.values() if tensor.master is not None]
-    types = sorted({tensor.block.name for tensor in tuned})
+    tuned = [(tensor, tensor.master) for tensor in loaded.file.quantized.values() if tensor.master is not None]
+    types = sorted({tensor.block.name for tensor, _ in tuned})
 
     def loss(rounded: list[str]) -> float:
-        swapped = [tensor for tensor in tuned if tensor.block.name in rounded]
-        kept = [(tensor.packed, tensor.master) for tensor in swapped]
-        for tensor in swapped:
-            tensor.packed, tensor.master = file.quantized[tensor.name].packed, None
-        try:
-            return objectives.evaluate(loaded.model, examples, loaded.tokenizer)["loss"]
-        finally:
-            for tensor, (packed, master) in zip(swapped, kept, strict=True):
-                tensor.packed, tensor.master = packed, master
+        for tensor, master in tuned:
+            tensor.master = to_fp16(master).float() if tensor.block.name in rounded else master
+        return objectives.evaluate(loaded.model, examples, loaded.tokenizer, generating=False)["loss"]
 
-    before, after = loss([]), loss(types)
-    by_type = {name: loss([name]) - before for name in types} if len(types) > 1 else dict.fromkeys(types, after - before)
+    before = loss([])
+    each = {name: loss([name]) - before for name in types} if len(types) > 1 else {}
+    after = loss(types)
+    by_type = each or dict.fromkeys(types, after - before)
     return {"before": before, "after": after, "by_type": by_type, "examples": len(examples)}
 
 
 def replay(model: str, journal_path: str, output: str, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Rebuild a tuned model from its base and its journal, without data or forwards."""
     target, path = Path(output), Path(model)
-    if target.exists() and not overwrite:
-        raise GradlessError(f"{target} exists; give --overwrite to replace it, or another --output.")
+    if target.exists() and (not overwrite or target.resolve() == path.resolve()):
+        raise GradlessError(f"{target} exists; give --overwrite to replace it (never the base itself), or another --output.")
     journal = Journal.open(Path(journal_path))
-    source: Any = DenseModel.load(path) if path.is_dir() else _FileSource(GGUFFile.open(path))
+    source: Any = DenseModel.load(path) if path.is_dir() else GGUFModel(GGUFFile.open(path))
     if source.fingerprint() != journal.header["base"]:
         raise GradlessError(
             f"{path} is not the base of {journal_path}: its hash differs; give the model that the run began with."
@@ -378,22 +402,6 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
         "steps_per_second": round(optimizer.t / seconds, 1),
         "output": output,
     }
-
-
-@dataclass
-class _FileSource:
-    """A GGUF file without a model around it: enough for a replay."""
-
-    file: GGUFFile
-
-    def fingerprint(self) -> str:
-        return self.file.sha256()
-
-    def spaces(self, kind: str, names: list[str], **options: Any) -> Any:
-        return file_spaces(self.file, kind, names, **options)
-
-    def save(self, path: Path, spaces: Any) -> None:
-        save_file(self.file, path, spaces)
 
 
 def _shown(metrics: dict[str, Any]) -> str:

@@ -144,22 +144,29 @@ def parameters(
     Raises:
         GradlessError: nothing was chosen, or a parameter is neither fp32 nor bf16.
     """
+    found: list[Space] = []
+    for name, sites in parameter_sites(model, chosen).items():
+        parameter = getattr(*sites[0])
+        values = parameter.data.float() if master and parameter.dtype is not torch.float32 else parameter.data
+        found.append(DenseSpace(name, values, sites))
+    return found
+
+
+def parameter_sites(
+    model: nn.Module, chosen: Callable[[str, nn.Module], bool] | None = None
+) -> dict[str, list[tuple[nn.Module, str]]]:
+    """The chosen parameters by their first name: every (module, attribute) that shows each; see `parameters`."""
     chosen = chosen or linear_layers(model)
-    sites: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     names: dict[nn.Parameter, str] = {}
+    sites: dict[str, list[tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{attribute}" if path else attribute
             if chosen(name, module):
-                sites.setdefault(parameter, []).append((module, attribute))
-                names.setdefault(parameter, name)
+                sites.setdefault(names.setdefault(parameter, name), []).append((module, attribute))
     if not sites:
-        raise GradlessError(f"no parameter of {type(model).__name__} was chosen for tuning; widen --target-modules.")
-    found: list[Space] = []
-    for parameter, where in sites.items():
-        values = parameter.data.float() if master and parameter.dtype is not torch.float32 else parameter.data
-        found.append(DenseSpace(names[parameter], values, where))
-    return found
+        raise GradlessError(f"no parameter of {type(model).__name__} was chosen for tuning.")
+    return sites
 
 
 def linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from gradless.errors import GradlessError
 from gradless.files import sha256
-from gradless.spaces import Space, parameters
+from gradless.spaces import Space, parameter_sites, parameters
 
 
 @dataclass
@@ -40,19 +41,22 @@ class DenseModel:
         return cls(model, tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=True), path)
 
     def fingerprint(self) -> str:
-        """One hash of the folder's weights; empty for a model that came from none."""
+        """One hash of the folder's weights, or of the parameters themselves where the model came from none."""
         if self.path is None:
-            return ""
+            digest = hashlib.sha256()
+            for name, parameter in self.model.named_parameters():
+                digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            return digest.hexdigest()
         parts = "".join(f"{file.name}:{sha256(file)};" for file in sorted(self.path.glob("*.safetensors")))
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def tunable(self) -> dict[str, list[str]]:
         """Names of what can be searched, by kind."""
-        return {"parameters": [space.name for space in parameters(self.model)]}
+        return {"parameters": list(parameter_sites(self.model))}
 
-    def spaces(self, kind: str, names: list[str], *, master: bool = False, **_: Any) -> list[Space]:
+    def spaces(self, kind: str, names: list[str], *, master: bool = False) -> list[Space]:
         """Spaces over the named parameters."""
-        del kind
+        assert kind == "parameters"
         wanted = set(names)
         return parameters(self.model, lambda name, _module: name in wanted, master=master)
 
@@ -65,6 +69,7 @@ class DenseModel:
 def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
     """Save a model and its tokenizer to a folder, under a temporary name first."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         model.save_pretrained(temporary)
         if tokenizer is not None:
@@ -73,9 +78,11 @@ def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(replaced)
         temporary.replace(path)
-    except OSError as error:
-        raise GradlessError(f"could not write {path}: {error.strerror or error}; nothing was changed there.") from error
+    except (OSError, SafetensorError) as error:
+        raise GradlessError(f"could not write {path}: {error}; nothing was changed there.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)

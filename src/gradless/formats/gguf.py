@@ -22,7 +22,7 @@ from torch import Tensor
 from gradless import kernels
 from gradless.blocks import BLOCK_TYPES
 from gradless.errors import GradlessError
-from gradless.files import replacing, sha256
+from gradless.files import replacing
 from gradless.tensor import Part, QuantTensor
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -94,9 +94,6 @@ class GGUFFile:
         """The packed matrices that are trained by default: all but the embeddings and the head."""
         return [name for name in self.quantized if not name.startswith(NOT_LINEAR)]
 
-    def sha256(self) -> str:
-        return sha256(self.path)
-
     def export(self, path: Path, floats: dict[str, Tensor] | None = None) -> None:
         """Write a copy of the file with the tuned fields patched at their offsets.
 
@@ -109,18 +106,18 @@ class GGUFFile:
         """
         with replacing(path) as temporary:
             shutil.copyfile(self.path, temporary)
-            data = np.memmap(temporary, dtype=np.uint8, mode="r+")
-            for tensor in self.quantized.values():
-                if tensor.master is not None:
-                    info = self.tensors[tensor.name]
-                    packed = data[info.offset : info.offset + info.nbytes].reshape(tensor.packed.shape)
-                    for at, values in tuned_fields(tensor):
-                        packed[..., at : at + 2] = to_fp16(values).cpu().unsqueeze(-1).view(torch.uint8).numpy()
-            for name, values in (floats or {}).items():
-                info = self.tensors[name]
-                raw = values.cpu().to(FLOAT_TYPES[info.type]).contiguous().view(torch.uint8)
-                data[info.offset : info.offset + info.nbytes] = raw.flatten().numpy()
-            data.flush()
+            with temporary.open("rb+") as file:
+                for tensor in self.quantized.values():
+                    if tensor.master is not None:
+                        packed = tensor.packed.cpu().clone()
+                        for at, values in tuned_fields(tensor):
+                            packed[..., at : at + 2] = to_fp16(values).cpu().unsqueeze(-1).view(torch.uint8)
+                        file.seek(self.tensors[tensor.name].offset)
+                        file.write(packed.numpy().tobytes())
+                for name, values in (floats or {}).items():
+                    raw = values.cpu().to(FLOAT_TYPES[self.tensors[name].type]).contiguous()
+                    file.seek(self.tensors[name].offset)
+                    file.write(raw.view(torch.uint8).numpy().tobytes())
 
 
 def tuned_fields(tensor: QuantTensor) -> Iterable[tuple[int, Tensor]]:

@@ -18,10 +18,15 @@ from torch import Tensor, nn
 
 from gradless import kernels
 from gradless.errors import GradlessError
-from gradless.formats.gguf import GGUFFile
+from gradless.files import sha256
+from gradless.formats.gguf import NOT_LINEAR, GGUFFile
 from gradless.layers import QuantEmbedding, QuantLinear, file_rows
 from gradless.spaces import BlockSpace, DenseSpace, Space
 from gradless.tensor import QuantTensor
+
+NOT_SET = (0, float("nan"))
+IGNORED = ("rope_freqs",)
+"""Tensors that transformers derives from the configuration instead."""
 
 
 @dataclass
@@ -41,12 +46,15 @@ class ShownFloat:
 
 @dataclass
 class GGUFModel:
-    """A loaded model: `model` is a transformers causal language model whose weights stay packed in `file`."""
+    """A GGUF file and, around its packed weights, a transformers causal language model.
+
+    A replay needs the file alone: it leaves `model`, `tokenizer` and the places in `floats` out.
+    """
 
     file: GGUFFile
-    model: Any
-    tokenizer: Any
-    floats: dict[str, ShownFloat]
+    model: Any = None
+    tokenizer: Any = None
+    floats: dict[str, ShownFloat] = field(default_factory=dict)
 
     output_name = "model.gguf"
     quantized = True
@@ -57,44 +65,27 @@ class GGUFModel:
 
     def fingerprint(self) -> str:
         """The file's SHA-256."""
-        return self.file.sha256()
+        return sha256(self.file.path)
 
     def tunable(self) -> dict[str, list[str]]:
-        """Names of what can be searched, by kind: packed linear layers, and the float tensors that the model shows."""
-        return {"blocks": self.file.linear_layers(), "floats": list(self.floats)}
+        """Names of what can be searched, by kind: packed linear layers, float tensors, and the norms and biases of these."""
+        floats = [name for name in self.floats if not name.startswith(NOT_LINEAR)]
+        vectors = [name for name in floats if self.floats[name].values.ndim == 1]
+        return {"blocks": self.file.linear_layers(), "floats": floats, "vectors": vectors}
 
-    def spaces(self, kind: str, names: list[str], **options: Any) -> list[Space]:
-        """Spaces over the named tensors of one kind."""
-        return file_spaces(self.file, kind, names, shown=self.floats, **options)
+    def spaces(self, kind: str, names: list[str], *, part: str = "scale", relative: bool = True, **_: Any) -> list[Space]:
+        """Spaces over the named tensors of one kind; float tensors are tuned in fp32 masters of their own."""
+        if kind == "blocks":
+            return [BlockSpace(self.file.quantized[name], part, relative=relative) for name in names]
+        found: list[Space] = []
+        for name in names:
+            shown = self.floats.get(name) or ShownFloat(self.file.floats[name])
+            found.append(DenseSpace(name, shown.values.float().clone(), shown.sites, shown.show))
+        return found
 
     def save(self, path: Path, spaces: list[Space]) -> None:
-        """Write the tuned file."""
-        save_file(self.file, path, spaces)
-
-
-def file_spaces(
-    file: GGUFFile,
-    kind: str,
-    names: list[str],
-    *,
-    shown: dict[str, ShownFloat] | None = None,
-    part: str = "scale",
-    relative: bool = True,
-    **_: Any,
-) -> list[Space]:
-    """Spaces over tensors of a file; a replay needs no model around it, so `shown` may be left out."""
-    if kind == "blocks":
-        return [BlockSpace(file.quantized[name], part, relative=relative) for name in names]
-    found: list[Space] = []
-    for name in names:
-        site = (shown or {}).get(name) or ShownFloat(file.floats[name])
-        found.append(DenseSpace(name, site.values.float().clone(), site.sites, site.show if site.sites else None))
-    return found
-
-
-def save_file(file: GGUFFile, path: Path, spaces: list[Space]) -> None:
-    """Write a copy of `file` with what the spaces tuned."""
-    file.export(path, {space.name: space.values for space in spaces if isinstance(space, DenseSpace)})
+        """Write a copy of the file with what the spaces tuned."""
+        self.file.export(path, {space.name: space.values for space in spaces if isinstance(space, DenseSpace)})
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -168,8 +159,13 @@ def _restore_buffers(model: Any) -> None:
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             for name, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+                module.register_buffer(
+                    name, torch.full_like(buffer, NOT_SET[buffer.is_floating_point()], device="cpu"), persistent=False
+                )
             model._init_weights(module)
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point() and buffer.isnan().any():
+                    raise GradlessError(f"transformers does not initialize the buffer {name} of {type(module).__name__}.")
 
 
 def _place(file: GGUFFile, model: Any, names: dict[str, str], processor: Any, dtype: torch.dtype) -> dict[str, ShownFloat]:
@@ -177,6 +173,8 @@ def _place(file: GGUFFile, model: Any, names: dict[str, str], processor: Any, dt
     floats = {}
     for name, info in file.tensors.items():
         if name not in names:
+            if not name.startswith(IGNORED):
+                raise _unsupported(file, f"transformers has no place for {name}")
             continue
         path, _, attribute = names[name].rpartition(".")
         module = model.get_submodule(path)
@@ -227,7 +225,7 @@ def _row_order(file: GGUFFile, processor: Any, name: str, rows: int) -> Tensor |
 
 def _shower(processor: Any, name: str) -> Callable[[Tensor], Tensor]:
     def show(values: Tensor) -> Tensor:
-        return torch.from_numpy(np.array(_process(processor, name, values.float().numpy())))
+        return torch.from_numpy(np.array(_process(processor, name, values.float().cpu().numpy()))).to(values.device)
 
     return show
 
@@ -254,6 +252,6 @@ def dequantized(loaded: GGUFModel) -> Any:
         if isinstance(module, QuantLinear | QuantEmbedding):
             target.weight.data = kernels.dequantize(module.packed, file_rows(module.packed), torch.bfloat16)
         for name, parameter in module.named_parameters(recurse=False):
-            getattr(target, name).data = parameter.data.to(torch.bfloat16)
+            getattr(target, name).data = parameter.data.to(torch.bfloat16, copy=True)
     dense.tie_weights()
     return dense.requires_grad_(False).eval()

@@ -35,8 +35,7 @@ def plot_run(journal_path: Path, picture: Path) -> None:
             right = axis.twinx()
             right.plot(steps, [row["accuracy"] for row in measured], "s-", color="C2", markersize=4, label="held-out accuracy")
             right.set(ylabel="accuracy")
-            right.legend(loc="upper right")
-    axis.legend(loc="lower left")
+    figure.legend(loc="outside upper center", ncols=3)
     with replacing(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)

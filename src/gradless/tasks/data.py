@@ -15,13 +15,12 @@ KINDS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 HEADERLESS = ("text", "label")
 
 
-def read_rows(source: str, *, split: str = "train", limit: int | None = None) -> list[Row]:
+def read_rows(source: str, *, split: str = "train") -> list[Row]:
     """Read rows.
 
     Args:
         source: a file, or the name of a data set for `datasets.load_dataset` ("name" or "name:configuration").
         split: of such a data set.
-        limit: keep the first rows only.
 
     Raises:
         GradlessError: there is no such file, its kind is unknown, a line cannot be read, or it holds no row.
@@ -30,19 +29,22 @@ def read_rows(source: str, *, split: str = "train", limit: int | None = None) ->
     if path.is_file():
         if path.suffix not in KINDS:
             raise GradlessError(f"{path} has an unknown kind of data; give one of {', '.join(KINDS)}.")
-        rows = list(_READERS[path.suffix](path))
+        try:
+            rows = list(_READERS[path.suffix](path))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise GradlessError(f"{path} cannot be read as UTF-8 {path.suffix[1:].upper()}: {error}.") from error
     elif path.suffix in KINDS:
         raise GradlessError(f"there is no data file {path}.")
     else:
         rows = _from_datasets(source, split)
     if not rows:
         raise GradlessError(f"{source} holds no rows; a run needs at least one.")
-    return rows[:limit]
+    return rows
 
 
 def _delimited(path: Path, delimiter: str) -> Iterator[Row]:
     """Rows of a delimited file. Without a header it must have two columns, which are text and label."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         lines = [line for line in _reader(file, delimiter) if line]
     if not lines:
         return
@@ -69,7 +71,7 @@ def _names_columns(header: list[str]) -> bool:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
@@ -84,7 +86,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 def _json(path: Path) -> Iterator[Row]:
     """A JSON array of objects, or a file in SQuAD's nesting."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise GradlessError(f"{path} is not JSON: {error.msg} in line {error.lineno}.") from error
     if isinstance(content, list):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from gradless.errors import GradlessError
 from gradless.objectives import Example
 from gradless.tasks.data import Row
@@ -50,7 +52,10 @@ def classification(template: str, labels: dict[str, str], **aliases: str) -> Mak
         aliases: other names under which a column may stand, as name="other".
     """
     words = tuple(dict.fromkeys(labels.values()))
-    columns = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+    try:
+        columns = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+    except ValueError as error:
+        raise GradlessError(f"the template {template!r} cannot be read: {error}; write {{{{ for a brace.") from error
 
     def make(row: Row) -> list[Example]:
         values = {name: row[aliases[name] if name not in row and aliases.get(name) in row else name] for name in columns}
@@ -64,6 +69,11 @@ def classification(template: str, labels: dict[str, str], **aliases: str) -> Mak
 
 def _as_label(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
+
+
+def _boolq(row: Row) -> Iterable[Example]:
+    labels = {"false": "No", "true": "Yes", "0": "No", "1": "Yes"}
+    return classification("{passage} {question}?", labels)({**row, "question": row["question"].rstrip("?")})
 
 
 def _wsc(row: Row) -> list[Example]:
@@ -98,13 +108,15 @@ def _multirc(row: Row) -> list[Example]:
 
 def _squad(row: Row) -> list[Example]:
     answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
+    if not answers:
+        return []  # SQuAD v2's unanswerable questions
     prompt = f"Title: {row['title']}\nContext: {row['context']}\nQuestion: {row['question'].strip()}\nAnswer:"
     return [Example(prompt, (answers[0] + "\n",), 0, tuple(answers))]
 
 
 def completion(row: Row) -> list[Example]:
     """Rows with `prompt` and `completion`: the completion is learned as it is."""
-    return [Example(row["prompt"], (row["completion"],))]
+    return [Example(row["prompt"], (row["completion"],), verbatim=True)]
 
 
 def chat(tokenizer: Any) -> Maker:
@@ -114,11 +126,14 @@ def chat(tokenizer: Any) -> Maker:
 
     def make(row: Row) -> list[Example]:
         messages = row["messages"]
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        except TemplateError as error:
+            raise GradlessError(f"its messages do not fit the model's chat template: {error}.") from error
         if messages[-1]["role"] != "assistant" or not whole.startswith(prompt):
             raise GradlessError("its messages do not end with an assistant's answer that follows the chat template.")
-        return [Example(prompt, (whole[len(prompt) :],))]
+        return [Example(prompt, (whole[len(prompt) :],), verbatim=True)]
 
     return make
 
@@ -144,7 +159,7 @@ TASKS = {
                 {"entailment": "Yes", "contradiction": "No", "neutral": "Maybe", "0": "Yes", "1": "No", "2": "Maybe"},
             ),
         ),
-        Task("boolq", classification("{passage} {question}?\n", {"false": "No", "true": "Yes", "0": "No", "1": "Yes"})),
+        Task("boolq", _boolq),
         Task("wsc", _wsc),
         Task(
             "wic",
@@ -166,7 +181,7 @@ def choose_task(name: str | None, template: str | None, labels: dict[str, str] |
 
     Args:
         name: of a built-in task, or None.
-        template: a prompt of the user's own; with a name, it replaces the built-in prompt.
+        template: a prompt of the user's own, instead of a built-in task.
         labels: label -> verbalizer, for that template.
         first_row: of the data.
         tokenizer: of the model, for chat data.
@@ -174,10 +189,10 @@ def choose_task(name: str | None, template: str | None, labels: dict[str, str] |
     Raises:
         GradlessError: nothing fits; the message lists what there is.
     """
-    if template is not None:
-        if labels is None:
-            raise GradlessError("--template needs --labels, such as --labels 0=terrible,1=great.")
-        return Task(name or "template", classification(template, labels))
+    if (template is None) != (labels is None):
+        raise GradlessError("--template and --labels go together, such as --template '{text} It was' --labels 0=bad,1=good.")
+    if template is not None and labels is not None:
+        return Task("template", classification(template, labels))
     if name is not None:
         if name == "chat":
             return Task("chat", chat(tokenizer))

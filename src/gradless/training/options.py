@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from gradless.errors import GradlessError
+
 
 def option(default: Any, text: str, **more: Any) -> Any:
     """A dataclass field with its help text and what argparse should know of it."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text, **more})
     return field(default=default, metadata={"help": text, **more})
 
 
@@ -39,6 +39,10 @@ class MethodOptions:
     weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.")
 
 
+POSITIVE = {"eps", "lr", "q", "clip", "unquantized_lr", "unquantized_eps", "train_rows", "eval_rows", "max_length"}
+POSITIVE |= {"steps", "max_minutes", "batch_size", "accumulate", "eval_every", "threads"}
+
+
 @dataclass
 class RunOptions(MethodOptions):
     """Everything that `gradless tune` takes beside the model and the data."""
@@ -48,6 +52,7 @@ class RunOptions(MethodOptions):
     template: str | None = option(None, "A prompt with {columns}, such as '{text} It was'.", metavar="TEXT")
     labels: str | None = option(None, "Labels and their words, such as 0=terrible,1=great.", metavar="A=B,..")
     split: str = option("train", "Split of a data set that is given by name.")
+    eval_split: str = option("validation", "Split of --eval where that is a data set's name.")
     train_rows: int | None = option(None, "Train on this many rows, chosen by the seed.")
     eval_rows: int | None = option(None, "Measure on the first rows only.")
     max_length: int | None = option(None, "Keep only the last tokens of longer prompts.")
@@ -64,8 +69,20 @@ class RunOptions(MethodOptions):
     overwrite: bool = option(False, "Replace the run that --output holds.")
     allow_changes: bool = option(False, "Resume although versions, kernels or threads differ; bits may then differ too.")
 
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, wherever they came from."""
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata.get("choices")
+            if choices and value not in choices:
+                raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
+            if each.name in POSITIVE and value is not None and not (isinstance(value, int | float) and value > 0):
+                raise GradlessError(f"{each.name} is {value!r}; it must be a number above zero.")
+        if not 0 <= self.seed < 2**63:
+            raise GradlessError(f"seed is {self.seed}; it must be a whole number from 0 on.")
 
-MAY_CHANGE = {"output", "resume", "overwrite", "allow_changes", "eval", "eval_rows", "eval_every", "max_minutes"}
+
+MAY_CHANGE = {"output", "resume", "overwrite", "allow_changes", "eval", "eval_rows", "eval_every", "eval_split"}
+MAY_CHANGE |= {"max_minutes", "threads"}
 """What a resumed run may set anew without becoming another run."""
 
 
@@ -74,8 +91,3 @@ def defaults(method: str, *, quantized: bool, absolute: bool = False) -> tuple[f
     if method == "qzo":
         return (1e-7, 1e-3) if absolute else (4e-4, 2e-2)
     return (1e-3, 3e-2) if quantized else (1e-5, 1e-3)
-
-
-def option_fields(cls: type[MethodOptions]) -> list[Any]:
-    """The dataclass fields, in order."""
-    return list(fields(cls))

@@ -45,8 +45,11 @@ class ZOConfig(MethodOptions, TrainingArguments):  # type: ignore[misc]
     save_strategy: str = "no"
     report_to: str | list[str] | None = "none"
     weight_decay: float = 0.0
+    learning_rate: float = 5e-5
 
     def __post_init__(self) -> None:
+        if self.lr is None and self.learning_rate != ZOConfig.learning_rate:
+            self.lr = self.learning_rate
         if self.lr is not None:
             self.learning_rate = self.lr
         super().__post_init__()
@@ -109,7 +112,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         schedule: Callable[[int], float] | None = None,
         **more: Any,
     ) -> None:
-        self.checkpoint: Any = checkpoint or DenseModel(model)
+        self.checkpoint: Any = checkpoint or DenseModel(model, more.get("processing_class"))
         self.about = about or {}
         self.schedule = schedule
         self.journal: Journal | None = None
@@ -119,6 +122,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self._skipped_in_a_row = 0
         self._resuming = False
         self._sums: list[list[float]] = []
+        self._examples = 0
         self._seconds_before = 0.0
         self._began = 0.0
         self._packed = objectives.packs(model)
@@ -165,7 +169,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             groups.append(
                 {
                     "kind": "floats",
-                    "names": tunable["floats"],
+                    "names": tunable["vectors"],
                     **options,
                     **more,
                     "weight_decay": 0.0,
@@ -190,6 +194,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         inputs = self._prepare_inputs(inputs)
         optimizer = self.zeroth_order
         share = 1 / self.current_gradient_accumulation_steps
+        examples = len(inputs["sizes"]) if "sizes" in inputs else 1
+        self._examples += examples
         if not self._sums:
             self._sums = [[0.0, 0.0] for _ in range(optimizer.q)]
         total = 0.0
@@ -198,29 +204,29 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 for side, sign in enumerate((+1, -1)):
                     with optimizer.at(u, sign):
                         loss = float(self.compute_loss(model, inputs))
-                    sums[side] += share * loss
+                    sums[side] += examples * loss
                     total += loss
-        return torch.tensor(total * share / (2 * optimizer.q))
+        return torch.tensor(total * share / (2 * optimizer.q), device=self.args.device)
 
     def commit(self) -> None:
         """Turn the sums into the step's estimate and write it to the journal; the optimizer's next step applies it."""
         optimizer = self.zeroth_order
-        estimate = optimizer.estimate_of([(plus, minus) for plus, minus in self._sums])
-        self._sums = []
-        if self.journal is not None:
-            self.journal.append(estimate, self.seconds)
+        assert self.journal is not None
+        estimate = optimizer.estimate_of([(plus / self._examples, minus / self._examples) for plus, minus in self._sums])
+        self._sums, self._examples = [], 0
+        self.journal.append(estimate, self.seconds)
         optimizer.pending = estimate
         self.last_loss = estimate.loss
-        self._watch(estimate)
-
-    def _watch(self, estimate: Estimate) -> None:
-        self.skipped += not estimate.finite
-        self._skipped_in_a_row = 0 if estimate.finite else self._skipped_in_a_row + 1
+        self._count(estimate)
         if self._skipped_in_a_row >= NAN_STEPS:
             raise GradlessError(
                 f"the loss was not finite in {NAN_STEPS} steps in a row (up to step {estimate.step}); the model diverged: "
                 "start again with a smaller --lr or --eps."
             )
+
+    def _count(self, estimate: Estimate) -> None:
+        self.skipped += not estimate.finite
+        self._skipped_in_a_row = 0 if estimate.finite else self._skipped_in_a_row + 1
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The mean loss of a batch of `TokenizedExample`s; any other batch goes to the model."""
@@ -243,6 +249,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:
         """Run, or resume the journal in `output_dir` (or in the folder that `resume_from_checkpoint` names)."""
+        if self.args.world_size > 1:
+            raise GradlessError("ZOTrainer runs in one process; there are no gradients to share between several.")
         self._began = time.perf_counter()
         self._resuming = bool(resume_from_checkpoint)
         folder = Path(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else self.args.output_dir)
@@ -273,7 +281,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 "schedule": "given" if self.schedule else str(self.args.lr_scheduler_type),
                 "seed": self.args.seed,
             },
-            "environment": environment(),
+            "environment": environment(self.args.device),
             **self.about,
         }
 
@@ -302,6 +310,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if self._resuming:
             assert self.journal is not None
             self.state.global_step = self.journal.steps
+            if self.state.global_step >= max_steps:
+                return epochs, 0  # nothing is left to do: the Trainer itself looks only after a step
         done, rest = divmod(self.state.global_step, steps_per_epoch)
         return done, rest * self.args.gradient_accumulation_steps
 
@@ -311,8 +321,10 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         assert self.journal is not None
         for estimate in self.journal.estimates():
             self.zeroth_order.apply(estimate)
+            self._count(estimate)
             self.optimizer._opt_called = True  # torch warns of a scheduler that runs ahead of its optimizer
             self.lr_scheduler.step()
+        self._began = time.perf_counter()
 
     def _load_rng_state(self, checkpoint: Any) -> None:
         """Nothing here draws from a global generator."""
@@ -328,6 +340,10 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         del _internal_call
         target = Path(output_dir or self.args.output_dir) / self.checkpoint.output_name
         self.checkpoint.save(target, self.zeroth_order.spaces)
+
+    def _wrap_model(self, model: Any, *_: Any, **__: Any) -> Any:
+        """Never wrapped: there are no gradients."""
+        return model
 
     def _get_grad_norm(self, *_: Any, **__: Any) -> None:
         """There are no gradients."""
@@ -371,15 +387,15 @@ def build_optimizer(source: Any, groups: list[dict[str, Any]], method: dict[str,
     return METHODS[name](made, **rest)
 
 
-def environment() -> dict[str, Any]:
-    """What the bits of a forward depend on."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the bits of a forward on `device` depend on."""
     import transformers
 
     return {
         "gradless": gradless.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "kernels": kernels.name(),
+        "kernels": kernels.name(device),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
