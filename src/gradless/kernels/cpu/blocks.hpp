@@ -5,6 +5,11 @@
 #include "noise.hpp"
 
 INLINE float half_to_float(const uint8_t *p) {
+#ifdef __FLT16_MANT_DIG__
+    _Float16 h;
+    std::memcpy(&h, p, 2);
+    return (float)h;
+#else
     uint16_t h;
     std::memcpy(&h, p, 2);
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7FFF, bits;
@@ -21,6 +26,7 @@ INLINE float half_to_float(const uint8_t *p) {
         std::memcpy(&f, &bits, 4);
     }
     return f;
+#endif
 }
 
 // Sixteen bytes at once, on any target that has GCC's or clang's vector types.
