@@ -9,6 +9,7 @@ its zero. A thread reads the resident size (memory-mapped file pages included) e
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -49,12 +50,10 @@ class Peak:
 
 
 def tokenizer_of(path: Path):
-    import torch
-    import transformers
-
+    importlib.import_module("torch")
+    importlib.import_module("transformers").Trainer  # noqa: B018  transformers imports its parts on first use
     from gradless.formats.gguf_model import load_tokenizer
 
-    del torch, transformers.Trainer
     return load_tokenizer(path)
 
 

@@ -288,9 +288,13 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     def _check_resume(self, journal: Journal) -> None:
         mine = self.header()
         for part in ("base", "method", "groups", "config", *self.about):
-            if journal.header.get(part) != mine[part]:
+            theirs: Any = journal.header.get(part)
+            ours: Any = mine[part]
+            if part == "options":  # another version may know more options, or fewer
+                theirs, ours = ({name: each[name] for name in theirs.keys() & ours} for each in (theirs, ours))
+            if theirs != ours:
                 raise GradlessError(
-                    f"{journal.path} is another run ({part}: {_difference(journal.header.get(part), mine[part])}); "
+                    f"{journal.path} is another run ({part}: {_difference(theirs, ours)}); "
                     "give the same options and data, or a new --output."
                 )
         if journal.header["environment"] != mine["environment"] and not self.allow_changes:
