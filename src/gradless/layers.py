@@ -3,6 +3,7 @@ a perturbation exists only in a scratch, one layer (or one tile of a large one) 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Self
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 
 from gradless import kernels
 from gradless.tensor import QuantTensor
+
+# oneDNN keeps a compiled kernel for each of the last 1024 shapes that it saw; with batches of every length that is 100 MB.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 TILE = 1 << 22
 """Weights that are unpacked at once: every layer of a small model whole, a language model's head never."""
