@@ -38,9 +38,9 @@ def work() -> dict[str, dict[str, Any]]:
     rows["two-number bias fit"] = {"kind": "bias"}
     for seed in range(3):
         rows[f"QZO, 1000 steps, seed {seed}"] = {"kind": "tune", "seed": seed, "steps": 1000}
-    rows["QZO from the strong prompt, 150 steps"] = {"kind": "tune", "steps": 150, "prompt": STRONG}
+    rows["QZO from the strong prompt, 100 steps"] = {"kind": "tune", "steps": 100, "prompt": STRONG}
     rows["AdamW on the dense model, 50 steps"] = {"kind": "adamw", "steps": 50}
-    rows["MeZO on the dense model, 150 steps"] = {"kind": "tune", "method": "mezo", "steps": 150}
+    rows["MeZO on the dense model, 100 steps"] = {"kind": "tune", "method": "mezo", "steps": 100}
     rows["QZO, 3000 steps"] = {"kind": "tune", "steps": 3000}
     return rows
 

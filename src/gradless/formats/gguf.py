@@ -1,7 +1,7 @@
 """GGUF files: the tensors as they lie in the file, and an export that patches only what was tuned.
 
-The header is parsed here rather than with `gguf.GGUFReader`, which makes a NumPy view of every vocabulary entry: 10 s and
-hundreds of megabytes on a 262,144-token vocabulary, against 0.2 s and none. Types and sizes are the gguf package's.
+The header is parsed here rather than with `gguf.GGUFReader`, which makes a NumPy view of every vocabulary entry; types and
+sizes are the gguf package's.
 """
 
 from __future__ import annotations
