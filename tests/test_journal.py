@@ -125,6 +125,6 @@ def test_a_full_disk_keeps_what_was_written(tmp_path):
 
 def test_evaluations_are_kept_in_order(tmp_path):
     journal = Journal.create(tmp_path / "journal.db", HEADER)
-    journal.evaluated(10, {"loss": 0.5}, 2.0)
+    journal.evaluated(10, {"loss": 0.5, "seconds": 99.0}, 2.0)
     journal.evaluated(0, {"loss": 1.0}, 0.0)
-    assert [row["step"] for row in journal.evaluations()] == [0, 10]
+    assert [(row["step"], row["seconds"]) for row in journal.evaluations()] == [(0, 0.0), (10, 2.0)]

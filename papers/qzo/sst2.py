@@ -220,7 +220,7 @@ def draw(path: Path) -> None:
         if "curve" in row:
             for axis, key in zip(axes, ("step", "seconds"), strict=True):
                 axis.plot([p[key] for p in row["curve"]], [p["accuracy"] for p in row["curve"]], "o-", markersize=3, label=name)
-    for axis, label in zip(axes, ("step", "seconds on two cores"), strict=True):
+    for axis, label in zip(axes, ("step", "seconds"), strict=True):
         axis.set(xlabel=label, ylabel="SST-2 dev accuracy", xscale="symlog")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7, loc="lower right")

@@ -156,7 +156,7 @@ class Journal:
         """Every evaluation: its metrics, and `step` and `seconds`."""
         query = "SELECT step, metrics, seconds FROM evaluations ORDER BY step"
         return [
-            {"step": step, "seconds": seconds, **json.loads(metrics)}
+            {**json.loads(metrics), "step": step, "seconds": seconds}
             for step, metrics, seconds in self._connection.execute(query)
         ]
 
