@@ -193,9 +193,13 @@ def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(loss, whether the prediction is right) of every example: fp32 and bool, (examples,)."""
     each, right = [], []
     for score, label in zip(scores(model, batch), batch["labels"], strict=True):
-        each.append(-score[0] if len(score) == 1 else F.cross_entropy(score, label))
+        each.append(_loss(score, label))
         right.append(score.argmax() == label)
     return torch.stack(each), torch.stack(right)
+
+
+def _loss(score: Tensor, label: Tensor) -> Tensor:
+    return -score[0] if len(score) == 1 else F.cross_entropy(score, label)
 
 
 def batches(examples: Sequence[TokenizedExample], size: int) -> Iterator[list[TokenizedExample]]:
@@ -233,7 +237,7 @@ def evaluate(
     for batch in batches(examples, batch_size):
         made = collate(batch, packed=packed)
         for score, label in zip(scores(model, made), made["labels"], strict=True):
-            total += float(-score[0] if len(score) == 1 else F.cross_entropy(score, label))
+            total += float(_loss(score, label))
             guess = int(score.argmax())
             right += guess == int(label)
             confusion[guess, int(label)] += 1
