@@ -161,7 +161,16 @@ def test_configuration_from_yaml_and_the_command_line_wins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("speed: 9", "no option 'speed'"), ("- a", "not a list of"), ("lr: quick", "'quick', not a number")]
+    ("text", "message"),
+    [
+        ("speed: 9", "no option 'speed'"),
+        ("- a", "not a list of"),
+        ("lr: quick", "'quick', not a number"),
+        ("steps: 2.5", "2.5, not a whole number"),
+        ("steps: true", "True, not a whole number"),
+        ("resume: 1", "1, not true or false"),
+        ("task: [a]", "not text"),
+    ],
 )
 def test_a_bad_configuration(tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)

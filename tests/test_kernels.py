@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from gradless import kernels
 from gradless.blocks import BLOCK_TYPES
 from gradless.kernels import reference
-from gradless.noise import Direction, Distribution
+from gradless.noise import Direction, Rademacher
 from gradless.tensor import Move, Part, QuantTensor
+from tests.strategies import DISTRIBUTIONS
 from tests.tiny import random_blocks
 
 cpu = pytest.importorskip("gradless.kernels.cpu", reason="the C++ kernels were not built", exc_type=OSError)
 
 MOVES = st.builds(
     Move,
-    st.builds(Direction, st.integers(0, 2**64 - 1), st.integers(0, 2**31), st.integers(0, 9), st.sampled_from(Distribution)),
+    st.builds(Direction, st.integers(0, 2**64 - 1), st.integers(0, 2**31), st.integers(0, 9), st.sampled_from(DISTRIBUTIONS)),
     st.floats(-3, 3, width=32),
     st.floats(0.5, 1.0, width=32),
 )
@@ -152,7 +153,7 @@ def test_how_much_of_a_perturbation_survives_a_bf16_scratch(eps, least):
 
 def test_stochastic_bf16_updates_are_unbiased_and_nearest_ones_vanish():
     x = torch.full((200_000,), 1.0, dtype=torch.bfloat16)
-    tiny = Move(Direction(1, 0, 0, Distribution.RADEMACHER), 0.0, 1 + 1e-4)
+    tiny = Move(Direction(1, 0, 0, Rademacher()), 0.0, 1 + 1e-4)
     nearest = kernels.moved(x, "w", tiny, torch.bfloat16)
     stochastic = kernels.moved(x, "w", tiny, torch.bfloat16, stochastic=True)
     assert torch.equal(nearest, x)

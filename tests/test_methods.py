@@ -9,7 +9,7 @@ from torch import nn
 from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.methods import QZO, Estimate, MeZO
-from gradless.noise import Distribution
+from gradless.noise import NAMED
 from gradless.spaces import BlockSpace, DenseSpace, parameters
 from gradless.tensor import Part
 from tests.test_kernels import quant
@@ -31,7 +31,7 @@ def test_mezo_follows_its_equation_to_the_bit():
     assert torch.equal(layer.weight, before * (1 - 0.1 * 0.5) + u * torch.tensor(-0.1 * d, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("distribution", Distribution)
+@pytest.mark.parametrize("distribution", NAMED)
 def test_the_estimate_is_unbiased(distribution):
     """E[d u] = g for a linear loss: the mean over many seeds, within five standard errors."""
     layer = linear(n=16)

@@ -9,7 +9,8 @@ from scipy import stats
 from scipy.special import ndtri
 
 from gradless import noise
-from gradless.noise import Direction, Distribution, Stream
+from gradless.noise import Direction, Rademacher, Stream
+from tests.strategies import DISTRIBUTIONS
 
 GOLDEN_WORDS = [357509250, 3404456500, 66012780, 3126929546]
 GOLDEN_VALUES = [-0.2152099609375, 0.607666015625, -0.64599609375, -0.0863037109375]
@@ -44,21 +45,11 @@ def test_a_direction_keeps_its_bits_for_ever():
 
 
 @settings(deadline=None, max_examples=40)
-@given(SEEDS, st.integers(0, 5000), st.integers(1, 700), st.sampled_from(list(Distribution)))
+@given(SEEDS, st.integers(0, 5000), st.integers(1, 700), st.sampled_from(DISTRIBUTIONS))
 def test_any_slice_alone_has_the_same_bits(seed, start, count, distribution):
     direction = Direction(seed, 5, 1, distribution)
     whole = direction.values("w", 0, start + count)
     assert torch.equal(direction.values("w", start, count), whole[start:])
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.integers(0, 3000), st.integers(1, 500), st.integers(1, 9))
-def test_grid_draws_are_sliceable_too(start, count, m):
-    words = Direction(3, 1).words("w")
-    assert torch.equal(noise.uniform_grid(words, m, start, count), noise.uniform_grid(words, m, 0, start + count)[start:])
-    drawn = noise.discretized_gaussian(words, m, 0.7, start, count)
-    assert torch.equal(drawn, noise.discretized_gaussian(words, m, 0.7, 0, start + count)[start:])
-    assert drawn.abs().max() <= m
 
 
 def test_offsets_beyond_32_bits_differ_from_those_below():
@@ -81,24 +72,49 @@ def test_the_normal_table_is_what_it_says():
 
 
 def test_rademacher_is_balanced():
-    z = Direction(11, 0, 0, Distribution.RADEMACHER).values("w", 0, 1_000_000)
+    z = Direction(11, 0, 0, Rademacher()).values("w", 0, 1_000_000)
     assert set(z.unique().tolist()) == {-1.0, 1.0}
     assert abs(z.mean()) < 4e-3
 
 
+def _counts(distribution: noise.Integers) -> np.ndarray:
+    k = Direction(5, 0, 0, distribution).values("w", 0, 200_000).long()
+    return torch.bincount(k + distribution.m, minlength=2 * distribution.m + 1).numpy()
+
+
 @pytest.mark.parametrize("m", [1, 2, 7])
 def test_uniform_grid_is_uniform(m):
-    k = noise.uniform_grid(Direction(5, 0).words("w"), m, 0, 200_000)
-    counts = torch.bincount(k + m, minlength=2 * m + 1).numpy()
-    assert stats.chisquare(counts).pvalue > 1e-4
+    assert stats.chisquare(_counts(noise.uniform_grid(m))).pvalue > 1e-4
 
 
-@pytest.mark.parametrize(("m", "mu"), [(1, 0.3), (3, 1.0), (7, 2.5)])
-def test_discretized_gaussian_has_its_stated_probabilities(m, mu):
-    k = noise.discretized_gaussian(Direction(5, 0).words("w"), m, mu, 0, 200_000)
-    counts = torch.bincount(k + m, minlength=2 * m + 1).numpy()
-    expected = np.exp(-0.5 * (np.arange(-m, m + 1) / mu) ** 2)
+@pytest.mark.parametrize(("m", "spread"), [(1, 0.3), (3, 1.0), (7, 2.5)])
+def test_discretized_gaussian_has_its_stated_probabilities(m, spread):
+    counts = _counts(noise.discretized_gaussian(m, spread))
+    expected = np.exp(-0.5 * (np.arange(-m, m + 1) / spread) ** 2)
     assert stats.chisquare(counts, expected / expected.sum() * counts.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.3, 1.7])
+def test_rounded_gaussian_is_what_rounding_a_gaussian_gives(eps):
+    one_table = noise.rounded_gaussian(eps)
+    direct = Direction(6, 0, 0, noise.RoundedGaussian(eps)).values("w", 0, 200_000).long()
+    counts = torch.bincount(direct + one_table.m, minlength=2 * one_table.m + 1).numpy()
+    edges = np.array([0, *one_table.edges, 2**32])
+    expected = np.diff(edges) / 2**32 * counts.sum()
+    common = expected > 5
+    assert stats.chisquare(counts[common], expected[common] * counts[common].sum() / expected[common].sum()).pvalue > 1e-4
+    assert abs(one_table.share - counts[np.arange(len(counts)) != one_table.m].sum() / 200_000) < 6e-3
+
+
+def test_two_roundings_of_one_u_are_unbiased_and_independent_given_u():
+    """E[u_1 u_2 | u] = (eps u)^2, which their separate streams are for; one rounding used twice gives eps |u| instead."""
+    eps, n = 0.1, 400_000
+    first, second = (
+        Direction(6, 0, 0, noise.RoundedGaussian(eps, stream)).values("w", 0, n) for stream in (Stream.FIRST, Stream.SECOND)
+    )
+    expected, spread = eps**2, (0.8 * eps / n) ** 0.5
+    assert abs((first * second).mean() - expected) < 5 * spread
+    assert abs((first * first).mean() - 0.8 * eps) < 5 * spread
 
 
 def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -110,7 +126,7 @@ def test_tensors_steps_queries_seeds_and_streams_are_independent():
     base = Direction(1, 1, 1).values("a", 0, n)
     others = [Direction(1, 1, 1).values("b", 0, n), Direction(1, 2, 1).values("a", 0, n)]
     others += [Direction(1, 1, 2).values("a", 0, n), Direction(2, 1, 1).values("a", 0, n)]
-    others.append(noise.gaussian(Direction(1, 1, 1).words("a", Stream.ROUNDING), 0, n))
+    others.append(2 * noise.uniform(Direction(1, 1, 1).words("a", Stream.ROUNDING), 0, n) - 1)
     others.append(base.roll(1))
     assert max(abs(_correlation(base, other)) for other in others) < 5 / n**0.5
 
@@ -133,7 +149,7 @@ def test_an_order_is_a_permutation_that_follows_from_seed_and_epoch():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("distribution", Distribution)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_cuda_has_the_same_bits(distribution):
     direction = Direction(1, 2, 3, distribution)
     assert torch.equal(direction.values("w", 77, 10_000, "cuda").cpu(), direction.values("w", 77, 10_000))

@@ -38,9 +38,9 @@ def work() -> dict[str, dict[str, Any]]:
     rows["two-number bias fit"] = {"kind": "bias"}
     for seed in range(3):
         rows[f"QZO, 1000 steps, seed {seed}"] = {"kind": "tune", "seed": seed, "steps": 1000}
-    rows["QZO from the strong prompt, 100 steps"] = {"kind": "tune", "steps": 100, "prompt": STRONG}
+    rows["QZO from the strong prompt, 1000 steps"] = {"kind": "tune", "steps": 1000, "prompt": STRONG}
     rows["AdamW on the dense model, 50 steps"] = {"kind": "adamw", "steps": 50}
-    rows["MeZO on the dense model, 100 steps"] = {"kind": "tune", "method": "mezo", "steps": 100}
+    rows["MeZO on the dense model, 1000 steps"] = {"kind": "tune", "method": "mezo", "steps": 1000}
     rows["QZO, 3000 steps"] = {"kind": "tune", "steps": 3000}
     return rows
 
@@ -217,7 +217,7 @@ def draw(path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for name, row in done().items():
-        if "curve" in row:
+        if "curve" in row and name in work():
             for axis, key in zip(axes, ("step", "seconds"), strict=True):
                 axis.plot([p[key] for p in row["curve"]], [p["accuracy"] for p in row["curve"]], "o-", markersize=3, label=name)
     for axis, label in zip(axes, ("step", "seconds"), strict=True):

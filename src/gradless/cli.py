@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import fields
@@ -136,13 +137,25 @@ def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
     if unknown:
         raise GradlessError(f"--config {path} has no option {unknown[0]!r}; see gradless tune --help for their names.")
     types = {field.name: str(field.type) for field in fields(RunOptions)}
-    for name, value in content.items():
-        if "float" in types[name] and isinstance(value, int | str) and not isinstance(value, bool):
-            try:  # YAML reads 1e-3 as a string
-                content[name] = float(value)
-            except ValueError as error:
-                raise GradlessError(f"--config {path}: {name} is {value!r}, not a number.") from error
-    return content
+    return {name: _typed(path, name, value, types[name]) for name, value in content.items()}
+
+
+def _typed(path: Path, name: str, value: Any, wanted: str) -> Any:
+    """A YAML value as the option's type; YAML reads 1e-3 as a string, and a path such as 7 as a number."""
+    if value is None and "None" in wanted:
+        return None
+    made: Any = None
+    if "bool" in wanted or isinstance(value, bool):
+        made = value if "bool" in wanted and isinstance(value, bool) else None
+    elif "float" in wanted or "int" in wanted:
+        with contextlib.suppress(TypeError, ValueError):
+            made = float(value) if "float" in wanted else int(value) if float(value).is_integer() else None
+    elif isinstance(value, str | int | float):
+        made = str(value)
+    if made is None:
+        what = {"bool": "true or false", "float": "a number", "int": "a whole number", "str": "text"}[wanted.split(" ")[0]]
+        raise GradlessError(f"--config {path}: {name} is {value!r}, not {what}.")
+    return made
 
 
 def main(arguments: list[str] | None = None) -> int:

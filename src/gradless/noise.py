@@ -19,11 +19,15 @@ This module is the meaning. `kernels/cpu` draws the same bits inside its loops.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from enum import IntEnum
+from fractions import Fraction
 from functools import cache
 from importlib.resources import files
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -41,41 +45,10 @@ class Stream(IntEnum):
     """Independent sequences under one (seed, step, query, tensor)."""
 
     DIRECTION = 0
-    ROUNDING = 1
+    ROUNDING = 1  # of an update onto what holds it: bf16, or a grid
     ORDER = 2
-
-
-class Distribution(IntEnum):
-    """What a direction's coordinates are drawn from (also the codes that the C++ kernels know)."""
-
-    GAUSSIAN = 0
-    RADEMACHER = 1
-
-
-@dataclass(frozen=True)
-class Direction:
-    """A random direction u, as numbers: which one it is, not what it holds.
-
-    Attributes:
-        seed: the run's seed, 0 <= seed < 2**64.
-        step: the step of the run, 0 <= step < 2**32.
-        query: the query within the step, 0 <= query < 2**24.
-        distribution: of each coordinate, all of unit variance.
-    """
-
-    seed: int
-    step: int
-    query: int = 0
-    distribution: Distribution = Distribution.GAUSSIAN
-
-    def values(self, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-        """Coordinates [start, start + count) of tensor `name`: fp32, shape (count,)."""
-        draw = gaussian if self.distribution is Distribution.GAUSSIAN else rademacher
-        return draw(self.words(name), start, count, device)
-
-    def words(self, name: str, stream: Stream = Stream.DIRECTION) -> Words:
-        """The random words behind this direction for tensor `name`."""
-        return Words(key(self.seed, name), self.step, (self.query << 8) | stream)
+    FIRST = 3  # QuZO's two roundings of one u
+    SECOND = 4
 
 
 @dataclass(frozen=True)
@@ -101,6 +74,145 @@ class Words:
         )
         pages = torch.stack([lane.view(-1, _PAGE_BLOCKS) for lane in lanes], dim=1)
         return pages.reshape(-1)[start - first * PAGE_WORDS :][:count]
+
+
+class Distribution(ABC):
+    """What a direction's coordinates are drawn from."""
+
+    @abstractmethod
+    def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
+        """Coordinates [start, start + count) of tensor `name`: fp32, shape (count,)."""
+
+
+@dataclass(frozen=True)
+class Gaussian(Distribution):
+    """N(0, 1) on 65536 equally likely values (|z| <= 4.33, variance 0.99998, kurtosis 2.999)."""
+
+    def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
+        half = halves(direction.words(name), start, count, device)
+        magnitude = _normal_values(device)[half & 0x7FFF]
+        return torch.where(half >= 0x8000, -magnitude, magnitude)
+
+
+@dataclass(frozen=True)
+class Rademacher(Distribution):
+    """-1 or +1 with equal probability."""
+
+    def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
+        return (2 * bits(direction.words(name), start, count, device) - 1).float()
+
+
+@dataclass(frozen=True)
+class Integers(Distribution):
+    """Integers in {-m, ..., m}, P(k) = P(-k): noise in whole grid steps.
+
+    Attributes:
+        tail: P(k <= -m), ..., P(k <= -1) in units of 2**-32: m ascending integers. A 32-bit word is compared with them and
+            with their mirror images.
+    """
+
+    tail: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Draws fit a signed byte."""
+        if len(self.tail) > 127:
+            raise ValueError(f"noise of {len(self.tail)} grid steps: at most 127 fit; take a smaller perturbation")
+
+    @property
+    def m(self) -> int:
+        return len(self.tail)
+
+    @property
+    def share(self) -> float:
+        """P(k != 0): the share of coordinates that such a direction moves."""
+        return 2 * self.tail[-1] / 2**32
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The 2 m thresholds at which the drawn integer grows by one."""
+        return (*self.tail, *(2**32 - edge for edge in reversed(self.tail)))
+
+    def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
+        edges = torch.tensor(self.edges, dtype=torch.int64, device=device)
+        return (torch.bucketize(direction.words(name)(start, count, device), edges, right=True) - self.m).float()
+
+
+@cache
+def uniform_grid(m: int) -> Integers:
+    """Uniform on {-m, ..., m} (ZOQO, section 3)."""
+    return Integers(tuple((k << 32) // (2 * m + 1) for k in range(1, m + 1)))
+
+
+@cache
+def discretized_gaussian(m: int, spread: float) -> Integers:
+    """P(k) proportional to phi(k / spread), |k| <= m (ZOQO's other noise; spread is mu / s, well below 1 for sparse moves).
+
+    Computed in exact decimal arithmetic, so that every machine draws the same.
+    """
+    with localcontext() as context:
+        context.prec = 40
+        weights = [(-((Decimal(k) / Decimal(spread)) ** 2) / 2).exp() for k in range(-m, m + 1)]
+        total = sum(weights)
+        return _from_probabilities([weight / total for weight in weights[:m]])
+
+
+@cache
+def rounded_gaussian(eps: float) -> Integers:
+    """SR(eps * u), u ~ N(0, 1): the distribution of QuZO's u_1 in grid steps, over u and the rounding together."""
+    with localcontext() as context:
+        context.prec = 40
+        z = normal_table().astype(object) * Fraction(eps) / 2**13
+        whole = z // 1
+        m = int(whole[-1]) + 1
+        up = [sum(z[whole == k - 1] - (k - 1)) + sum(k + 1 - z[whole == k]) for k in range(m, 0, -1)]
+        return _from_probabilities([Decimal(p.numerator) / p.denominator / 65536 for p in map(Fraction, up)])
+
+
+def _from_probabilities(lower: Sequence[Decimal]) -> Integers:
+    """From P(-m), ..., P(-1)."""
+    return Integers(tuple(int(edge * 2**32) for edge in accumulate(lower)))
+
+
+@dataclass(frozen=True)
+class RoundedGaussian(Distribution):
+    """SR(eps * u), u ~ N(0, 1), with the rounding drawn from a stream of its own: QuZO's u_1 and u_2, one u rounded twice.
+
+    Attributes:
+        eps: in grid steps.
+        stream: of the rounding.
+    """
+
+    eps: float
+    stream: Stream = Stream.FIRST
+
+    def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
+        u = Gaussian().draw(direction, name, start, count, device)
+        return stochastic_round(u * float(np.float32(self.eps)), direction.words(name, self.stream), start)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A random direction u, as numbers: which one it is, not what it holds.
+
+    Attributes:
+        seed: the run's seed, 0 <= seed < 2**64.
+        step: the step of the run, 0 <= step < 2**32.
+        query: the query within the step, 0 <= query < 2**24.
+        distribution: of each coordinate.
+    """
+
+    seed: int
+    step: int
+    query: int = 0
+    distribution: Distribution = Gaussian()
+
+    def values(self, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Coordinates [start, start + count) of tensor `name`: fp32, shape (count,)."""
+        return self.distribution.draw(self, name, start, count, device)
+
+    def words(self, name: str, stream: Stream = Stream.DIRECTION) -> Words:
+        """The random words behind this direction for tensor `name`."""
+        return Words(key(self.seed, name), self.step, (self.query << 8) | stream)
 
 
 @cache
@@ -151,56 +263,9 @@ def _normal_values(device: torch.device | str) -> Tensor:
     return torch.from_numpy(normal_table().astype(np.float32) * 2.0**-13).to(device)
 
 
-def gaussian(words: Words, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """N(0, 1) on 65536 equally likely values (|z| <= 4.33, variance 0.99998, kurtosis 2.999): fp32, shape (count,)."""
-    half = halves(words, start, count, device)
-    magnitude = _normal_values(device)[half & 0x7FFF]
-    return torch.where(half >= 0x8000, -magnitude, magnitude)
-
-
-def rademacher(words: Words, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """-1 or +1 with equal probability: fp32, shape (count,)."""
-    return (2 * bits(words, start, count, device) - 1).float()
-
-
 def uniform(words: Words, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Uniform multiples of 2**-24 in [0, 1): fp32, shape (count,)."""
     return (words(start, count, device) >> 8).float() * 2.0**-24
-
-
-def uniform_grid(words: Words, m: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Integers uniform in {-m, ..., m} (ZOQO's noise, in grid steps): int64, shape (count,)."""
-    return ((words(start, count, device) * (2 * m + 1)) >> 32) - m
-
-
-@cache
-def _discretized_gaussian_edges(m: int, mu_over_s: float) -> tuple[int, ...]:
-    """Upper edges, as 32-bit integers, of P(k) proportional to phi(k / mu_over_s), |k| <= m; exact decimal arithmetic."""
-    with localcontext() as context:
-        context.prec = 40
-        spread = Decimal(mu_over_s)
-        weights = [(-((Decimal(k) / spread) ** 2) / 2).exp() for k in range(-m, m + 1)]
-        total, running, edges = sum(weights), Decimal(0), []
-        for weight in weights[:-1]:
-            running += weight
-            edges.append(int((running / total * 2**32).to_integral_value()))
-    return tuple(edges)
-
-
-def discretized_gaussian(
-    words: Words, m: int, mu_over_s: float, start: int, count: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Integers in {-m, ..., m} with P(k) proportional to phi(k * s / mu) (ZOQO's noise, in grid steps).
-
-    Args:
-        m: the largest magnitude, in grid steps.
-        mu_over_s: the Gaussian's standard deviation in grid steps; well below 1 most draws are zero (sparse moves).
-
-    Returns:
-        int64, shape (count,).
-    """
-    edges = torch.tensor(_discretized_gaussian_edges(m, mu_over_s), dtype=torch.int64, device=device)
-    return torch.bucketize(words(start, count, device), edges, right=True) - m
 
 
 def stochastic_round(x: Tensor, words: Words, start: int = 0) -> Tensor:
@@ -213,6 +278,10 @@ def stochastic_round(x: Tensor, words: Words, start: int = 0) -> Tensor:
     r = uniform(words, start, x.numel(), x.device).view_as(x)
     whole = torch.floor(x)
     return whole + (r < x - whole).to(x.dtype)
+
+
+NAMED: dict[str, Distribution] = {"gaussian": Gaussian(), "rademacher": Rademacher()}
+"""Distributions of unit variance, for continuous values."""
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,21 @@ def prepare(
         shuffled: take them in the seed's order, not the first.
     """
     rows = read_rows(source, split=split or options.split)
-    if shuffled and limit is not None:
+    chosen = shuffled and limit is not None
+    if chosen:
         rows = [rows[i] for i in noise.permutation(options.seed, 0, len(rows)).tolist()]
     rows = rows[:limit]
     labels = None if options.labels is None else _parse_labels(options.labels)
     template = None if options.template is None else options.template.replace("\\n", "\n")
     task = choose_task(options.task, template, labels, rows[0], loaded.tokenizer)
     context = getattr(loaded.model.config, "max_position_embeddings", 2**31)
-    examples = [
-        objectives.tokenize(example, loaded.tokenizer, context=context, max_length=options.max_length)
-        for example in task.examples(rows, source)
-    ]
+    examples = []
+    for number, example in enumerate(task.examples(rows, source), start=1):
+        try:
+            tokens = objectives.tokenize(example, loaded.tokenizer, context=context, max_length=options.max_length)
+        except GradlessError as error:
+            raise GradlessError(f"{source}, row {number}{' in the order of the seed' * chosen}: {error}") from error
+        examples.append(tokens)
     return Prepared(examples, task)
 
 
@@ -164,7 +169,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
 
     target = output / loaded.output_name
     loaded.save(target, trainer.zeroth_order.spaces)
-    if isinstance(loaded, GGUFModel):
+    if isinstance(loaded, GGUFModel) and loaded.tuned:
         some = (held_out or train).examples[:ROUNDING_EXAMPLES]
         summary["rounding"] = round_as_saved(loaded, some)
         say(_shown_rounding(summary["rounding"]))
@@ -308,8 +313,8 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         self.began = self.printed = time.perf_counter()
         if self.before is not None and self.trainer.journal is not None:
             self.trainer.journal.evaluated(0, self.before, 0.0)
-        done = int(self.trainer.seconds) if self.by_clock else state.global_step
-        self.bar = self.progress.add_task("", total=self.total, completed=done, text="")
+        self.done_before = self.trainer.seconds if self.by_clock else state.global_step
+        self.bar = self.progress.add_task("", total=self.total, completed=int(self.done_before), text="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args
@@ -319,10 +324,12 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         self.steps_here += 1
         now = time.perf_counter()
         text = self._text(state.global_step, (now - self.began) / self.steps_here)
-        self.progress.update(self.bar, completed=self.trainer.seconds if self.by_clock else state.global_step, text=text)
+        done = self.trainer.seconds if self.by_clock else state.global_step
+        self.progress.update(self.bar, completed=done, text=text)
         if not self.quiet and not self.console.is_terminal and now - self.printed > self.EVERY_SECONDS:
             self.printed = now
-            self.console.print(text, highlight=False)
+            left = (self.total - done) * (now - self.began) / max(done - self.done_before, 1e-9)
+            self.console.print(f"{text}  {timedelta(seconds=round(left))} left", highlight=False)
         if self.interrupted or self.out_of_time:
             control.should_training_stop = True
         if control.should_training_stop:
@@ -362,7 +369,7 @@ def round_as_saved(loaded: GGUFModel, examples: list[TokenizedExample]) -> dict[
         only the tensors of one type are rounded, minus `before`. (An offset that is tuned together with its scale keeps its
         fp32 value here; in the file it is rounded too.)
     """
-    tuned = [(tensor, tensor.master) for tensor in loaded.file.quantized.values() if tensor.master is not None]
+    tuned = [(tensor, tensor.master) for tensor in loaded.tuned if tensor.master is not None]
     types = sorted({tensor.block.name for tensor, _ in tuned})
 
     def loss(rounded: list[str]) -> float:

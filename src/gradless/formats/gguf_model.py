@@ -67,6 +67,11 @@ class GGUFModel:
         """The file's SHA-256."""
         return sha256(self.file.path)
 
+    @property
+    def tuned(self) -> list[QuantTensor]:
+        """The packed tensors whose block values are being tuned."""
+        return [tensor for tensor in self.file.quantized.values() if tensor.master is not None]
+
     def tunable(self) -> dict[str, list[str]]:
         """Names of what can be searched, by kind: packed linear layers, float tensors, and the norms and biases of these."""
         floats = [name for name in self.floats if not name.startswith(NOT_LINEAR)]

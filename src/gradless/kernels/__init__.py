@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from gradless import noise
 from gradless.blocks import BLOCK_TYPES
 from gradless.kernels import reference
 from gradless.kernels.reference import exported_offset
@@ -94,12 +95,14 @@ def self_test(ops: ModuleType) -> str | None:
                 same &= torch.equal(ops.dequantize(ours, rows, dtype), reference.dequantize(theirs, rows, dtype))
             if not same:
                 return f"{block.name}, {part}"
-    for source in (torch.float32, torch.bfloat16):
-        values = move.direction.values("values", 0, 300).to(source)
-        for dtype in (torch.float32, torch.bfloat16):
-            arguments = (values, "self-test", move, dtype)
-            if not torch.equal(ops.moved(*arguments, stochastic=True), reference.moved(*arguments, stochastic=True)):
-                return f"moved, {source} to {dtype}"
+    for distribution in (*noise.NAMED.values(), noise.uniform_grid(2), noise.RoundedGaussian(0.3)):
+        move = Move(Direction(7, 1, 2, distribution), -0.03, 0.99)
+        for source in (torch.float32, torch.bfloat16):
+            values = Direction(8, 0).values("values", 0, 300).to(source)
+            for dtype in (torch.float32, torch.bfloat16):
+                arguments = (values, "self-test", move, dtype)
+                if not torch.equal(ops.moved(*arguments, stochastic=True), reference.moved(*arguments, stochastic=True)):
+                    return f"moved by {distribution}, {source} to {dtype}"
     return None
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from gradless.noise import Direction, Distribution
+from gradless.noise import NAMED, Direction, Distribution
 from gradless.spaces import Space, viewed
 from gradless.tensor import Move
 
@@ -75,7 +75,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.spaces_of: list[list[Space]] = []
         super().__init__(groups, defaults)
         if isinstance(distribution, str):
-            distribution = Distribution[distribution.upper()]
+            distribution = NAMED[distribution]
         self.q, self.seed, self.distribution = q, seed, distribution
         self.t = 0
         self.pending: Estimate | None = None
@@ -108,7 +108,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Every space searched, group by group."""
         return [space for spaces in self.spaces_of for space in spaces]
 
-    @torch.no_grad()
     def estimate(self, closure: Closure) -> Estimate:
         """Query the losses of this step; nothing is written.
 
@@ -116,14 +115,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             closure: runs the model (in eval mode) and returns the loss, a number or a tensor of one; it is called twice a
                 query and must see the same data each time.
         """
+        return self.estimate_of(self.query(closure))
+
+    @torch.no_grad()
+    def query(self, closure: Closure) -> list[tuple[float, float]]:
+        """(loss at +eps, loss at -eps) along each of this step's directions; see `estimate`."""
         losses = []
         for u in self.directions(self.t):
-            pair = []
-            for sign in (+1, -1):
-                with self.at(u, sign):
-                    pair.append(float(closure()))
-            losses.append((pair[0], pair[1]))
-        return self.estimate_of(losses)
+            with self.at(u, +1):
+                plus = float(closure())
+            with self.at(u, -1):
+                minus = float(closure())
+            losses.append((plus, minus))
+        return losses
 
     def estimate_of(self, losses: Sequence[tuple[float, float]]) -> Estimate:
         """The estimate that follows from a step's losses, one (plus, minus) pair a query."""

@@ -39,7 +39,7 @@ class MeZO(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         q: int = 1,
         seed: int = 0,
-        distribution: Distribution | str = Distribution.GAUSSIAN,
+        distribution: Distribution | str = "gaussian",
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)

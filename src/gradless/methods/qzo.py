@@ -45,7 +45,7 @@ class QZO(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         q: int = 1,
         seed: int = 0,
-        distribution: Distribution | str = Distribution.GAUSSIAN,
+        distribution: Distribution | str = "gaussian",
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "clip": clip, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)

@@ -121,7 +121,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self.last_loss = math.nan
         self._skipped_in_a_row = 0
         self._resuming = False
-        self._sums: list[list[float]] = []
+        self._sums: list[tuple[float, float]] = []
         self._examples = 0
         self._seconds_before = 0.0
         self._began = 0.0
@@ -193,20 +193,14 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         model.eval()
         inputs = self._prepare_inputs(inputs)
         optimizer = self.zeroth_order
-        share = 1 / self.current_gradient_accumulation_steps
         examples = len(inputs["sizes"]) if "sizes" in inputs else 1
-        self._examples += examples
-        if not self._sums:
-            self._sums = [[0.0, 0.0] for _ in range(optimizer.q)]
-        total = 0.0
         with torch.inference_mode():
-            for sums, u in zip(self._sums, optimizer.directions(optimizer.t), strict=True):
-                for side, sign in enumerate((+1, -1)):
-                    with optimizer.at(u, sign):
-                        loss = float(self.compute_loss(model, inputs))
-                    sums[side] += examples * loss
-                    total += loss
-        return torch.tensor(total * share / (2 * optimizer.q), device=self.args.device)
+            losses = optimizer.query(lambda: self.compute_loss(model, inputs))
+        self._examples += examples
+        before = self._sums or [(0.0, 0.0)] * optimizer.q
+        self._sums = [(p + examples * plus, m + examples * minus) for (p, m), (plus, minus) in zip(before, losses, strict=True)]
+        share = 1 / self.current_gradient_accumulation_steps
+        return torch.tensor(share * sum(map(sum, losses)) / (2 * optimizer.q), device=self.args.device)
 
     def commit(self) -> None:
         """Turn the sums into the step's estimate and write it to the journal; the optimizer's next step applies it."""

@@ -7,13 +7,14 @@ resolve to the runtime that torch has loaded, so both share one pool of threads.
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradless.noise import Direction, Stream, Words, normal_table
+from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Stream, Words, normal_table
 from gradless.tensor import Move, Part, QuantTensor
 
 NAME = "cpu"
@@ -25,11 +26,21 @@ class _Words(ctypes.Structure):
     _fields_ = (("key", ctypes.c_uint64), ("step", ctypes.c_uint32), ("query_and_stream", ctypes.c_uint32))
 
 
+class _Direction(ctypes.Structure):
+    _fields_ = (
+        ("words", _Words),
+        ("second", _Words),
+        ("distribution", ctypes.c_int32),
+        ("m", ctypes.c_int32),
+        ("edges", ctypes.POINTER(ctypes.c_uint32)),
+        ("eps", ctypes.c_float),
+    )
+
+
 class _Move(ctypes.Structure):
     _fields_ = (
-        ("direction", _Words),
+        ("direction", _Direction),
         ("rounding", _Words),
-        ("distribution", ctypes.c_int32),
         ("coefficient", ctypes.c_float),
         ("decay", ctypes.c_float),
     )
@@ -62,8 +73,9 @@ _library = _load()
 def coordinates(direction: Direction, name: str, start: int, count: int) -> Tensor:
     """`Direction.values` on the CPU: fp32, (count,)."""
     out = torch.empty(count)
-    move = _move(Move(direction, 1.0), name)
-    _library.gradless_coordinates(ctypes.byref(move), ctypes.c_int64(start), ctypes.c_int64(count), _at(out))
+    _library.gradless_coordinates(
+        ctypes.byref(_direction(direction, name)), ctypes.c_int64(start), ctypes.c_int64(count), _at(out)
+    )
     return out
 
 
@@ -116,12 +128,30 @@ def _words(words: Words) -> _Words:
     return _Words(words.key, words.step, words.query_and_stream)
 
 
+def _direction(direction: Direction, name: str) -> _Direction:
+    words, distribution = _words(direction.words(name)), direction.distribution
+    match distribution:
+        case Gaussian():
+            return _Direction(words, words, 0)
+        case Rademacher():
+            return _Direction(words, words, 1)
+        case Integers():
+            return _Direction(words, words, 2, distribution.m, _edges(distribution))
+        case RoundedGaussian():
+            second = _words(direction.words(name, distribution.stream))
+            return _Direction(words, second, 3, 0, None, np.float32(distribution.eps))
+    raise NotImplementedError(f"no compiled draw for {distribution}")
+
+
+@cache
+def _edges(distribution: Integers) -> ctypes.Array[ctypes.c_uint32]:
+    return (ctypes.c_uint32 * (2 * distribution.m))(*distribution.edges)
+
+
 def _move(move: Move, name: str) -> _Move:
-    direction = move.direction
     return _Move(
-        _words(direction.words(name)),
-        _words(direction.words(name, Stream.ROUNDING)),
-        int(direction.distribution),
+        _direction(move.direction, name),
+        _words(move.direction.words(name, Stream.ROUNDING)),
         np.float32(move.coefficient),
         np.float32(move.decay),
     )

@@ -17,8 +17,8 @@
 enum Part { NOTHING = 0, SCALE = 1, OFFSET = 2, BOTH = 3 };
 
 struct Move {
-    Words direction, rounding;
-    int32_t distribution;
+    Direction direction;
+    Words rounding;
     float coefficient, decay;
 };
 
@@ -119,7 +119,7 @@ INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, in
     CLONES void NAME(const Blocks &t, const Move *view, int64_t begin, int64_t end, OUT *out) { \
         Coordinates u; \
         std::vector<float> z(3 * t.blocks); \
-        if (view) u.words = view->direction, u.distribution = view->distribution; \
+        if (view) u.u = view->direction; \
         EACH_TYPE(DEQUANTIZE) \
     }
 WORKER(dequantize_f32, float)
@@ -132,7 +132,7 @@ WORKER(dequantize_bf16, uint16_t)
     }
 CLONES void move_range(const Blocks &t, const Move &move, int64_t begin, int64_t end) {
     Coordinates u;
-    u.words = move.direction, u.distribution = move.distribution;
+    u.u = move.direction;
     float z[128];
     EACH_TYPE(MOVE)
 }
@@ -158,7 +158,7 @@ INLINE void moved_run(const Move &move, Coordinates &u, int64_t run, int64_t n, 
 #define MOVED(NAME, IN, OUT) \
     CLONES void NAME(const Move &move, int64_t begin, int64_t end, int64_t n, int stochastic, const IN *in, OUT *out) { \
         Coordinates u; \
-        u.words = move.direction, u.distribution = move.distribution; \
+        u.u = move.direction; \
         for (int64_t run = begin; run < end; run++) \
             moved_run(move, u, run, std::min<int64_t>(128, n - run * 128), stochastic, in + run * 128, out + run * 128); \
     }
@@ -177,10 +177,10 @@ template <class Worker> static void in_shares(int64_t n, int64_t grain, Worker w
 extern "C" {
 void gradless_set_normal_table(const uint16_t *table) { set_normal_table(table); }
 
-void gradless_coordinates(const Move *move, int64_t start, int64_t count, float *out) {
+void gradless_coordinates(const Direction *direction, int64_t start, int64_t count, float *out) {
     in_shares(count, 1 << 14, [&](int64_t begin, int64_t end) {
         Coordinates u;
-        u.words = move->direction, u.distribution = move->distribution;
+        u.u = *direction;
         Coordinates::read(u, start + begin, end - begin, out + begin);
     });
 }
