@@ -11,8 +11,8 @@ setup(
         Extension(
             "gradless.kernels.cpu._native",
             sources=["src/gradless/kernels/cpu/native.cpp"],
-            depends=["src/gradless/kernels/cpu/noise.hpp", "src/gradless/kernels/cpu/blocks.hpp"],
-            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"],
+            depends=[f"src/gradless/kernels/cpu/{name}.hpp" for name in ("philox", "noise", "blocks")],
+            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
             optional=True,
         )
     ]

@@ -3,9 +3,7 @@
 from gradless import noise
 from gradless.noise import Gaussian, Rademacher, RoundedGaussian, Stream
 
-DISTRIBUTIONS = [
-    Gaussian(),
-    Rademacher(),
+INTEGER_DISTRIBUTIONS = [
     noise.uniform_grid(1),
     noise.uniform_grid(7),
     noise.discretized_gaussian(3, 0.7),
@@ -14,3 +12,4 @@ DISTRIBUTIONS = [
     RoundedGaussian(0.4),
     RoundedGaussian(2.5, Stream.SECOND),
 ]
+DISTRIBUTIONS = [Gaussian(), Rademacher(), *INTEGER_DISTRIBUTIONS]

@@ -24,3 +24,18 @@ def test_a_block_reads_as_ggml_reads_it(name, seed):
     if block.offset_at is not None:
         weight = weight + (block.field(packed, block.offset_at)[:, None] * offset_multiplier)[..., None]
     assert np.array_equal(weight.reshape(3, -1).numpy(), gguf.dequantize(raw, kind))
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_codes_are_written_where_they_are_read(name, seed):
+    block, rng = BLOCK_TYPES[name], np.random.default_rng(seed)
+    packed = torch.from_numpy(random_blocks(name, 4, block.size, rng).reshape(-1, block.nbytes))
+    codes, *fields = block.unpack(packed)
+    lowest, highest = block.codes
+    assert torch.equal(block.pack(packed, codes.flatten(1)), packed)
+    others = torch.from_numpy(rng.integers(lowest, highest + 1, (4, block.size)))
+    written, *kept = block.unpack(block.pack(packed, others))
+    assert torch.equal(written.flatten(1).long(), others)
+    assert all(torch.equal(a, b) for a, b in zip(fields, kept, strict=True))

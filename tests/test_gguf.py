@@ -30,7 +30,7 @@ def test_untouched_in_is_byte_identical_out(tmp_path, block):
     assert (tmp_path / "b.gguf").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("part", Part)
+@pytest.mark.parametrize("part", [Part.SCALE, Part.OFFSET, Part.BOTH])
 @pytest.mark.parametrize("block", BLOCK_TYPES)
 def test_tuned_but_unmoved_is_byte_identical_and_moved_differs_only_in_its_fields(tmp_path, block, part):
     path = tiny_gguf(tmp_path / "a.gguf", block=block)

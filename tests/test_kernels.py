@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from gradless import kernels
 from gradless.blocks import BLOCK_TYPES
 from gradless.kernels import reference
-from gradless.noise import Direction, Rademacher
+from gradless.noise import Direction, Rademacher, Signs
 from gradless.tensor import Move, Part, QuantTensor
-from tests.strategies import DISTRIBUTIONS
+from tests.strategies import DISTRIBUTIONS, INTEGER_DISTRIBUTIONS
 from tests.tiny import random_blocks
 
 cpu = pytest.importorskip("gradless.kernels.cpu", reason="the C++ kernels were not built", exc_type=OSError)
@@ -22,6 +22,7 @@ MOVES = st.builds(
     st.floats(-3, 3, width=32),
     st.floats(0.5, 1.0, width=32),
 )
+VALUE_PARTS = [Part.SCALE, Part.OFFSET, Part.BOTH]
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
@@ -80,7 +81,14 @@ def test_dequantize_has_the_references_bits(name, rows, blocks, part, relative, 
 
 
 @settings(deadline=None, max_examples=80)
-@given(st.sampled_from(list(BLOCK_TYPES)), st.integers(1, 300), st.integers(1, 9), st.sampled_from(Part), st.booleans(), MOVES)
+@given(
+    st.sampled_from(list(BLOCK_TYPES)),
+    st.integers(1, 300),
+    st.integers(1, 9),
+    st.sampled_from(VALUE_PARTS),
+    st.booleans(),
+    MOVES,
+)
 def test_move_blocks_has_the_references_bits(name, rows, blocks, part, relative, move):
     ours, theirs = quant(name, rows, blocks), quant(name, rows, blocks)
     for tensor, ops in ((ours, cpu), (theirs, reference)):
@@ -98,7 +106,7 @@ def test_moved_has_the_references_bits(n, source, dtype, stochastic, move):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(list(BLOCK_TYPES)), st.sampled_from(Part), MOVES)
+@given(st.sampled_from(list(BLOCK_TYPES)), st.sampled_from(VALUE_PARTS), MOVES)
 def test_a_scale_never_crosses_zero(name, part, move):
     tensor = quant(name, 8, 3)
     tensor.tune(part, relative=False)
@@ -158,3 +166,54 @@ def test_stochastic_bf16_updates_are_unbiased_and_nearest_ones_vanish():
     stochastic = kernels.moved(x, "w", tiny, torch.bfloat16, stochastic=True)
     assert torch.equal(nearest, x)
     assert float(stochastic.double().mean() - 1) == pytest.approx(1e-4, rel=0.15)
+
+
+INTEGER = st.builds(
+    Direction, st.integers(0, 2**64 - 1), st.integers(0, 9), st.integers(0, 9), st.sampled_from(INTEGER_DISTRIBUTIONS)
+)
+SIGNS = st.lists(st.tuples(INTEGER, st.floats(-2, 2, width=32)), min_size=1, max_size=3).map(lambda terms: Signs(tuple(terms)))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(list(BLOCK_TYPES)),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.builds(Move, INTEGER, st.sampled_from([-1.0, 1.0]), st.just(1.0)),
+    DTYPES,
+    st.booleans(),
+)
+def test_a_query_reads_codes_as_the_reference_does_and_writes_none(name, rows, blocks, view, dtype, clamp):
+    tensor = quant(name, rows, blocks)
+    tensor.tune(Part.CODE)
+    before = tensor.packed.clone()
+    tensor.view, tensor.clamp = view, clamp
+    order = torch.randperm(rows)
+    assert torch.equal(cpu.dequantize(tensor, order, dtype), reference.dequantize(tensor, order, dtype))
+    assert torch.equal(tensor.packed, before)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(list(BLOCK_TYPES)),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.one_of(INTEGER, SIGNS),
+    st.sampled_from([-1.0, 2.0, 0.3, -1.7, 100.0]),
+)
+def test_codes_move_as_in_the_reference_and_stay_on_their_grid(name, rows, blocks, direction, coefficient):
+    ours, theirs = quant(name, rows, blocks), quant(name, rows, blocks)
+    before = ours.packed.clone()
+    for tensor in (ours, theirs):
+        tensor.tune(Part.CODE)
+    move = Move(direction, coefficient)
+    assert cpu.move_codes(ours, move) == reference.move_codes(theirs, move)
+    assert torch.equal(ours.packed, theirs.packed)
+    block = ours.block
+    was, now = (block.unpack(packed.flatten(0, 1)) for packed in (before, ours.packed))
+    lowest, highest = block.codes
+    assert ((now.codes >= lowest) & (now.codes <= highest) | (now.codes == was.codes)).all()
+    assert all(torch.equal(a, b) for a, b in zip(was[1:], now[1:], strict=True))
+    asked = (coefficient * direction.values("w", 0, was.codes.numel())).view_as(was.codes)
+    inside = (was.codes + asked.floor() >= lowest) & (was.codes + asked.ceil() <= highest)
+    assert ((now.codes - was.codes - asked).abs()[inside & (was.codes >= lowest)] < 1).all()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ class BlockType:
         nbytes: bytes of a block.
         scale_at: byte offset of the fp16 scale d.
         offset_at: byte offset of the fp16 offset m, or None.
+        codes: the lowest and the highest code.
         offset_unit: what a relative step of the offset is measured in, as a multiple of |d| (half the largest code, so
             that it shifts the block's mean as far as the same step of the scale does); None: a multiple of |m| itself.
         unpack: (n, nbytes) uint8 -> the blocks' integers.
@@ -49,12 +51,53 @@ class BlockType:
     nbytes: int
     scale_at: int
     offset_at: int | None
+    codes: tuple[int, int]
     offset_unit: float | None
     unpack: Callable[[Tensor], Unpacked]
 
     def field(self, packed: Tensor, at: int) -> Tensor:
         """The fp16 field at byte `at` of blocks (..., nbytes) uint8, as fp32 (...)."""
         return packed[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1).float()
+
+    def pack(self, packed: Tensor, codes: Tensor) -> Tensor:
+        """Blocks with other codes and the same fields: (n, nbytes) uint8 and (n, size) codes -> (n, nbytes) uint8."""
+        zero, pieces = self.layout()
+        raw, kept = codes.to(torch.int32) - zero, packed.to(torch.int32)
+        for byte, low, code_low, width in zip(*(field.to(packed.device) for field in pieces), strict=True):
+            mask = ((1 << width) - 1) << low
+            held = torch.zeros(self.nbytes, dtype=torch.int32, device=packed.device).index_add_(0, byte, mask)
+            kept = (kept & ~held).index_add_(1, byte, (raw >> code_low << low) & mask)
+        return kept.to(torch.uint8)
+
+    @cache  # noqa: B019  (a handful of types, for ever)
+    def layout(self) -> tuple[int, Pieces]:
+        """The code that all-zero bits stand for, and where each code's bits lie: read off `unpack`, bit by bit."""
+        one_bit = torch.zeros(8 * self.nbytes + 1, self.nbytes, dtype=torch.uint8)
+        for bit in range(8 * self.nbytes):
+            one_bit[bit, bit // 8] = 1 << bit % 8
+        codes = self.unpack(one_bit).codes.flatten(1).int()
+        zero = int(codes[-1, 0])
+        value = (codes[:-1] - zero) & 0xFF
+        runs: list[list[list[int]]] = [[] for _ in range(self.size)]  # of each code: [byte, low, code_low, width]
+        for bit, i in value.nonzero().tolist():
+            place = int(value[bit, i]).bit_length() - 1
+            last = runs[i][-1] if runs[i] else None
+            if last and last[0] == bit // 8 and last[1] + last[3] == bit % 8 and last[2] + last[3] == place:
+                last[3] += 1
+            else:
+                runs[i].append([bit // 8, bit % 8, place, 1])
+        assert max(map(len, runs)) <= 2
+        filled = torch.tensor([[*each, [each[0][0], 0, 0, 0]][:2] for each in runs], dtype=torch.int32)
+        return zero, Pieces(*(field.T.contiguous() for field in filled.unbind(-1)))
+
+
+class Pieces(NamedTuple):
+    """Where the bits of a block's codes lie: each code in at most two runs of bits, all int32 (2, size)."""
+
+    byte: Tensor  # of the block
+    low: Tensor  # the run's lowest bit in that byte
+    code_low: Tensor  # and in the code
+    width: Tensor  # its bits; 0 for a code of one run only
 
 
 def _nibbles(q: Tensor) -> Tensor:
@@ -153,15 +196,15 @@ def _q6_k(b: Tensor) -> Unpacked:
 BLOCK_TYPES = {
     block.name: block
     for block in (
-        BlockType("Q4_0", 0, 32, 18, 0, None, None, _q4_0),
-        BlockType("Q4_1", 1, 32, 20, 0, 2, 7.5, _q4_1),
-        BlockType("Q5_0", 2, 32, 22, 0, None, None, _q5_0),
-        BlockType("Q5_1", 3, 32, 24, 0, 2, 15.5, _q5_1),
-        BlockType("Q8_0", 4, 32, 34, 0, None, None, _q8_0),
-        BlockType("Q2_K", 5, 256, 84, 80, 82, None, _q2_k),
-        BlockType("Q3_K", 6, 256, 110, 108, None, None, _q3_k),
-        BlockType("Q4_K", 7, 256, 144, 0, 2, None, _q4_k),
-        BlockType("Q5_K", 8, 256, 176, 0, 2, None, _q5_k),
-        BlockType("Q6_K", 9, 256, 210, 208, None, None, _q6_k),
+        BlockType("Q4_0", 0, 32, 18, 0, None, (-8, 7), None, _q4_0),
+        BlockType("Q4_1", 1, 32, 20, 0, 2, (0, 15), 7.5, _q4_1),
+        BlockType("Q5_0", 2, 32, 22, 0, None, (-16, 15), None, _q5_0),
+        BlockType("Q5_1", 3, 32, 24, 0, 2, (0, 31), 15.5, _q5_1),
+        BlockType("Q8_0", 4, 32, 34, 0, None, (-127, 127), None, _q8_0),
+        BlockType("Q2_K", 5, 256, 84, 80, 82, (0, 3), None, _q2_k),
+        BlockType("Q3_K", 6, 256, 110, 108, None, (-4, 3), None, _q3_k),
+        BlockType("Q4_K", 7, 256, 144, 0, 2, (0, 15), None, _q4_k),
+        BlockType("Q5_K", 8, 256, 176, 0, 2, (0, 31), None, _q5_k),
+        BlockType("Q6_K", 9, 256, 210, 208, None, (-32, 31), None, _q6_k),
     )
 }

@@ -107,16 +107,20 @@ class Integers(Distribution):
     """Integers in {-m, ..., m}, P(k) = P(-k): noise in whole grid steps.
 
     Attributes:
-        tail: P(k <= -m), ..., P(k <= -1) in units of 2**-32: m ascending integers. A 32-bit word is compared with them and
-            with their mirror images.
+        tail: P(k <= -m), ..., P(k <= -1) in units of 2**-16: m ascending integers. A random 16-bit integer is compared with
+            them and with their mirror images.
+
+    Raises:
+        ValueError: more than 127 steps, or so sparse that no coordinate would ever move.
     """
 
     tail: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Draws fit a signed byte."""
         if len(self.tail) > 127:
             raise ValueError(f"noise of {len(self.tail)} grid steps: at most 127 fit; take a smaller perturbation")
+        if self.tail[-1] == 0:
+            raise ValueError("noise so small that no code would ever move (fewer than one in 32768); take a larger one")
 
     @property
     def m(self) -> int:
@@ -125,22 +129,22 @@ class Integers(Distribution):
     @property
     def share(self) -> float:
         """P(k != 0): the share of coordinates that such a direction moves."""
-        return 2 * self.tail[-1] / 2**32
+        return 2 * self.tail[-1] / 2**16
 
     @property
     def edges(self) -> tuple[int, ...]:
         """The 2 m thresholds at which the drawn integer grows by one."""
-        return (*self.tail, *(2**32 - edge for edge in reversed(self.tail)))
+        return (*self.tail, *(2**16 - edge for edge in reversed(self.tail)))
 
     def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
         edges = torch.tensor(self.edges, dtype=torch.int64, device=device)
-        return (torch.bucketize(direction.words(name)(start, count, device), edges, right=True) - self.m).float()
+        return (torch.bucketize(halves(direction.words(name), start, count, device), edges, right=True) - self.m).float()
 
 
 @cache
 def uniform_grid(m: int) -> Integers:
     """Uniform on {-m, ..., m} (ZOQO, section 3)."""
-    return Integers(tuple((k << 32) // (2 * m + 1) for k in range(1, m + 1)))
+    return Integers(tuple(round(2**16 * k / (2 * m + 1)) for k in range(1, m + 1)))
 
 
 @cache
@@ -170,7 +174,7 @@ def rounded_gaussian(eps: float) -> Integers:
 
 def _from_probabilities(lower: Sequence[Decimal]) -> Integers:
     """From P(-m), ..., P(-1)."""
-    return Integers(tuple(int(edge * 2**32) for edge in accumulate(lower)))
+    return Integers(tuple(round(edge * 2**16) for edge in accumulate(lower)))
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,28 @@ class Direction:
     def words(self, name: str, stream: Stream = Stream.DIRECTION) -> Words:
         """The random words behind this direction for tensor `name`."""
         return Words(key(self.seed, name), self.step, (self.query << 8) | stream)
+
+
+@dataclass(frozen=True)
+class Signs:
+    """sign(sum_i weight_i * u_i), coordinate by coordinate: what ZOQO's update follows.
+
+    Attributes:
+        terms: (direction, weight) of each query; all over one distribution.
+    """
+
+    terms: tuple[tuple[Direction, float], ...]
+
+    def values(self, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Coordinates [start, start + count) of tensor `name`: fp32 in {-1, 0, 1}, shape (count,)."""
+        total = torch.zeros(count, device=device)
+        for direction, weight in self.terms:
+            total = total + direction.values(name, start, count, device) * float(np.float32(weight))
+        return total.sign()
+
+    def words(self, name: str, stream: Stream) -> Words:
+        """The random words of the first term's direction."""
+        return self.terms[0][0].words(name, stream)
 
 
 @cache

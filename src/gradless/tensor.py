@@ -10,29 +10,30 @@ import torch
 from torch import Tensor
 
 from gradless.blocks import BlockType
-from gradless.noise import Direction
+from gradless.noise import Direction, Signs
 
 
 class Move(NamedTuple):
     """x -> decay * x + coefficient * u: a query's view of a point x, and an update of it, are both one of these.
 
     Attributes:
-        direction: which u.
+        direction: which u, or the signs of a sum of several.
         coefficient: +eps or -eps in a query, -lr * d in an update; rounded to fp32 where it is used.
         decay: 1 - lr * weight_decay in an update, 1 in a query.
     """
 
-    direction: Direction
+    direction: Direction | Signs
     coefficient: float
     decay: float = 1.0
 
 
 class Part(StrEnum):
-    """Which fields of a block are tuned; there is one fp32 value a block in each case."""
+    """What is tuned: fields of a block, with one fp32 value a block, or its integer codes, in place."""
 
     SCALE = "scale"  # d alone
     OFFSET = "offset"  # m alone; types without an m fall back to d
     BOTH = "both"  # d and m by one factor: the Delta of QZO's equations
+    CODE = "code"  # the codes, in whole steps
 
 
 @dataclass(eq=False)
@@ -42,12 +43,14 @@ class QuantTensor:
     Attributes:
         name: the tensor's name in its file; with the seed it determines the noise.
         block: the block type.
-        packed: uint8, (rows, blocks, block.nbytes), as in the file (memory-mapped; never written).
+        packed: uint8, (rows, blocks, block.nbytes), as in the file; written by updates of codes only (memory-mapped
+            copy-on-write: the file itself never changes).
         row_order: int64, (rows,): the file row that model row i reads, or None for the same order. Noise follows the file.
         part: what is tuned, or None while nothing is.
         relative: whether a move is measured in each block's own unit (`unit`) or absolutely.
-        master: fp32, (rows, blocks), in file order: the tuned values; None while nothing is tuned.
-        view: the move under which a forward reads `master`, or None for `master` itself.
+        master: fp32, (rows, blocks), in file order: the tuned block values; None where there are none.
+        view: the move under which a forward reads what is tuned, or None to read it as it is.
+        clamp: whether a query's codes stop at the grid's ends; otherwise they are read in a wider integer.
     """
 
     name: str
@@ -58,6 +61,7 @@ class QuantTensor:
     relative: bool = True
     master: Tensor | None = field(default=None, repr=False)
     view: Move | None = None
+    clamp: bool = False
 
     @property
     def rows(self) -> int:
@@ -93,7 +97,9 @@ class QuantTensor:
         return self.base().abs()
 
     def tune(self, part: Part | str, *, relative: bool = True) -> None:
-        """Give every block an fp32 master of the chosen part, starting at the file's values."""
-        self.part = Part.SCALE if self.block.offset_at is None else Part(part)
-        self.relative = relative
-        self.master = self.base()
+        """Choose what is tuned; a block value gets an fp32 master, starting at the file's values."""
+        self.part = Part(part)
+        if self.part is not Part.CODE:
+            self.part = Part.SCALE if self.block.offset_at is None else self.part
+            self.relative = relative
+            self.master = self.base()

@@ -21,7 +21,7 @@ from gradless.kernels.reference import exported_offset
 from gradless.noise import Direction
 from gradless.tensor import Move, Part, QuantTensor
 
-__all__ = ["dequantize", "exported_offset", "move_blocks", "moved", "name", "why_not_compiled"]
+__all__ = ["dequantize", "exported_offset", "move_blocks", "move_codes", "moved", "name", "why_not_compiled"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,12 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 def move_blocks(tensor: QuantTensor, move: Move) -> None:
     """Update a weight's tuned values in place; see `reference.move_blocks`."""
     _ops(tensor.packed).move_blocks(tensor, move)
+
+
+def move_codes(tensor: QuantTensor, move: Move) -> int:
+    """Update a weight's codes in place; see `reference.move_codes`."""
+    result: int = _ops(tensor.packed).move_codes(tensor, move)
+    return result
 
 
 def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochastic: bool = False) -> Tensor:
@@ -76,7 +82,8 @@ def _compiled() -> tuple[ModuleType | None, str | None]:
 
 def self_test(ops: ModuleType) -> str | None:
     """Run every kernel of `ops` on small tensors against the reference; the first that differs in a bit, or None."""
-    move = Move(Direction(7, 1, 2), -0.03, 0.99)
+    value_move = Move(Direction(7, 1, 2), -0.03, 0.99)
+    code_move = Move(Direction(7, 1, 2, noise.uniform_grid(2)), -0.3)
     rows = torch.tensor([2, 0, 1])
     for block in BLOCK_TYPES.values():
         packed = _some_bytes((3, 5, block.nbytes))
@@ -85,12 +92,17 @@ def self_test(ops: ModuleType) -> str | None:
         for part in Part:
             ours, theirs = (QuantTensor("self-test", block, packed) for _ in range(2))
             for tensor, kernels in ((ours, ops), (theirs, reference)):
+                tensor.packed = packed.clone()
                 tensor.tune(part)
-                kernels.move_blocks(tensor, move)
-                tensor.view = move
-            assert ours.master is not None
-            assert theirs.master is not None
-            same = torch.equal(ours.master, theirs.master)
+                if part is Part.CODE:
+                    kernels.move_codes(tensor, code_move)
+                    tensor.view = code_move._replace(coefficient=-1.0)
+                else:
+                    kernels.move_blocks(tensor, value_move)
+                    tensor.view = value_move
+            same = torch.equal(ours.packed, theirs.packed)
+            if ours.master is not None and theirs.master is not None:
+                same &= torch.equal(ours.master, theirs.master)
             for dtype in (torch.float32, torch.bfloat16):
                 same &= torch.equal(ops.dequantize(ours, rows, dtype), reference.dequantize(theirs, rows, dtype))
             if not same:

@@ -41,6 +41,9 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
             case Part.BOTH:
                 offset, scale = _scaled_offset(offset, tuned, scale), tuned
     codes, multiplier, offset_multiplier = block.unpack(packed.flatten(0, 1))
+    if tensor.part is Part.CODE and tensor.view is not None:
+        codes = codes + (tensor.view.coefficient * _noise(tensor, tensor.view)[rows]).view_as(codes)
+        codes = codes.clamp(*block.codes) if tensor.clamp else codes
     weight = (scale.reshape(-1, 1) * multiplier).unsqueeze(-1) * codes
     if offset is not None:
         weight = weight + (offset.reshape(-1, 1) * offset_multiplier).unsqueeze(-1)
@@ -61,6 +64,32 @@ def exported_offset(tensor: QuantTensor) -> Tensor:
     offset = _scaled_offset(tensor.block.field(tensor.packed, tensor.block.offset_at), tensor.master, tensor.base())
     assert offset is not None
     return offset
+
+
+def _noise(tensor: QuantTensor, move: Move) -> Tensor:
+    """One coordinate a weight: fp32, (rows, columns)."""
+    n = tensor.rows * tensor.columns
+    return move.direction.values(tensor.name, 0, n, tensor.packed.device).view(tensor.rows, tensor.columns)
+
+
+def move_codes(tensor: QuantTensor, move: Move) -> int:
+    """Update the packed codes in place: q <- clamp(q + SR(coefficient * u)), the grid's ends being the clamp's.
+
+    Args:
+        tensor: with `part` CODE.
+        move: over an integer distribution; a coefficient that is no integer is rounded stochastically, code by code.
+
+    Returns:
+        How many codes changed.
+    """
+    words = move.direction.words(tensor.name, Stream.ROUNDING)
+    step = noise.stochastic_round(_noise(tensor, move) * _f32(move.coefficient), words)
+    blocks = tensor.packed.flatten(0, 1)
+    before = tensor.block.unpack(blocks).codes.flatten(1)
+    step = step.view_as(before)
+    after = torch.where(step == 0, before, (before + step).clamp(*tensor.block.codes))
+    blocks.copy_(tensor.block.pack(blocks, after))
+    return int((after != before).sum())
 
 
 def _moved_blocks(tensor: QuantTensor, move: Move) -> Tensor:

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Stream, Words, normal_table
+from gradless.blocks import BlockType
+from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Signs, Stream, Words, normal_table
 from gradless.tensor import Move, Part, QuantTensor
 
 NAME = "cpu"
 
-_PARTS = {None: 0, Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3}
+_PARTS = {None: 0, Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3, Part.CODE: 4}
 
 
 class _Words(ctypes.Structure):
@@ -32,8 +33,11 @@ class _Direction(ctypes.Structure):
         ("second", _Words),
         ("distribution", ctypes.c_int32),
         ("m", ctypes.c_int32),
-        ("edges", ctypes.POINTER(ctypes.c_uint32)),
+        ("edges", ctypes.POINTER(ctypes.c_uint16)),
         ("eps", ctypes.c_float),
+        ("weight", ctypes.c_float),
+        ("next", ctypes.c_void_p),
+        ("signs", ctypes.c_int32),
     )
 
 
@@ -52,9 +56,15 @@ class _Blocks(ctypes.Structure):
         ("master", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("blocks", ctypes.c_int64),
+        ("all_blocks", ctypes.c_int64),
         ("type", ctypes.c_int32),
         ("part", ctypes.c_int32),
         ("relative", ctypes.c_int32),
+        ("clamp", ctypes.c_int32),
+        ("lowest", ctypes.c_int32),
+        ("highest", ctypes.c_int32),
+        ("zero", ctypes.c_int32),
+        ("pieces", ctypes.c_void_p),
     )
 
 
@@ -62,6 +72,7 @@ def _load() -> ctypes.CDLL:
     """Load the library beside this file; raises OSError where it was not built or cannot run here."""
     for path in Path(__file__).parent.glob("_native*.so"):
         library = ctypes.CDLL(str(path))
+        library.gradless_move_codes.restype = ctypes.c_int64
         library.gradless_set_normal_table(normal_table().ctypes.data_as(ctypes.c_void_p))
         return library
     raise OSError("the C++ kernels were not built (no compiler when gradless was installed)")
@@ -70,7 +81,7 @@ def _load() -> ctypes.CDLL:
 _library = _load()
 
 
-def coordinates(direction: Direction, name: str, start: int, count: int) -> Tensor:
+def coordinates(direction: Direction | Signs, name: str, start: int, count: int) -> Tensor:
     """`Direction.values` on the CPU: fp32, (count,)."""
     out = torch.empty(count)
     _library.gradless_coordinates(
@@ -82,7 +93,7 @@ def coordinates(direction: Direction, name: str, start: int, count: int) -> Tens
 def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`."""
     out = torch.empty(len(rows), tensor.columns, dtype=dtype)
-    view = None if tensor.view is None or tensor.master is None else _move(tensor.view, tensor.name)
+    view = None if tensor.view is None or tensor.part is None else _move(tensor.view, tensor.name)
     rows = rows.contiguous()
     _library.gradless_dequantize(
         ctypes.byref(_blocks(tensor, rows)),
@@ -102,6 +113,11 @@ def move_blocks(tensor: QuantTensor, move: Move) -> None:
         ctypes.byref(_move(move, tensor.name)),
         ctypes.c_int64(tensor.master.numel()),
     )
+
+
+def move_codes(tensor: QuantTensor, move: Move) -> int:
+    """See `reference.move_codes`."""
+    return int(_library.gradless_move_codes(ctypes.byref(_blocks(tensor)), ctypes.byref(_move(move, tensor.name))))
 
 
 def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochastic: bool = False) -> Tensor:
@@ -128,7 +144,15 @@ def _words(words: Words) -> _Words:
     return _Words(words.key, words.step, words.query_and_stream)
 
 
-def _direction(direction: Direction, name: str) -> _Direction:
+def _direction(direction: Direction | Signs, name: str) -> _Direction:
+    if isinstance(direction, Signs):
+        following = None
+        for term, weight in reversed(direction.terms):
+            made = _direction(term, name)
+            made.weight, made.next = np.float32(weight), following and ctypes.addressof(following)
+            made.source, following = following, made  # keeps alive what the pointer shows
+        made.signs = True
+        return made
     words, distribution = _words(direction.words(name)), direction.distribution
     match distribution:
         case Gaussian():
@@ -144,26 +168,37 @@ def _direction(direction: Direction, name: str) -> _Direction:
 
 
 @cache
-def _edges(distribution: Integers) -> ctypes.Array[ctypes.c_uint32]:
-    return (ctypes.c_uint32 * (2 * distribution.m))(*distribution.edges)
+def _edges(distribution: Integers) -> ctypes.Array[ctypes.c_uint16]:
+    return (ctypes.c_uint16 * (2 * distribution.m))(*distribution.edges)
 
 
 def _move(move: Move, name: str) -> _Move:
-    return _Move(
-        _direction(move.direction, name),
-        _words(move.direction.words(name, Stream.ROUNDING)),
-        np.float32(move.coefficient),
-        np.float32(move.decay),
-    )
+    direction = _direction(move.direction, name)
+    rounding = _words(move.direction.words(name, Stream.ROUNDING))
+    made = _Move(direction, rounding, np.float32(move.coefficient), np.float32(move.decay))
+    made.source = direction  # keeps alive what its pointers show
+    return made
+
+
+@cache
+def _code_pieces(block: BlockType) -> tuple[int, Tensor]:
+    zero, pieces = block.layout()
+    return zero, torch.stack(pieces)
 
 
 def _blocks(tensor: QuantTensor, rows: Tensor | None = None) -> _Blocks:
+    zero, pieces = _code_pieces(tensor.block)
     return _Blocks(
         tensor.packed.data_ptr(),
         None if tensor.master is None else tensor.master.data_ptr(),
         None if rows is None else rows.data_ptr(),
         tensor.packed.shape[1],
+        tensor.packed.shape[0] * tensor.packed.shape[1],
         tensor.block.index,
         _PARTS[tensor.part],
         int(tensor.relative),
+        int(tensor.clamp),
+        *tensor.block.codes,
+        zero,
+        pieces.data_ptr(),
     )

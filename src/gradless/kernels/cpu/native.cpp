@@ -2,19 +2,14 @@
 // -ffp-contract=off. Plain C++ that the compiler vectorizes: each worker is built for several instruction sets and the
 // right one is bound when the library loads.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 #include "blocks.hpp"
 #include "noise.hpp"
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-
-enum Part { NOTHING = 0, SCALE = 1, OFFSET = 2, BOTH = 3 };
+enum Part { NOTHING = 0, SCALE = 1, OFFSET = 2, BOTH = 3, CODE = 4 };
 
 struct Move {
     Direction direction;
@@ -23,11 +18,15 @@ struct Move {
 };
 
 struct Blocks {
-    const uint8_t *packed;
+    uint8_t *packed;
     float *master;        // null: read the file's own fields
     const int64_t *rows;  // null: rows 0, 1, ...
     int64_t blocks;       // in a row
+    int64_t all_blocks;   // in the tensor
     int32_t type, part, relative;
+    int32_t clamp, lowest, highest;  // the codes' ends, and whether a query stops there
+    int32_t zero;                    // the code that all-zero bits stand for
+    const int32_t *pieces;           // blocks.Pieces: byte, low, code_low, width, each (2, size)
 };
 
 INLINE uint16_t to_bf16(float f) {
@@ -81,22 +80,35 @@ INLINE void row_fields(const Blocks &t, const Move *view, const uint8_t *b, cons
     }
 }
 
+// One row. `z` holds three values a block, and, where codes are moved, one value a weight behind them.
 template <class T, class Out>
 INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, int64_t row, float *z, Out *out) {
     const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
-    float *scale = z + t.blocks, *offset = z + 2 * t.blocks;
-    if (view) Coordinates::read(*u, row * t.blocks, t.blocks, z);
+    float *scale = z + t.blocks, *offset = z + 2 * t.blocks, *step = z + 3 * t.blocks;
+    const bool moves_codes = view && t.part == CODE;
+    if (moves_codes) Coordinates::read(*u, row * t.blocks * T::size, t.blocks * T::size, step);
+    else if (view) Coordinates::read(*u, row * t.blocks, t.blocks, z);
     row_fields<T>(t, view, b, t.master ? t.master + row * t.blocks : nullptr, z, scale, offset);
     constexpr int group = T::size / T::groups;
-    for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes, out += T::size) {
-        alignas(64) int8_t code[T::size];
+    for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes, out += T::size, step += T::size) {
+        alignas(64) int8_t packed_code[T::size];
+        alignas(64) float code[T::size];
         float multiplier[T::groups], offset_multiplier[T::groups];
-        T::unpack(b, code, multiplier, offset_multiplier);
+        T::unpack(b, packed_code, multiplier, offset_multiplier);
+        for (int i = 0; i < T::size; i++) code[i] = (float)packed_code[i];
+        if (moves_codes) {
+            for (int i = 0; i < T::size; i++) code[i] = code[i] + step[i] * view->coefficient;
+            if (t.clamp)
+                for (int i = 0; i < T::size; i++) {
+                    code[i] = code[i] < (float)t.lowest ? (float)t.lowest : code[i];
+                    code[i] = code[i] > (float)t.highest ? (float)t.highest : code[i];
+                }
+        }
         for (int g = 0; g < T::groups; g++) {
             float s = T::groups == 1 ? scale[k] : scale[k] * multiplier[g];
             float o = T::groups == 1 ? offset[k] : offset[k] * offset_multiplier[g];
             for (int i = 0; i < group; i++) {
-                float w = s * (float)code[g * group + i];
+                float w = s * code[g * group + i];
                 if (T::offset_at >= 0) w = w + o;
                 store(out + g * group + i, w);
             }
@@ -111,6 +123,11 @@ INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, in
         case 8: DO(Q5_K) break; case 9: DO(Q6_K) break; \
     }
 
+static const int block_size[] = {32, 32, 32, 32, 32, 256, 256, 256, 256, 256};
+static size_t buffer_size(const Blocks &t, const Move *view) {
+    return t.blocks * (3 + (view && t.part == CODE ? block_size[t.type] : 0));
+}
+
 // A worker's loop is written out for each output type because a template cannot be cloned for instruction sets.
 #define DEQUANTIZE(T) \
     for (int64_t i = begin; i < end; i++) \
@@ -118,7 +135,7 @@ INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, in
 #define WORKER(NAME, OUT) \
     CLONES void NAME(const Blocks &t, const Move *view, int64_t begin, int64_t end, OUT *out) { \
         Coordinates u; \
-        std::vector<float> z(3 * t.blocks); \
+        std::vector<float> z(buffer_size(t, view)); \
         if (view) u.u = view->direction; \
         EACH_TYPE(DEQUANTIZE) \
     }
@@ -135,6 +152,74 @@ CLONES void move_range(const Blocks &t, const Move &move, int64_t begin, int64_t
     u.u = move.direction;
     float z[128];
     EACH_TYPE(MOVE)
+}
+
+// Write one code into its block.
+INLINE void write_code(const Blocks &t, int size, uint8_t *b, int i, int code) {
+    uint32_t raw = (uint32_t)(code - t.zero);
+    for (int piece = 0; piece < 2; piece++) {
+        const int32_t *at = t.pieces + piece * size + i;
+        int32_t low = at[2 * size], width = at[6 * size];
+        uint32_t mask = ((1u << width) - 1) << low;
+        b[at[0]] = (uint8_t)((b[at[0]] & ~mask) | (raw >> at[4 * size] << low & mask));
+    }
+}
+
+// The steps of one run of 128 codes, rounded stochastically to whole ones; whether any is not zero.
+CLONES static bool steps_of(const Move &move, uint64_t run, float step[128]) {
+    run_of(move.direction, run, step);
+    int any = 0;
+    for (int i = 0; i < 128; i++) {
+        step[i] = step[i] * move.coefficient;
+        any |= step[i] != 0;
+    }
+    if (!any) return false;
+    if (move.coefficient == __builtin_floorf(move.coefficient)) return true;
+    uint32_t random[128];
+    run_of_words(move.rounding, run, random);
+    any = 0;
+    for (int i = 0; i < 128; i++) {
+        step[i] = stochastic_round(step[i], random[i]);
+        any |= step[i] != 0;
+    }
+    return any;
+}
+
+// reference.move_codes for runs [begin, end) of 128 codes: how many changed. Most steps of a sparse move are zero.
+template <class T> INLINE int64_t move_codes_range(const Blocks &t, const Move &move, int64_t begin, int64_t end) {
+    constexpr int part = T::size < 128 ? T::size : 128;  // a run holds several blocks, or is half of one
+    int64_t moved = 0, blocks = t.all_blocks;
+    for (int64_t run = begin; run < end; run++) {
+        float step[128];
+        if (!steps_of(move, run, step)) continue;
+        for (int from = 0; from < 128; from += part) {
+            const float *s = step + from;
+            int any = 0;
+            for (int i = 0; i < part; i++) any |= s[i] != 0;
+            int64_t at = run * 128 + from, k = at / T::size, first = at % T::size;
+            if (!any || k >= blocks) continue;
+            int8_t code[T::size];
+            float multiplier[T::groups], offset_multiplier[T::groups];
+            uint8_t *b = t.packed + k * T::nbytes;
+            T::unpack(b, code, multiplier, offset_multiplier);
+            for (int i = 0; i < part; i++) {
+                if (s[i] == 0) continue;
+                int c = code[first + i];
+                float to = (float)c + s[i];
+                to = to < (float)t.lowest ? (float)t.lowest : to > (float)t.highest ? (float)t.highest : to;
+                if ((int)to == c) continue;
+                write_code(t, T::size, b, (int)first + i, (int)to);
+                moved++;
+            }
+        }
+    }
+    return moved;
+}
+#define MOVE_CODES(T) moved = move_codes_range<T>(t, move, begin, end);
+int64_t move_codes(const Blocks &t, const Move &move, int64_t begin, int64_t end) {
+    int64_t moved = 0;
+    EACH_TYPE(MOVE_CODES)
+    return moved;
 }
 
 // Plain tensors, a run of 128 values at a time.
@@ -194,6 +279,13 @@ void gradless_dequantize(const Blocks *t, const Move *view, int64_t n, int32_t b
 
 void gradless_move_blocks(const Blocks *t, const Move *move, int64_t n) {
     in_shares(n, 1 << 13, [&](int64_t begin, int64_t end) { move_range(*t, *move, begin, end); });
+}
+
+int64_t gradless_move_codes(const Blocks *t, const Move *move) {
+    std::atomic<int64_t> moved{0};
+    const int64_t runs = (t->all_blocks * block_size[t->type] + 127) / 128;
+    in_shares(runs, 1 << 8, [&](int64_t begin, int64_t end) { moved += move_codes(*t, *move, begin, end); });
+    return moved;
 }
 
 void gradless_moved(const Move *move, int64_t n, int32_t in_bf16, int32_t out_bf16, int32_t stochastic, const void *in, void *out) {

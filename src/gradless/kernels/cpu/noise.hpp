@@ -1,37 +1,17 @@
-// The random words of noise.py, sixteen Philox blocks at a time, and the coordinates drawn from them.
+// The coordinates of noise.py, drawn from its random words in runs of 128.
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include "philox.hpp"
 
 #define INLINE static inline __attribute__((always_inline))
-
-struct Words {
-    uint64_t key;
-    uint32_t step, query_and_stream;
-};
-
-INLINE void page_of_words(const Words &w, uint64_t page, uint32_t out[64]) {
-    uint32_t c0[16], c1[16], c2[16], c3[16];
-    for (int i = 0; i < 16; i++) {
-        c0[i] = (uint32_t)(page * 16 + i);
-        c1[i] = (uint32_t)((page * 16) >> 32);
-        c2[i] = w.step;
-        c3[i] = w.query_and_stream;
-    }
-    uint32_t k0 = (uint32_t)w.key, k1 = (uint32_t)(w.key >> 32);
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-        for (int i = 0; i < 16; i++) {
-            uint64_t p0 = (uint64_t)c0[i] * 0xD2511F53u, p1 = (uint64_t)c2[i] * 0xCD9E8D57u;
-            c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
-            c1[i] = (uint32_t)p1;
-            c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
-            c3[i] = (uint32_t)p0;
-        }
-    std::memcpy(out, c0, 64);
-    std::memcpy(out + 16, c1, 64);
-    std::memcpy(out + 32, c2, 64);
-    std::memcpy(out + 48, c3, 64);
-}
+// Functions built for several instruction sets; the right one is bound when the library loads. What draws noise is such a
+// function of its own rather than inlined: there are many readers.
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
 
 enum Distribution { GAUSSIAN = 0, RADEMACHER = 1, INTEGERS = 2, ROUNDED = 3 };
 
@@ -39,8 +19,11 @@ enum Distribution { GAUSSIAN = 0, RADEMACHER = 1, INTEGERS = 2, ROUNDED = 3 };
 struct Direction {
     Words words, second;  // second: of the rounding in ROUNDED
     int32_t distribution, m;
-    const uint32_t *edges;  // INTEGERS: 2 m thresholds
+    const uint16_t *edges;  // INTEGERS: 2 m thresholds
     float eps;              // ROUNDED
+    float weight;           // in a sum whose signs are taken
+    const Direction *next;  // of that sum
+    int32_t signs;          // whether the coordinates are the signs of the sum that begins here
 };
 
 static uint32_t normal_bits[32768];  // magnitudes as the bits of floats
@@ -69,45 +52,75 @@ INLINE void gaussian_run(const Words &words, uint64_t run, float value[128]) {
     std::memcpy(value, bits, sizeof bits);
 }
 
-INLINE void run_of_words(const Words &words, uint64_t run, uint32_t word[128]) {
+CLONES static void run_of_words(const Words &words, uint64_t run, uint32_t word[128]) {
     page_of_words(words, 2 * run, word);
     page_of_words(words, 2 * run + 1, word + 64);
 }
 
-// A drawn integer: the number of thresholds that the word reaches, less m.
-INLINE void integer_run(const Direction &u, uint64_t run, int8_t value[128]) {
-    uint32_t word[128];
-    run_of_words(u.words, run, word);
-    for (int i = 0; i < 128; i++) value[i] = (int8_t)-u.m;
+// Random 16-bit integers.
+CLONES static void page_of_halves(const Words &w, uint64_t page, uint16_t out[128]) {
+    uint32_t word[64];
+    page_of_words(w, page, word);
+    for (int i = 0; i < 64; i++) {
+        out[i] = (uint16_t)word[i];
+        out[64 + i] = (uint16_t)(word[i] >> 16);
+    }
+}
+
+// A drawn integer: the number of thresholds that a random 16-bit integer reaches, less m.
+INLINE void integer_run(const Direction &u, uint64_t run, float value[128]) {
+    uint16_t half[128];
+    int16_t drawn[128];
+    page_of_halves(u.words, run, half);
+    for (int i = 0; i < 128; i++) drawn[i] = (int16_t)-u.m;
     for (int k = 0; k < 2 * u.m; k++)
-        for (int i = 0; i < 128; i++) value[i] += word[i] >= u.edges[k];
+        for (int i = 0; i < 128; i++) drawn[i] += half[i] >= u.edges[k];
+    for (int i = 0; i < 128; i++) value[i] = (float)drawn[i];
+}
+
+INLINE void one_run(const Direction &u, uint64_t run, float value[128]) {
+    if (u.distribution == GAUSSIAN) {
+        gaussian_run(u.words, run, value);
+    } else if (u.distribution == RADEMACHER) {  // a page holds sixteen runs, four words each
+        uint32_t page[64];
+        page_of_words(u.words, run / 16, page);
+        const uint32_t *w = page + (run % 16) * 4;
+        for (int i = 0; i < 128; i++) value[i] = (w[i / 32] >> (i % 32)) & 1 ? 1.0f : -1.0f;
+    } else if (u.distribution == INTEGERS) {
+        integer_run(u, run, value);
+    } else {
+        uint32_t r[128];
+        gaussian_run(u.words, run, value);
+        run_of_words(u.second, run, r);
+        for (int i = 0; i < 128; i++) value[i] = stochastic_round(value[i] * u.eps, r[i]);
+    }
+}
+
+INLINE void signs_run(const Direction &first, uint64_t run, float value[128]) {
+    float total[128] = {0};
+    for (const Direction *u = &first; u; u = u->next) {
+        one_run(*u, run, value);
+        for (int i = 0; i < 128; i++) {
+            float term = value[i] * u->weight;
+            total[i] = total[i] + term;
+        }
+    }
+    for (int i = 0; i < 128; i++) value[i] = (float)((total[i] > 0) - (total[i] < 0));
+}
+
+CLONES static void run_of(const Direction &u, uint64_t run, float value[128]) {
+    if (u.signs) signs_run(u, run, value);
+    else one_run(u, run, value);
 }
 
 // Coordinates in runs of 128, the last run kept: consecutive reads draw each page once.
 struct Coordinates {
     Direction u;
-    uint64_t run = ~0ull, page = ~0ull;
+    uint64_t run = ~0ull;
     float value[128];
-    uint32_t word[64];  // RADEMACHER: the page behind sixteen runs
 
     INLINE void fill(Coordinates &c, uint64_t run) {
-        c.run = run;
-        if (c.u.distribution == GAUSSIAN) {
-            gaussian_run(c.u.words, run, c.value);
-        } else if (c.u.distribution == RADEMACHER) {  // a page holds sixteen runs, four words each
-            if (c.page != run / 16) page_of_words(c.u.words, c.page = run / 16, c.word);
-            const uint32_t *w = c.word + (run % 16) * 4;
-            for (int i = 0; i < 128; i++) c.value[i] = (w[i / 32] >> (i % 32)) & 1 ? 1.0f : -1.0f;
-        } else if (c.u.distribution == INTEGERS) {
-            int8_t drawn[128];
-            integer_run(c.u, run, drawn);
-            for (int i = 0; i < 128; i++) c.value[i] = (float)drawn[i];
-        } else {
-            uint32_t r[128];
-            gaussian_run(c.u.words, run, c.value);
-            run_of_words(c.u.second, run, r);
-            for (int i = 0; i < 128; i++) c.value[i] = stochastic_round(c.value[i] * c.u.eps, r[i]);
-        }
+        run_of(c.u, c.run = run, c.value);
     }
 
     INLINE void read(Coordinates &c, uint64_t start, int64_t count, float *out) {
@@ -119,13 +132,3 @@ struct Coordinates {
         }
     }
 };
-
-// Random 16-bit integers, for stochastic rounding to bf16.
-INLINE void page_of_halves(const Words &w, uint64_t page, uint16_t out[128]) {
-    uint32_t word[64];
-    page_of_words(w, page, word);
-    for (int i = 0; i < 64; i++) {
-        out[i] = (uint16_t)word[i];
-        out[64 + i] = (uint16_t)(word[i] >> 16);
-    }
-}
