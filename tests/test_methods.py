@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gradless import kernels
+from gradless import kernels, noise
 from gradless.errors import GradlessError
-from gradless.methods import QZO, Estimate, MeZO
-from gradless.noise import NAMED
-from gradless.spaces import BlockSpace, DenseSpace, parameters
+from gradless.methods import METHODS, QZO, ZOQO, Estimate, MeZO, QuZO
+from gradless.methods.quzo import eps_of_share
+from gradless.methods.zoqo import mu_of_share
+from gradless.noise import NAMED, Direction, RoundedGaussian, Stream
+from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, parameters
 from gradless.tensor import Part
 from tests.test_kernels import quant
 
@@ -25,7 +27,7 @@ def test_mezo_follows_its_equation_to_the_bit():
     before = layer.weight.clone()
     method = MeZO(parameters(layer), lr=0.1, eps=1e-2, weight_decay=0.5)
     estimate = method.step(lambda: layer(data).square().sum())
-    u = method.directions(0)[0].values("weight", 0, 64).view(1, 64)
+    u = method.direction(0, 0, method.param_groups[0]).values("weight", 0, 64).view(1, 64)
     (plus, minus), (d,) = estimate.losses[0], estimate.d[0]
     assert d == (plus - minus) / (2 * 1e-2)
     assert torch.equal(layer.weight, before * (1 - 0.1 * 0.5) + u * torch.tensor(-0.1 * d, dtype=torch.float32))
@@ -40,7 +42,7 @@ def test_the_estimate_is_unbiased(distribution):
     for seed in range(3000):
         method = MeZO(parameters(layer), eps=0.5, seed=seed, distribution=distribution)
         (d,) = method.estimate(lambda: layer(g)).d[0]
-        estimates.append(d * method.directions(0)[0].values("weight", 0, 16))
+        estimates.append(d * method.direction(0, 0, method.param_groups[0]).values("weight", 0, 16))
     mean, error = torch.stack(estimates).mean(0), torch.stack(estimates).std(0) / 3000**0.5
     assert ((mean - g).abs() < 5 * error).all()
 
@@ -70,7 +72,7 @@ def test_tied_weights_share_one_direction():
     spaces = parameters(model, lambda _name, _module: True)
     assert [space.name for space in spaces] == ["table.weight"]
     method = MeZO(spaces, eps=0.1)
-    with method.at(method.directions(0)[0], 1):
+    with method.at(0, 1):
         assert torch.equal(table(torch.arange(8)), head(torch.eye(4)).T)
 
 
@@ -78,7 +80,7 @@ def test_norms_are_seen_moved_too():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).requires_grad_(False)
     before = [p.clone() for p in model.parameters()]
     method = MeZO(parameters(model, lambda *_: True), eps=0.1)
-    with method.at(method.directions(0)[0], 1):
+    with method.at(0, 1):
         assert not torch.equal(model[1].weight, before[2])
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
@@ -138,7 +140,7 @@ def test_two_queries_a_step_average_and_weight_decay_is_applied_once():
     before = layer.weight.clone()
     method = MeZO(parameters(layer), lr=0.1, eps=1e-2, weight_decay=1.0, q=2)
     estimate = method.step(lambda: layer(torch.ones(64)).sum())
-    u = [direction.values("weight", 0, 64) for direction in method.directions(0)]
+    u = [method.direction(0, query, method.param_groups[0]).values("weight", 0, 64) for query in range(method.q)]
     expected = before * (1 - 0.1) - 0.1 / 2 * sum(d * v for d, v in zip(estimate.d[0], u, strict=True))
     assert torch.allclose(layer.weight, expected, atol=1e-6)
 
@@ -183,3 +185,129 @@ def test_the_optimizers_state_can_be_saved_and_loaded_without_losing_its_spaces(
 def test_a_step_without_a_closure_needs_a_pending_estimate():
     with pytest.raises(RuntimeError, match="needs a closure"):
         MeZO(parameters(linear())).step()
+
+
+def codes(name="Q4_1", rows=4, blocks=2, seed=0) -> CodeSpace:
+    return CodeSpace(quant(name, rows, blocks, seed))
+
+
+def held(space: CodeSpace) -> torch.Tensor:
+    """The codes themselves: fp32, (codes,)."""
+    return space.tensor.block.unpack(space.tensor.packed.flatten(0, 1)).codes.flatten()
+
+
+def seen(space: CodeSpace) -> torch.Tensor:
+    """The codes as a forward reads them: the weights over the scales, offsets left out."""
+    block, packed = space.tensor.block, space.tensor.packed
+    scale = block.field(packed, block.scale_at).unsqueeze(-1)
+    offset = 0.0 if block.offset_at is None else block.field(packed, block.offset_at).unsqueeze(-1)
+    weight = kernels.dequantize(space.tensor, torch.arange(space.tensor.rows), torch.float32)
+    return ((weight.view(*packed.shape[:2], -1) - offset) / scale).flatten()
+
+
+@pytest.mark.parametrize("roundings", [1, 2])
+def test_quzo_follows_its_equations_to_the_code(roundings):
+    space = codes()
+    before = held(space)
+    method = QuZO([space], lr=0.02, eps=0.4, roundings=roundings, seed=3)
+    g = torch.linspace(-1, 1, before.numel())
+    estimate = method.step(lambda: float((g * seen(space)).sum()))
+    first, second = (
+        Direction(3, 0, 0, RoundedGaussian(0.4, stream)).values("w", 0, before.numel())
+        for stream in (Stream.FIRST, Stream.SECOND)
+    )
+    if roundings == 1:
+        first = second = Direction(3, 0, 0, noise.rounded_gaussian(0.4)).values("w", 0, before.numel())
+    mu = float((g * first).sum()) / 0.4
+    assert estimate.d[0][0] == pytest.approx(mu / 0.4, rel=1e-4)
+    asked = second * torch.tensor(-0.02 * estimate.d[0][0])
+    words = Direction(3, 0).words("w", Stream.ROUNDING)
+    expected = (before + noise.stochastic_round(asked, words)).clamp(0, 15)
+    assert torch.equal(held(space), expected)
+    assert method.moved == (expected != before).sum() / before.numel()
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
+@pytest.mark.parametrize("q", [1, 3])
+def test_zoqo_moves_by_whole_steps_against_the_signs(distribution, q):
+    space = codes("Q8_0")
+    before = held(space)
+    method = ZOQO([space], lr=2.7, eps=2.2, whole_steps=True, q=q, seed=5, distribution=distribution)
+    g = torch.linspace(-1, 1, before.numel())
+    estimate = method.step(lambda: float((g * seen(space)).sum()))
+    u = [method.direction(0, query, method.param_groups[0]).values("w", 0, before.numel()) for query in range(q)]
+    assert max(abs(v).max() for v in u) <= 2
+    total = sum(v * torch.tensor(plus - minus) for v, (plus, minus) in zip(u, estimate.losses, strict=True))
+    assert torch.equal(held(space), torch.where(total == 0, before, (before - 2 * total.sign()).clamp(-127, 127)))
+
+
+def test_losses_that_tie_move_no_code():
+    space = codes()
+    before = space.tensor.packed.clone()
+    for method in (ZOQO([space], lr=1.0, whole_steps=True), QuZO([space], lr=1.0)):
+        method.step(lambda: 1.0)
+        assert method.moved == 0
+    assert torch.equal(space.tensor.packed, before)
+
+
+def test_rge2_is_unbiased_and_rge1_is_longer_by_the_roundings_variance():
+    """On a linear loss over codes: E = g for two roundings, (1 + v / eps^2) g for one; v is the rounding's variance."""
+    n, eps, trials = 64, 0.5, 4000
+    g = torch.linspace(-1, 1, n)
+    table = noise.rounded_gaussian(eps)
+    edges = torch.tensor([0, *table.edges, 2**16], dtype=torch.float64)
+    second_moment = float((edges.diff() / 2**16 * torch.arange(-table.m, table.m + 1).square()).sum())
+    for roundings, factor in ((2, 1.0), (1, second_moment / eps**2)):
+        estimates = []
+        for seed in range(trials):
+            method = QuZO([codes(rows=1)], eps=eps, roundings=roundings, seed=seed)
+            group = method.param_groups[0]
+            u = method.direction(0, 0, group).values("w", 0, n)
+            d = method.derivative(float(g @ u), -float(g @ u), group)
+            (move,) = method.moves(0, (d,), 1.0, group)
+            estimates.append(-move.coefficient * move.direction.values("w", 0, n))
+        each = torch.stack(estimates)
+        error = each.std(0) / trials**0.5
+        assert ((each.mean(0) - factor * g).abs() < 5 * error).all()
+        # Along g itself the statistical bound is far tighter than coordinate by coordinate.
+        along = each @ g / (g @ g)
+        assert abs(along.mean() - factor) < 5 * along.std() / trials**0.5
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"]),
+    st.sampled_from(["quzo", "zoqo"]),
+    st.integers(0, 2**32),
+    st.floats(0.3, 4.0),
+    st.booleans(),
+)
+def test_codes_are_on_their_grid_after_every_step(name, method_name, seed, eps, clamp):
+    space = CodeSpace(quant(name, 2, 2, seed % 1000), clamp=clamp)
+    lowest, highest = space.tensor.block.codes
+    start = held(space)
+    method = METHODS[method_name]([space], lr=1.5, eps=eps, seed=seed)
+    read = []
+    for _ in range(3):
+        method.step(lambda: read.append(seen(space)) or float(read[-1].square().sum()))
+        now = held(space)
+        assert torch.equal(now, now.round())
+        assert ((now >= lowest) & (now <= highest) | (now == start)).all()
+    if clamp and name in ("Q4_0", "Q4_1", "Q8_0"):
+        assert all((x >= lowest - 1e-2).all() and (x <= highest + 1e-2).all() for x in read if start.min() >= lowest)
+
+
+def test_shares_say_how_many_codes_a_query_moves():
+    for share in (0.001, 0.02, 0.4):
+        assert noise.rounded_gaussian(eps_of_share(share)).share == pytest.approx(share, abs=1e-4)
+        assert noise.discretized_gaussian(1, mu_of_share(share)).share == pytest.approx(share, abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [QuZO, ZOQO])
+def test_code_methods_refuse_what_cannot_be(make):
+    for wrong in ({"distribution": "rademacher"}, {"weight_decay": 0.1}):
+        with pytest.raises(GradlessError, match="weight_decay"):
+            make([codes()], **wrong)
+    for eps in (1e-9, 1e3):
+        with pytest.raises(GradlessError, match="grid steps"):
+            make([codes()], eps=eps).step(lambda: 0.0)

@@ -18,7 +18,7 @@ from typing import Any
 from gradless.errors import GradlessError
 from gradless.methods.base import Estimate
 
-FORMAT = 1
+FORMAT = 2
 """Of the tables, and of the arithmetic behind them: noise, rounding, the order of operations."""
 
 _SCHEMA = """
@@ -29,6 +29,7 @@ CREATE TABLE steps (
     estimate TEXT NOT NULL,  -- [[d of each query] of each parameter group]
     lr TEXT NOT NULL,        -- [of each parameter group]
     seconds REAL NOT NULL,   -- since the run began, pauses left out
+    moved REAL,              -- share of the integer codes that the update changed, NULL where there are none
     digest TEXT NOT NULL     -- of this row's step, losses, estimate and lr, and the digest before
 ) STRICT;
 CREATE TABLE evaluations (step INTEGER PRIMARY KEY, metrics TEXT NOT NULL, seconds REAL NOT NULL) STRICT;
@@ -110,10 +111,10 @@ class Journal:
                 )
 
     @contextlib.contextmanager
-    def _writing(self, what: str) -> Iterator[sqlite3.Connection]:
-        """One durable transaction."""
+    def _writing(self, what: str, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """One transaction; unless it is durable, a power failure may lose it."""
         try:
-            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
@@ -134,8 +135,17 @@ class Journal:
         self._connection.execute("PRAGMA journal_mode=WAL")
         with self._writing(f"step {estimate.step}") as transaction:
             transaction.execute("DELETE FROM finished")
-            transaction.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?)", (estimate.step, *columns, seconds, digest))
+            transaction.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, NULL, ?)", (estimate.step, *columns, seconds, digest))
         self._digest, self.steps, self.seconds = digest, estimate.step + 1, seconds
+
+    def moved(self, step: int, share: float) -> None:
+        """Note what share of the codes a step's update changed: for the curve; a replay finds it anew."""
+        with self._writing("a step's moves", durable=False) as transaction:
+            transaction.execute("UPDATE steps SET moved = ? WHERE step = ?", (share, step))
+
+    def moves(self) -> list[tuple[int, float]]:
+        """(step, share of the codes that its update changed), where noted."""
+        return self._connection.execute("SELECT step, moved FROM steps WHERE moved IS NOT NULL ORDER BY step").fetchall()
 
     def evaluated(self, step: int, metrics: dict[str, float], seconds: float) -> None:
         """Record an evaluation after `step` steps."""

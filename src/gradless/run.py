@@ -355,6 +355,8 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         parts = [f"step {step}", "loss -" if self.loss is None else f"loss {self.loss:.3f}"]
         if self.accuracy is not None:
             parts.append(f"accuracy {self.accuracy:.3f}")
+        if self.trainer.zeroth_order.moved is not None:
+            parts.append(f"{self.trainer.zeroth_order.moved:.3%} of codes moved")
         parts += [f"{seconds:.2f} s/step", f"{resident_bytes() / 2**20:.0f} MiB"]
         if self.trainer.skipped:
             parts.append(f"{self.trainer.skipped} skipped")

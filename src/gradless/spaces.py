@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gradless import kernels
 from gradless.errors import GradlessError
-from gradless.noise import Direction
 from gradless.tensor import Move, Part, QuantTensor
 
 
@@ -33,17 +32,22 @@ class Space(ABC):
         """Let forwards read x under `move`, or x itself for None."""
 
     @abstractmethod
-    def move(self, move: Move) -> None:
-        """Write x <- decay * x + coefficient * u."""
+    def move(self, move: Move) -> int:
+        """Write x <- decay * x + coefficient * u; returns how many integer codes changed (0 where x is continuous)."""
+
+    @property
+    def codes(self) -> int:
+        """How many integer codes x holds; 0 where it is continuous."""
+        return 0
 
 
 @contextmanager
-def viewed(spaces: Iterable[Space], direction: Direction, coefficient: Callable[[Space], float]) -> Iterator[None]:
-    """Forwards inside read every space at x + coefficient(space) * u."""
+def viewed(spaces: Iterable[Space], move: Move) -> Iterator[None]:
+    """Forwards inside read every space under the move."""
     spaces = list(spaces)
     try:
         for space in spaces:
-            space.view(Move(direction, coefficient(space)))
+            space.view(move)
         yield
     finally:
         for space in spaces:
@@ -61,8 +65,33 @@ class BlockSpace(Space):
     def view(self, move: Move | None) -> None:
         self.tensor.view = move
 
-    def move(self, move: Move) -> None:
+    def move(self, move: Move) -> int:
         kernels.move_blocks(self.tensor, move)
+        return 0
+
+
+class CodeSpace(Space):
+    """The integer codes of a packed weight, one a weight, in steps of their grid.
+
+    Args:
+        tensor: the packed weight; updates write its codes in place.
+        clamp: whether a query stops at the grid's ends as an update does.
+    """
+
+    def __init__(self, tensor: QuantTensor, *, clamp: bool = False) -> None:
+        tensor.tune(Part.CODE)
+        tensor.clamp = clamp
+        self.name, self.values, self.tensor = tensor.name, tensor.packed, tensor
+
+    @property
+    def codes(self) -> int:
+        return self.tensor.rows * self.tensor.columns
+
+    def view(self, move: Move | None) -> None:
+        self.tensor.view = move
+
+    def move(self, move: Move) -> int:
+        return kernels.move_codes(self.tensor, move)
 
 
 class DenseSpace(Space):
@@ -103,11 +132,12 @@ class DenseSpace(Space):
             if type(site[0]) not in (nn.Linear, nn.Embedding):
                 self._swap(site)
 
-    def move(self, move: Move) -> None:
+    def move(self, move: Move) -> int:
         self.values.copy_(kernels.moved(self.values, self.name, move, self.values.dtype, stochastic=True))
         for parameter in self.parameters.values():
             if parameter.data_ptr() != self.values.data_ptr():
                 parameter.data.copy_(self._shown(self.values))
+        return 0
 
     def _shown(self, values: Tensor) -> Tensor:
         return values if self.show is None else self.show(values)

@@ -108,7 +108,7 @@ class GGUFFile:
             shutil.copyfile(self.path, temporary)
             with temporary.open("rb+") as file:
                 for tensor in self.quantized.values():
-                    if tensor.master is not None:
+                    if tensor.part is not None:
                         packed = tensor.packed.cpu().clone()
                         for at, values in tuned_fields(tensor):
                             packed[..., at : at + 2] = to_fp16(values).cpu().unsqueeze(-1).view(torch.uint8)
@@ -122,8 +122,9 @@ class GGUFFile:
 
 def tuned_fields(tensor: QuantTensor) -> Iterable[tuple[int, Tensor]]:
     """(byte offset in a block, fp32 values (rows, blocks)) of each field that tuning changed."""
-    assert tensor.master is not None
     block = tensor.block
+    if tensor.master is None:
+        return
     if tensor.part is Part.OFFSET:
         assert block.offset_at is not None
         yield block.offset_at, tensor.master

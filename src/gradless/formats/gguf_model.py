@@ -21,7 +21,7 @@ from gradless.errors import GradlessError
 from gradless.files import sha256
 from gradless.formats.gguf import NOT_LINEAR, GGUFFile
 from gradless.layers import QuantEmbedding, QuantLinear, file_rows
-from gradless.spaces import BlockSpace, DenseSpace, Space
+from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space
 from gradless.tensor import QuantTensor
 
 NOT_SET = (0, float("nan"))
@@ -73,15 +73,20 @@ class GGUFModel:
         return [tensor for tensor in self.file.quantized.values() if tensor.master is not None]
 
     def tunable(self) -> dict[str, list[str]]:
-        """Names of what can be searched, by kind: packed linear layers, float tensors, and the norms and biases of these."""
+        """Names of what can be searched, by kind: block values or codes of linear layers, float tensors, norms and biases."""
         floats = [name for name in self.floats if not name.startswith(NOT_LINEAR)]
         vectors = [name for name in floats if self.floats[name].values.ndim == 1]
-        return {"blocks": self.file.linear_layers(), "floats": floats, "vectors": vectors}
+        linear = self.file.linear_layers()
+        return {"blocks": linear, "codes": linear, "floats": floats, "vectors": vectors}
 
-    def spaces(self, kind: str, names: list[str], *, part: str = "scale", relative: bool = True, **_: Any) -> list[Space]:
+    def spaces(
+        self, kind: str, names: list[str], *, part: str = "scale", relative: bool = True, clamp: bool = False, **_: Any
+    ) -> list[Space]:
         """Spaces over the named tensors of one kind; float tensors are tuned in fp32 masters of their own."""
         if kind == "blocks":
             return [BlockSpace(self.file.quantized[name], part, relative=relative) for name in names]
+        if kind == "codes":
+            return [CodeSpace(self.file.quantized[name], clamp=clamp) for name in names]
         found: list[Space] = []
         for name in names:
             shown = self.floats.get(name) or ShownFloat(self.file.floats[name])

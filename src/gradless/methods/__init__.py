@@ -2,8 +2,10 @@
 
 from gradless.methods.base import Estimate, ZerothOrderOptimizer
 from gradless.methods.mezo import MeZO
+from gradless.methods.quzo import QuZO
 from gradless.methods.qzo import QZO
+from gradless.methods.zoqo import ZOQO
 
-METHODS: dict[str, type[ZerothOrderOptimizer]] = {"mezo": MeZO, "qzo": QZO}
+METHODS: dict[str, type[ZerothOrderOptimizer]] = {"mezo": MeZO, "qzo": QZO, "quzo": QuZO, "zoqo": ZOQO}
 
-__all__ = ["METHODS", "QZO", "Estimate", "MeZO", "ZerothOrderOptimizer"]
+__all__ = ["METHODS", "QZO", "ZOQO", "Estimate", "MeZO", "QuZO", "ZerothOrderOptimizer"]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
+from gradless.errors import GradlessError
 from gradless.noise import NAMED, Direction, Distribution
 from gradless.spaces import Space, viewed
 from gradless.tensor import Move
@@ -58,7 +59,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         defaults: options of every group; they include `lr`, `eps` and `weight_decay`.
         q: queries (directions) a step; each costs two forwards.
         seed: of the run; directions follow from (seed, step, query, tensor name, offset).
-        distribution: of the directions' coordinates.
+        distribution: of the directions' coordinates, or its name.
+
+    Attributes:
+        moved: the share of all integer codes that the last update changed; None where none are searched.
     """
 
     def __init__(
@@ -75,9 +79,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.spaces_of: list[list[Space]] = []
         super().__init__(groups, defaults)
         if isinstance(distribution, str):
+            if distribution not in NAMED:
+                raise GradlessError(f"directions over continuous values are {' or '.join(NAMED)}, not {distribution}.")
             distribution = NAMED[distribution]
-        self.q, self.seed, self.distribution = q, seed, distribution
+        self.q, self.seed, self._distribution = q, seed, distribution
         self.t = 0
+        self.moved: float | None = None
         self.pending: Estimate | None = None
 
     def add_param_group(self, param_group: Group) -> None:
@@ -91,16 +98,34 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def derivative(self, plus: float, minus: float, group: Group) -> float:
         """The scalar that multiplies u in the update, from one query's two losses."""
 
-    def directions(self, step: int) -> list[Direction]:
-        """The q directions of a step."""
-        return [Direction(self.seed, step, query, self.distribution) for query in range(self.q)]
+    def distribution(self, group: Group) -> Distribution:
+        """What the directions of a group are drawn from."""
+        del group
+        return self._distribution
+
+    def direction(self, step: int, query: int, group: Group) -> Direction:
+        """The direction u of one query, for a group's tensors."""
+        return Direction(self.seed, step, query, self.distribution(group))
+
+    def radius(self, group: Group) -> float:
+        """What multiplies u in a query."""
+        eps: float = group["eps"]
+        return eps
+
+    def moves(self, step: int, d: Sequence[float], lr: float, group: Group) -> Iterator[Move]:
+        """The moves that a step's update makes of each tensor of a group, one after the other."""
+        decay = 1 - lr * group["weight_decay"]
+        for query, derivative in enumerate(d):
+            yield Move(self.direction(step, query, group), -lr * derivative / self.q, decay)
+            decay = 1.0
 
     @contextmanager
-    def at(self, direction: Direction, sign: int) -> Iterator[None]:
-        """Forwards inside read x + sign * eps * u, eps being each group's own."""
-        groups = zip(self.param_groups, self.spaces_of, strict=True)
-        eps = {space.name: group["eps"] for group, spaces in groups for space in spaces}
-        with viewed(self.spaces, direction, lambda space: sign * eps[space.name]):
+    def at(self, query: int, sign: int) -> Iterator[None]:
+        """Forwards inside read x + sign * radius * u, u being the direction of a query of this step."""
+        with ExitStack() as views:
+            for group, spaces in zip(self.param_groups, self.spaces_of, strict=True):
+                u = self.direction(self.t, query, group)
+                views.enter_context(viewed(spaces, Move(u, sign * self.radius(group))))
             yield
 
     @property
@@ -121,10 +146,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def query(self, closure: Closure) -> list[tuple[float, float]]:
         """(loss at +eps, loss at -eps) along each of this step's directions; see `estimate`."""
         losses = []
-        for u in self.directions(self.t):
-            with self.at(u, +1):
+        for query in range(self.q):
+            with self.at(query, +1):
                 plus = float(closure())
-            with self.at(u, -1):
+            with self.at(query, -1):
                 minus = float(closure())
             losses.append((plus, minus))
         return losses
@@ -136,18 +161,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def apply(self, estimate: Estimate) -> None:
-        """Write the update of a step: x <- (1 - lr * weight_decay) * x - lr/q * sum_i d_i * u_i.
+        """Write the update of a step: x <- (1 - lr * weight_decay) * x - lr/q * sum_i d_i * u_i, or what `moves` says.
 
         An estimate with a loss that is not finite changes nothing but the step's number.
         """
         if estimate.finite:
-            each = zip(self.param_groups, self.spaces_of, estimate.lr, estimate.d, strict=True)
-            for group, spaces, lr, derivatives in each:
-                decay = 1 - lr * group["weight_decay"]
-                for u, d in zip(self.directions(estimate.step), derivatives, strict=True):
-                    for space in spaces:
-                        space.move(Move(u, -lr * d / self.q, decay))
-                    decay = 1.0
+            changed = 0
+            each = zip(self.param_groups, self.spaces_of, estimate.d, estimate.lr, strict=True)
+            for group, spaces, d, lr in each:
+                for move in self.moves(estimate.step, d, lr, group):
+                    changed += sum(space.move(move) for space in spaces)
+            codes = sum(space.codes for space in self.spaces)
+            self.moved = changed / codes if codes else None
         self.t = estimate.step + 1
 
     def step(self, closure: Closure | None = None) -> Estimate:  # type: ignore[override]

@@ -12,7 +12,7 @@ from gradless import kernels
 from gradless.formats.gguf import FLOAT_TYPES, GGUFFile
 from gradless.noise import Direction
 from gradless.tensor import Move, Part, QuantTensor
-from gradless.training.options import defaults
+from gradless.training.options import DEFAULTS
 
 ENOUGH = 0.9
 """Cosine between an intended perturbation and what is left of it in a bf16 scratch, below which `info` warns."""
@@ -32,7 +32,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         weights[info.type] += math.prod(info.shape)
         nbytes[info.type] += info.nbytes
     linear = [file.quantized[name] for name in file.linear_layers()]
-    eps = eps or defaults("qzo", quantized=True)[1]
+    eps = eps or DEFAULTS["qzo"][1]
     return {
         "path": str(file.path),
         "bytes": file.path.stat().st_size,

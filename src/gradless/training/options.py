@@ -20,9 +20,14 @@ def option(default: Any, text: str, **more: Any) -> Any:
 class MethodOptions:
     """How a method searches. `None` takes the method's default for the kind of model (see `defaults`)."""
 
-    method: str = option("qzo", "qzo: scales of a quantized model; mezo: plain weights.", choices=("qzo", "mezo"))
-    lr: float | None = option(None, "Step size at the start.")
-    eps: float | None = option(None, "Size of a query's perturbation.")
+    method: str = option(
+        "qzo",
+        "qzo: scales of a quantized model; quzo, zoqo: its integer codes; mezo: plain weights.",
+        choices=("qzo", "quzo", "zoqo", "mezo"),
+    )
+    lr: float | None = option(None, "Step size at the start (zoqo: eta, in grid steps).")
+    eps: float | None = option(None, "Size of a query's perturbation (quzo, and zoqo's mu: in grid steps).")
+    share: float | None = option(None, "quzo, zoqo: share of the codes that a query moves, instead of --eps.")
     q: int = option(1, "Queries (directions) a step; each costs two forwards.")
     clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.")
     part: str = option(
@@ -35,11 +40,18 @@ class MethodOptions:
     unquantized_lr: float | None = option(None, "Step size of the unquantized tensors.")
     unquantized_eps: float | None = option(None, "Size of the unquantized tensors' perturbation.")
     master: bool = option(False, "MeZO: keep fp32 masters of bf16 weights instead of rounding updates stochastically.")
-    distribution: str = option("gaussian", "Distribution of directions.", choices=("gaussian", "rademacher"))
+    distribution: str = option(
+        "gaussian",
+        "Distribution of directions (zoqo: gaussian, discretized, or uniform; quzo: gaussian).",
+        choices=("gaussian", "rademacher", "uniform"),
+    )
+    roundings: int = option(1, "QuZO: round a direction once (Q-RGE1) or twice (Q-RGE2).", choices=(1, 2))
+    whole_steps: bool = option(False, "ZOQO: move by a whole grid step at least, as in the paper.")
+    clamp: bool = option(False, "quzo, zoqo: stop at the grid's ends in queries too.")
     weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.")
 
 
-POSITIVE = {"eps", "lr", "q", "clip", "unquantized_lr", "unquantized_eps", "train_rows", "eval_rows", "max_length"}
+POSITIVE = {"eps", "lr", "q", "share", "clip", "unquantized_lr", "unquantized_eps", "train_rows", "eval_rows", "max_length"}
 POSITIVE |= {"steps", "max_minutes", "batch_size", "accumulate", "eval_every", "threads"}
 
 
@@ -86,8 +98,12 @@ MAY_CHANGE |= {"max_minutes", "threads"}
 """What a resumed run may set anew without becoming another run."""
 
 
-def defaults(method: str, *, quantized: bool, absolute: bool = False) -> tuple[float, float]:
-    """(lr, eps) that learn where a user gives none; docs/results.md has the runs behind them."""
-    if method == "qzo":
-        return (1e-7, 1e-3) if absolute else (4e-4, 2e-2)
-    return (1e-3, 3e-2) if quantized else (1e-5, 1e-3)
+DEFAULTS = {
+    "qzo": (4e-4, 2e-2),
+    "qzo, absolute": (1e-7, 1e-3),
+    "quzo": (1e-4, 1e-2),
+    "zoqo": (0.1, 0.3),
+    "mezo": (1e-5, 1e-3),
+    "mezo, floats of a GGUF": (1e-3, 3e-2),
+}
+"""(lr, eps) that learn where a user gives none; docs/results.md has the runs behind them."""

@@ -28,8 +28,10 @@ from gradless.errors import GradlessError
 from gradless.formats.dense import DenseModel
 from gradless.journal import Journal
 from gradless.methods import METHODS, Estimate, ZerothOrderOptimizer
+from gradless.methods.quzo import eps_of_share
+from gradless.methods.zoqo import mu_of_share
 from gradless.objectives import TokenizedExample
-from gradless.training.options import MethodOptions, defaults
+from gradless.training.options import DEFAULTS, MethodOptions
 
 NAN_STEPS = 5
 """Steps in a row without a finite loss after which a run stops."""
@@ -79,6 +81,11 @@ class _Journaling(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.trainer.commit()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        optimizer = self.trainer.zeroth_order
+        if optimizer.moved is not None and self.trainer.journal is not None:
+            self.trainer.journal.moved(optimizer.t - 1, optimizer.moved)
 
 
 class ZOTrainer(Trainer):  # type: ignore[misc]
@@ -143,40 +150,45 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     def header_method(self) -> dict[str, Any]:
         """The method's name and the options that a replay needs."""
         args = self.args
-        return {"name": args.method, "q": args.q, "seed": args.seed, "distribution": args.distribution}
+        method = {"name": args.method, "q": args.q, "seed": args.seed, "distribution": args.distribution}
+        if args.method == "quzo":
+            method["roundings"] = args.roundings
+        if args.method == "zoqo":
+            method["whole_steps"] = args.whole_steps
+        return method
 
     def header_groups(self) -> list[dict[str, Any]]:
         """The parameter groups as plain values: kind and names of their tensors, and their options."""
-        args, tunable = self.args, self.checkpoint.tunable()
-        lr, eps = defaults(args.method, quantized=self.checkpoint.quantized, absolute=args.absolute)
-        if args.lr is not None:
-            lr = args.lr
-        options = {"lr": lr, "eps": args.eps or eps, "weight_decay": args.weight_decay}
-        unquantized_lr, unquantized_eps = defaults("mezo", quantized=True)
-        if args.method == "mezo":
-            kind = "floats" if self.checkpoint.quantized else "parameters"
-            if not tunable[kind]:
-                raise GradlessError("mezo tunes float tensors, and this model has none; use --method qzo.")
-            return [{"kind": kind, "names": tunable[kind], "master": args.master, **options}]
-        if not tunable.get("blocks"):
-            raise GradlessError(
-                f"{args.method} tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF."
-            )
-        blocks = {"kind": "blocks", "names": tunable["blocks"], "part": args.part, "relative": not args.absolute}
-        groups = [{**blocks, **options, "clip": args.clip}]
+        args = self.args
+        match args.method:
+            case "mezo" if self.checkpoint.quantized:
+                group = self._group("floats", "mezo, floats of a GGUF", "mezo tunes a GGUF's float tensors, and this has none")
+                return [{**group, "master": args.master}]
+            case "mezo":
+                return [{**self._group("parameters", "mezo", "this model has no linear layer"), "master": args.master}]
+            case "quzo" | "zoqo":
+                missing = f"{args.method} tunes integer codes, and this model has none; use --method mezo, or a GGUF"
+                return [{**self._group("codes", args.method, missing), "clamp": args.clamp}]
+        missing = "qzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
+        blocks = self._group("blocks", "qzo, absolute" if args.absolute else "qzo", missing)
+        groups = [{**blocks, "part": args.part, "relative": not args.absolute, "clip": args.clip}]
         if args.train_unquantized:
-            more = {"lr": args.unquantized_lr or unquantized_lr, "eps": args.unquantized_eps or unquantized_eps}
-            groups.append(
-                {
-                    "kind": "floats",
-                    "names": tunable["vectors"],
-                    **options,
-                    **more,
-                    "weight_decay": 0.0,
-                    "clip": args.clip,
-                }
-            )
+            lr, eps = DEFAULTS["mezo, floats of a GGUF"]
+            vectors = self._group("floats", "qzo", "this model has no unquantized vector", names="vectors")
+            more = {"lr": args.unquantized_lr or lr, "eps": args.unquantized_eps or eps, "weight_decay": 0.0, "clip": args.clip}
+            groups.append({**vectors, **more})
         return groups
+
+    def _group(self, kind: str, default: str, missing: str, names: str | None = None) -> dict[str, Any]:
+        """One group over all tunable tensors of a kind."""
+        args, tunable = self.args, self.checkpoint.tunable().get(names or kind)
+        if not tunable:
+            raise GradlessError(f"{missing}.")
+        lr, eps = DEFAULTS[default]
+        if args.share is not None:
+            eps = eps_of_share(args.share) if args.method == "quzo" else mu_of_share(args.share)
+        options = {"lr": args.lr if args.lr is not None else lr, "eps": args.eps or eps, "weight_decay": args.weight_decay}
+        return {"kind": kind, "names": tunable, **options}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The given schedule of lr factors, or the Trainer's own."""
@@ -375,11 +387,15 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
 
+SPACE_OPTIONS = ("kind", "names", "part", "relative", "master", "clamp")
+"""What a parameter group says of its spaces, not of the method."""
+
+
 def build_optimizer(source: Any, groups: list[dict[str, Any]], method: dict[str, Any]) -> ZerothOrderOptimizer:
     """A method's optimizer over the spaces of `source`, from the plain values that a journal's header keeps."""
     made = []
     for group in groups:
-        options = {name: value for name, value in group.items() if name not in ("kind", "names", "part", "relative", "master")}
+        options = {name: value for name, value in group.items() if name not in SPACE_OPTIONS}
         made.append({**options, "spaces": source.spaces(**{k: v for k, v in group.items() if k not in options})})
     name, rest = method["name"], {k: v for k, v in method.items() if k != "name"}
     return METHODS[name](made, **rest)

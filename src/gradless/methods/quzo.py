@@ -1,0 +1,96 @@
+"""QuZO: quantized zeroth-order fine-tuning for large language models (Zhou et al., 2025, arXiv 2502.12346)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gradless import noise
+from gradless.errors import GradlessError
+from gradless.methods.base import Group, ZerothOrderOptimizer
+from gradless.noise import Distribution, RoundedGaussian, Stream
+from gradless.spaces import Space
+from gradless.tensor import Move
+
+
+class QuZO(ZerothOrderOptimizer):
+    """Quantized zeroth-order optimization on integer codes: x, its queries and its updates are whole grid steps.
+
+        u   ~ N(0, I)
+        u_1 = SR(eps u),  u_2 = SR(eps u)        one u, rounded stochastically: E[u_1 | u] = eps u
+        mu  = [L(x + u_1) - L(x - u_1)] / (2 eps)
+        x  <- x - SR((lr mu / q) u_2 / eps),  stopped at the grid's ends
+
+    summed over q directions. x counts grid steps, so that eps and lr do too. With two independent roundings (Q-RGE2,
+    `roundings` 2, section 3) E[u_1 u_2^T] = eps^2 I and the estimate is unbiased. With one (Q-RGE1, `roundings` 1: u_2 = u_1)
+    E[u_1 u_1^T] = (eps^2 + v) I, v being the rounding's variance: the same direction, longer. Where eps is far below a step,
+    v is about 0.8 eps, and Q-RGE2's two roundings hardly ever move the same code; Q-RGE1 is the default.
+
+    Args:
+        spaces: of integer codes; see `ZerothOrderOptimizer`.
+        lr: step size, for a gradient per grid step.
+        eps: perturbation in grid steps; well below 1, a share of about 0.8 eps of all codes moves in a query.
+        roundings: 1 or 2, as above.
+        weight_decay: must be 0: a code decays by no fraction.
+        q: directions a step (the paper's n).
+        seed: of the run.
+        distribution: "gaussian".
+
+    Raises:
+        GradlessError: another distribution, a weight decay, or an eps that moves no code, or too far.
+    """
+
+    def __init__(
+        self,
+        spaces: Iterable[Space] | Iterable[Group],
+        lr: float = 1e-4,
+        eps: float = 1e-2,
+        *,
+        roundings: int = 1,
+        weight_decay: float = 0.0,
+        q: int = 1,
+        seed: int = 0,
+        distribution: str = "gaussian",
+    ) -> None:
+        if distribution != "gaussian" or weight_decay:
+            raise GradlessError("QuZO rounds Gaussian directions onto whole codes: distribution gaussian, weight_decay 0.")
+        self.roundings = roundings
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
+
+    def distribution(self, group: Group) -> Distribution:
+        """Of u_1. A u that is rounded once is drawn rounded: the same distribution, at a sixth of the cost."""
+        try:
+            return noise.rounded_gaussian(group["eps"]) if self.roundings == 1 else RoundedGaussian(group["eps"])
+        except ValueError as error:
+            raise GradlessError(f"eps {group['eps']} in grid steps: {error}.") from error
+
+    def radius(self, group: Group) -> float:
+        """u_1 is in grid steps already."""
+        del group
+        return 1.0
+
+    def derivative(self, plus: float, minus: float, group: Group) -> float:
+        """mu / eps, the factor of u_2."""
+        d: float = (plus - minus) / (2 * group["eps"] ** 2)
+        return d
+
+    def moves(self, step: int, d: Sequence[float], lr: float, group: Group) -> Iterator[Move]:
+        """-(lr mu / q) u_2 / eps of each direction, which the space rounds onto its grid."""
+        for query, derivative in enumerate(d):
+            u = self.direction(step, query, group)
+            if self.roundings == 2:
+                u = replace(u, distribution=RoundedGaussian(group["eps"], Stream.SECOND))
+            yield Move(u, -lr * derivative / self.q)
+
+
+def eps_of_share(share: float) -> float:
+    """The eps with which a query moves this share of all codes: P(SR(eps u) != 0) = E[min(1, eps |u|)]."""
+    z = noise.normal_table() * 2.0**-13
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.minimum(1, middle * z).mean() < share else (low, middle)
+    return high

@@ -1,0 +1,87 @@
+"""ZOQO: zero-order quantized optimization (Shamash et al., 2025, arXiv 2501.06736)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from gradless import noise
+from gradless.errors import GradlessError
+from gradless.methods.base import Group, ZerothOrderOptimizer
+from gradless.noise import Distribution, Signs
+from gradless.spaces import Space
+from gradless.tensor import Move
+
+
+class ZOQO(ZerothOrderOptimizer):
+    """Sign steps that never leave the grid.
+
+        m   = max(floor(mu / s), 1)
+        u_j in {-m s, ..., 0, ..., m s}                   uniform, or P(k s) proportional to phi(k s / mu)
+        c   = sign(L(x + u) - L(x - u))
+        x  <- clamp(x - eta_q c sign(u))                  with q directions sign(sum_i (L+_i - L-_i) u_i)
+
+    Here x counts grid steps: s = 1, `eps` is mu and `lr` is eta. The paper's eta_q = max(floor(eta / s), 1) s is
+    `whole_steps`. Without it, an eta below one step moves each code by a whole step with probability eta: the same update
+    on average, in sparser moves, and a schedule can let it fall to zero. Losses that tie (c = 0) move nothing.
+
+    Args:
+        spaces: of integer codes; see `ZerothOrderOptimizer`.
+        lr: eta, in grid steps.
+        eps: mu, in grid steps; the discretized Gaussian leaves most codes alone where it is well below 1.
+        whole_steps: never less than one step, as in the paper.
+        weight_decay: must be 0.
+        q: directions a step.
+        seed: of the run.
+        distribution: "gaussian" (discretized) or "uniform".
+
+    Raises:
+        GradlessError: another distribution, a weight decay, or an eps that moves no code, or too far.
+    """
+
+    def __init__(
+        self,
+        spaces: Iterable[Space] | Iterable[Group],
+        lr: float = 0.1,
+        eps: float = 0.3,
+        *,
+        whole_steps: bool = False,
+        weight_decay: float = 0.0,
+        q: int = 1,
+        seed: int = 0,
+        distribution: str = "gaussian",
+    ) -> None:
+        if distribution not in ("gaussian", "uniform") or weight_decay:
+            raise GradlessError("ZOQO's noise is gaussian (discretized) or uniform on the grid, and its weight_decay is 0.")
+        self.whole_steps, self.shape = whole_steps, distribution
+        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian")
+
+    def distribution(self, group: Group) -> Distribution:
+        """Of u, in grid steps."""
+        mu = group["eps"]
+        m = max(math.floor(mu), 1)
+        try:
+            return noise.uniform_grid(m) if self.shape == "uniform" else noise.discretized_gaussian(m, mu)
+        except ValueError as error:
+            raise GradlessError(f"eps (mu) {mu} in grid steps: {error}.") from error
+
+    def radius(self, group: Group) -> float:
+        """u is in grid steps already."""
+        del group
+        return 1.0
+
+    def derivative(self, plus: float, minus: float, group: Group) -> float:
+        """The loss difference; only signs of sums of these are followed."""
+        del group
+        return plus - minus
+
+    def moves(self, step: int, d: Sequence[float], lr: float, group: Group) -> Iterator[Move]:
+        """-eta sign(sum_i d_i u_i)."""
+        terms = tuple((self.direction(step, query, group), difference) for query, difference in enumerate(d))
+        yield Move(Signs(terms), -float(max(math.floor(lr), 1)) if self.whole_steps else -lr)
+
+
+def mu_of_share(share: float) -> float:
+    """The mu <= 1 with which the discretized Gaussian moves this share of all codes (at most 0.55)."""
+    return 1 / math.sqrt(-2 * math.log(share / 2 / (1 - share)))
