@@ -51,6 +51,10 @@ def test_tune_eval_and_replay(tiny, rows, tmp_path, capsys):
         ["--part", "both", "--absolute", "--eps", "1e-4", "--lr", "1e-8"],
         ["--part", "offset", "--train-unquantized", "--q", "2"],
         ["--method", "mezo", "--distribution", "rademacher"],
+        ["--method", "quzo", "--eps", "0.3", "--lr", "1e-2", "--q", "2"],
+        ["--method", "quzo", "--share", "0.1", "--lr", "1e-1", "--roundings", "2", "--clamp"],
+        ["--method", "zoqo", "--share", "0.1", "--lr", "0.5", "--q", "2"],
+        ["--method", "zoqo", "--eps", "2", "--distribution", "uniform", "--whole-steps"],
     ],
 )
 def test_every_kind_of_run_replays_to_the_byte(tiny, rows, tmp_path, options):
@@ -82,6 +86,10 @@ def test_inputs_are_never_replaced(tiny, rows, tmp_path, capsys):
         (["--batch-size", "0"], "batch_size is 0; it must be a number above zero"),
         (["--labels", "0:no"], "is not of the form"),
         (["--template", "{text", "--labels", "0=no"], "cannot be read"),
+        (["--distribution", "uniform"], "gaussian or rademacher, not uniform"),
+        (["--method", "quzo", "--eps", "1e-9"], "no code would ever move"),
+        (["--method", "zoqo", "--share", "0.9"], "share is 0.9"),
+        (["--share", "0.1"], "share is for quzo and zoqo"),
     ],
 )
 def test_values_that_cannot_work(tiny, rows, tmp_path, capsys, option, message):

@@ -39,7 +39,17 @@ def test_a_run_journals_every_step_and_moves_the_weights(tiny, tmp_path):
     assert rates == pytest.approx([4e-4 * (1 - step / 6) for step in range(6)])
 
 
-@pytest.mark.parametrize("options", [{}, {"q": 2}, {"gradient_accumulation_steps": 2}, {"train_unquantized": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"q": 2},
+        {"gradient_accumulation_steps": 2},
+        {"train_unquantized": True},
+        {"method": "quzo", "eps": 0.3, "lr": 1e-2, "q": 2},
+        {"method": "zoqo", "lr": 0.5},
+    ],
+)
 def test_a_resume_gives_the_bits_of_the_uninterrupted_run(tiny, tmp_path, options):
     whole = trainer(tiny, tmp_path / "whole", **options)
     whole.train()

@@ -89,6 +89,10 @@ class RunOptions(MethodOptions):
                 raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
             if each.name in POSITIVE and value is not None and not (isinstance(value, int | float) and value > 0):
                 raise GradlessError(f"{each.name} is {value!r}; it must be a number above zero.")
+        if self.share is not None and self.method not in ("quzo", "zoqo"):
+            raise GradlessError(f"share is for quzo and zoqo, which move codes; {self.method} has --eps.")
+        if self.share is not None and self.share > 0.5:
+            raise GradlessError(f"share is {self.share}; at most 0.5 of the codes can move in a query (--eps goes further).")
         if not 0 <= self.seed < 2**63:
             raise GradlessError(f"seed is {self.seed}; it must be a whole number from 0 on.")
 
