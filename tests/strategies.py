@@ -1,6 +1,7 @@
 """What the property tests draw from."""
 
-from gradless import noise
+from gradless import kernels, noise
+from gradless.blocks import BLOCK_TYPES
 from gradless.noise import Gaussian, Rademacher, RoundedGaussian, Stream
 
 INTEGER_DISTRIBUTIONS = [
@@ -13,3 +14,4 @@ INTEGER_DISTRIBUTIONS = [
     RoundedGaussian(2.5, Stream.SECOND),
 ]
 DISTRIBUTIONS = [Gaussian(), Rademacher(), *INTEGER_DISTRIBUTIONS]
+EVERY_TYPE = [*BLOCK_TYPES, *kernels.OWN_TESTED]

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradless.blocks import BLOCK_TYPES
+from gradless.blocks import BLOCK_TYPES, block_type
+from tests.strategies import EVERY_TYPE
 from tests.tiny import random_blocks
 
 
@@ -26,11 +27,11 @@ def test_a_block_reads_as_ggml_reads_it(name, seed):
     assert np.array_equal(weight.reshape(3, -1).numpy(), gguf.dequantize(raw, kind))
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("name", EVERY_TYPE)
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_codes_are_written_where_they_are_read(name, seed):
-    block, rng = BLOCK_TYPES[name], np.random.default_rng(seed)
+    block, rng = block_type(name), np.random.default_rng(seed)
     packed = torch.from_numpy(random_blocks(name, 4, block.size, rng).reshape(-1, block.nbytes))
     codes, *fields = block.unpack(packed)
     lowest, highest = block.codes

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradless import kernels
-from gradless.blocks import BLOCK_TYPES
+from gradless.blocks import block_type
 from gradless.kernels import reference
 from gradless.noise import Direction, Rademacher, Signs
 from gradless.tensor import Move, Part, QuantTensor
-from tests.strategies import DISTRIBUTIONS, INTEGER_DISTRIBUTIONS
+from tests.strategies import DISTRIBUTIONS, EVERY_TYPE, INTEGER_DISTRIBUTIONS
 from tests.tiny import random_blocks
 
 cpu = pytest.importorskip("gradless.kernels.cpu", reason="the C++ kernels were not built", exc_type=OSError)
@@ -27,7 +27,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 def quant(name: str, rows: int, blocks: int, seed: int = 0) -> QuantTensor:
-    block = BLOCK_TYPES[name]
+    block = block_type(name)
     packed = torch.from_numpy(random_blocks(name, rows, blocks * block.size, np.random.default_rng(seed)))
     return QuantTensor("w", block, packed.view(rows, blocks, block.nbytes))
 
@@ -61,7 +61,7 @@ def test_coordinates_have_noise_pys_bits(move, start, count):
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.sampled_from(list(BLOCK_TYPES)),
+    st.sampled_from(EVERY_TYPE),
     st.integers(1, 40),
     st.integers(1, 9),
     st.sampled_from([None, *Part]),
@@ -82,7 +82,7 @@ def test_dequantize_has_the_references_bits(name, rows, blocks, part, relative, 
 
 @settings(deadline=None, max_examples=80)
 @given(
-    st.sampled_from(list(BLOCK_TYPES)),
+    st.sampled_from(EVERY_TYPE),
     st.integers(1, 300),
     st.integers(1, 9),
     st.sampled_from(VALUE_PARTS),
@@ -106,7 +106,7 @@ def test_moved_has_the_references_bits(n, source, dtype, stochastic, move):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(list(BLOCK_TYPES)), st.sampled_from(VALUE_PARTS), MOVES)
+@given(st.sampled_from(EVERY_TYPE), st.sampled_from(VALUE_PARTS), MOVES)
 def test_a_scale_never_crosses_zero(name, part, move):
     tensor = quant(name, 8, 3)
     tensor.tune(part, relative=False)
@@ -176,7 +176,7 @@ SIGNS = st.lists(st.tuples(INTEGER, st.floats(-2, 2, width=32)), min_size=1, max
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.sampled_from(list(BLOCK_TYPES)),
+    st.sampled_from(EVERY_TYPE),
     st.integers(1, 5),
     st.integers(1, 4),
     st.builds(Move, INTEGER, st.sampled_from([-1.0, 1.0]), st.just(1.0)),
@@ -195,7 +195,7 @@ def test_a_query_reads_codes_as_the_reference_does_and_writes_none(name, rows, b
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.sampled_from(list(BLOCK_TYPES)),
+    st.sampled_from(EVERY_TYPE),
     st.integers(1, 5),
     st.integers(1, 4),
     st.one_of(INTEGER, SIGNS),

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import torch
 
-from gradless.blocks import BLOCK_TYPES
+from gradless.blocks import block_type
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, CONTEXT = 256, 4, 2, 64, 512, 2, 128
 
@@ -26,7 +26,7 @@ MERGES = ["t h", "Ġ th"]
 
 def random_blocks(block_name: str, rows: int, columns: int, rng: np.random.Generator, size: float = 0.03) -> np.ndarray:
     """Random packed bytes of any type, with scales that make weights of about `size`."""
-    block = BLOCK_TYPES[block_name]
+    block = block_type(block_name)
     blocks = columns // block.size
     packed = rng.integers(0, 256, (rows, blocks, block.nbytes), dtype=np.uint8)
     levels = {"Q8_0": 127, "Q6_K": 32 * 127, "Q5_K": 31 * 63, "Q4_K": 15 * 63, "Q3_K": 4 * 32, "Q2_K": 3 * 15}

@@ -1,4 +1,4 @@
-"""ggml's quantization blocks: how codes, scales and offsets lie in their bytes.
+"""Quantization blocks, ggml's and our own: how codes, scales and offsets lie in their bytes.
 
 Every type we tune is read as one formula. A block of `size` weights has `groups` equal groups; for a weight of group g
 
@@ -7,10 +7,15 @@ Every type we tune is read as one formula. A block of `size` weights has `groups
 d and m are the block's fp16 fields, the values that QZO tunes; codes and multipliers are integers and stay as they are.
 In the simple types (Q4_0 .. Q8_0) there is one group and both multipliers are 1. In the K-quants m is `dmin` and the
 offset multiplier is minus the group's 4- or 6-bit minimum. Types without an m have `offset_at` None.
+
+Our own types (`grid_block`) hold the codes of any grid: d, then m where there is one, then the codes, two in a byte where the
+grid has at most 16 levels (every 16 bytes hold 32 codes: the low nibbles first). Where the grid is not uniform, `code` in the
+formula is the level that the code stands for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +23,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gradless.grids import GRIDS, Grid
 
 
 class Unpacked(NamedTuple):
@@ -30,10 +37,10 @@ class Unpacked(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockType:
-    """One ggml type.
+    """One type of block.
 
     Attributes:
-        name: ggml's name.
+        name: ggml's name, or our own.
         index: the number by which the C++ kernels know it.
         size: weights in a block.
         nbytes: bytes of a block.
@@ -43,6 +50,7 @@ class BlockType:
         offset_unit: what a relative step of the offset is measured in, as a multiple of |d| (half the largest code, so
             that it shifts the block's mean as far as the same step of the scale does); None: a multiple of |m| itself.
         unpack: (n, nbytes) uint8 -> the blocks' integers.
+        levels: what each code stands for, from the lowest on; None where codes are their own levels.
     """
 
     name: str
@@ -54,6 +62,14 @@ class BlockType:
     codes: tuple[int, int]
     offset_unit: float | None
     unpack: Callable[[Tensor], Unpacked]
+    levels: tuple[float, ...] | None = None
+
+    def level(self, codes: Tensor) -> Tensor:
+        """What codes stand for: fp32 of any shape; on a grid that is not uniform, codes beyond its ends are its ends."""
+        if self.levels is None:
+            return codes
+        lowest, highest = self.codes
+        return torch.tensor(self.levels, device=codes.device)[(codes.clamp(lowest, highest) - lowest).long()]
 
     def field(self, packed: Tensor, at: int) -> Tensor:
         """The fp16 field at byte `at` of blocks (..., nbytes) uint8, as fp32 (...)."""
@@ -208,3 +224,58 @@ BLOCK_TYPES = {
         BlockType("Q6_K", 9, 256, 210, 208, None, (-32, 31), None, _q6_k),
     )
 }
+
+
+GROUP_SIZES = (64, 32)
+"""Of our own blocks; a coarser range repeats its scale in every block."""
+
+
+@cache
+def grid_block(grid: Grid, size: int, *, offset: bool) -> BlockType:
+    """Our own type for the codes of a grid, in blocks of 32 or 64, with or without an offset.
+
+    Levels of a grid that is not uniform are held as multiples of a power of two, so that an fp16 scale suits them.
+    """
+    few, signed = len(grid.levels) <= 16, grid.lowest < 0
+    if few and not -8 <= grid.lowest <= grid.highest <= (7 if signed else 15):
+        few = False
+    kind = (0 if signed else 1 + offset) if few else 3 + offset
+    at = 4 if offset else 2
+
+    def unpack(b: Tensor) -> Unpacked:
+        if not few:
+            return _simple(b[:, at:].contiguous().view(torch.int8), 0)
+        runs = b[:, at:].reshape(-1, 16)
+        return _simple(_nibbles(runs).view(len(b), size), 8 if signed else 0)
+
+    levels = None
+    if not grid.uniform:
+        unit = 2.0 ** math.floor(math.log2(max(grid.levels)))
+        levels = tuple(level / unit for level in grid.levels)
+    return BlockType(
+        name=f"{grid.name}/{size}{'+offset' * offset}",
+        index=10 + 2 * kind + GROUP_SIZES.index(size),
+        size=size,
+        nbytes=at + (size // 2 if few else size),
+        scale_at=0,
+        offset_at=2 if offset else None,
+        codes=(grid.lowest, grid.highest),
+        offset_unit=(7.5 if few else 127.5) if offset else None,
+        unpack=unpack,
+        levels=levels,
+    )
+
+
+def block_type(name: str) -> BlockType:
+    """The type of this name, ggml's or our own.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name in BLOCK_TYPES:
+        return BLOCK_TYPES[name]
+    grid, _, rest = name.partition("/")
+    size, _, offset = rest.partition("+")
+    if not size.isdigit() or int(size) not in GROUP_SIZES or offset not in ("", "offset"):
+        raise KeyError(name)
+    return grid_block(GRIDS[grid], int(size), offset=bool(offset))

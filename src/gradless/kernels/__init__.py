@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from gradless import noise
-from gradless.blocks import BLOCK_TYPES
+from gradless.blocks import BLOCK_TYPES, block_type
 from gradless.kernels import reference
 from gradless.kernels.reference import exported_offset
 from gradless.noise import Direction
 from gradless.tensor import Move, Part, QuantTensor
 
 __all__ = ["dequantize", "exported_offset", "move_blocks", "move_codes", "moved", "name", "why_not_compiled"]
+
+OWN_TESTED = ("int4/64", "nf4/32", "uint4/64+offset", "uint3/32+offset", "fp8-e4m3/64", "int8/32", "uint8/64+offset")
+"""Of our own block types: every kernel that is compiled for them."""
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +88,7 @@ def self_test(ops: ModuleType) -> str | None:
     value_move = Move(Direction(7, 1, 2), -0.03, 0.99)
     code_move = Move(Direction(7, 1, 2, noise.uniform_grid(2)), -0.3)
     rows = torch.tensor([2, 0, 1])
-    for block in BLOCK_TYPES.values():
+    for block in (*BLOCK_TYPES.values(), *map(block_type, OWN_TESTED)):
         packed = _some_bytes((3, 5, block.nbytes))
         for at in (at for at in (block.scale_at, block.offset_at) if at is not None):
             packed[..., at + 1] = packed[..., at + 1] % 60 + packed[..., at + 1] // 128 * 128  # finite fp16

@@ -44,7 +44,7 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.part is Part.CODE and tensor.view is not None:
         codes = codes + (tensor.view.coefficient * _noise(tensor, tensor.view)[rows]).view_as(codes)
         codes = codes.clamp(*block.codes) if tensor.clamp else codes
-    weight = (scale.reshape(-1, 1) * multiplier).unsqueeze(-1) * codes
+    weight = (scale.reshape(-1, 1) * multiplier).unsqueeze(-1) * block.level(codes)
     if offset is not None:
         weight = weight + (offset.reshape(-1, 1) * offset_multiplier).unsqueeze(-1)
     return weight.reshape(n, blocks * block.size).to(dtype)

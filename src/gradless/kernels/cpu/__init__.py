@@ -64,6 +64,7 @@ class _Blocks(ctypes.Structure):
         ("lowest", ctypes.c_int32),
         ("highest", ctypes.c_int32),
         ("zero", ctypes.c_int32),
+        ("levels", ctypes.c_void_p),
         ("pieces", ctypes.c_void_p),
     )
 
@@ -181,13 +182,13 @@ def _move(move: Move, name: str) -> _Move:
 
 
 @cache
-def _code_pieces(block: BlockType) -> tuple[int, Tensor]:
+def _code_layout(block: BlockType) -> tuple[int, Tensor, Tensor | None]:
     zero, pieces = block.layout()
-    return zero, torch.stack(pieces)
+    return zero, torch.stack(pieces), None if block.levels is None else torch.tensor(block.levels)
 
 
 def _blocks(tensor: QuantTensor, rows: Tensor | None = None) -> _Blocks:
-    zero, pieces = _code_pieces(tensor.block)
+    zero, pieces, levels = _code_layout(tensor.block)
     return _Blocks(
         tensor.packed.data_ptr(),
         None if tensor.master is None else tensor.master.data_ptr(),
@@ -200,5 +201,6 @@ def _blocks(tensor: QuantTensor, rows: Tensor | None = None) -> _Blocks:
         int(tensor.clamp),
         *tensor.block.codes,
         zero,
+        None if levels is None else levels.data_ptr(),
         pieces.data_ptr(),
     )

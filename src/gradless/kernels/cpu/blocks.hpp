@@ -1,4 +1,4 @@
-// ggml's block types as blocks.py reads them: w = (d * multiplier) * code + m * offset_multiplier.
+// The block types as blocks.py reads them: w = (d * multiplier) * code + m * offset_multiplier.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -162,4 +162,18 @@ struct Q6_K {
             }
         for (int j = 0; j < 16; j++) multiplier[j] = (float)(int8_t)b[192 + j];
     }
+};
+
+// Our own types: d, m where there is one, and the codes of any grid, two in a byte or one.
+template <int SIZE, int ZERO, bool OFFSET> struct GridNibbles {
+    static constexpr int at = OFFSET ? 4 : 2, size = SIZE, nbytes = at + SIZE / 2, groups = 1, scale_at = 0, offset_at = OFFSET ? 2 : -1;
+    static constexpr float offset_unit = OFFSET ? 7.5f : 0;
+    INLINE void unpack(const uint8_t *b, int8_t *code, float *, float *) {
+        for (int i = 0; i < SIZE / 32; i++) Nibbles<ZERO>::unpack(b + at + 16 * i, code + 32 * i);
+    }
+};
+template <int SIZE, bool OFFSET> struct GridBytes {
+    static constexpr int at = OFFSET ? 4 : 2, size = SIZE, nbytes = at + SIZE, groups = 1, scale_at = 0, offset_at = OFFSET ? 2 : -1;
+    static constexpr float offset_unit = OFFSET ? 127.5f : 0;
+    INLINE void unpack(const uint8_t *b, int8_t *code, float *, float *) { std::memcpy(code, b + at, SIZE); }
 };

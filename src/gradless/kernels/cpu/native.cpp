@@ -26,6 +26,7 @@ struct Blocks {
     int32_t type, part, relative;
     int32_t clamp, lowest, highest;  // the codes' ends, and whether a query stops there
     int32_t zero;                    // the code that all-zero bits stand for
+    const float *levels;             // what each code stands for, from the lowest on; null: itself
     const int32_t *pieces;           // blocks.Pieces: byte, low, code_low, width, each (2, size)
 };
 
@@ -96,14 +97,15 @@ INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, in
         float multiplier[T::groups], offset_multiplier[T::groups];
         T::unpack(b, packed_code, multiplier, offset_multiplier);
         for (int i = 0; i < T::size; i++) code[i] = (float)packed_code[i];
-        if (moves_codes) {
+        if (moves_codes)
             for (int i = 0; i < T::size; i++) code[i] = code[i] + step[i] * view->coefficient;
-            if (t.clamp)
-                for (int i = 0; i < T::size; i++) {
-                    code[i] = code[i] < (float)t.lowest ? (float)t.lowest : code[i];
-                    code[i] = code[i] > (float)t.highest ? (float)t.highest : code[i];
-                }
-        }
+        if ((moves_codes && t.clamp) || t.levels)
+            for (int i = 0; i < T::size; i++) {
+                code[i] = code[i] < (float)t.lowest ? (float)t.lowest : code[i];
+                code[i] = code[i] > (float)t.highest ? (float)t.highest : code[i];
+            }
+        if (t.levels)
+            for (int i = 0; i < T::size; i++) code[i] = t.levels[(int)code[i] - t.lowest];
         for (int g = 0; g < T::groups; g++) {
             float s = T::groups == 1 ? scale[k] : scale[k] * multiplier[g];
             float o = T::groups == 1 ? offset[k] : offset[k] * offset_multiplier[g];
@@ -116,16 +118,34 @@ INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, in
     }
 }
 
+typedef GridNibbles<64, 8, false> Signed64;
+typedef GridNibbles<32, 8, false> Signed32;
+typedef GridNibbles<64, 0, false> Unsigned64;
+typedef GridNibbles<32, 0, false> Unsigned32;
+typedef GridNibbles<64, 0, true> Affine64;
+typedef GridNibbles<32, 0, true> Affine32;
+typedef GridBytes<64, false> Bytes64;
+typedef GridBytes<32, false> Bytes32;
+typedef GridBytes<64, true> AffineBytes64;
+typedef GridBytes<32, true> AffineBytes32;
 #define EACH_TYPE(DO) \
     switch (t.type) { \
         case 0: DO(Q4_0) break; case 1: DO(Q4_1) break; case 2: DO(Q5_0) break; case 3: DO(Q5_1) break; \
         case 4: DO(Q8_0) break; case 5: DO(Q2_K) break; case 6: DO(Q3_K) break; case 7: DO(Q4_K) break; \
         case 8: DO(Q5_K) break; case 9: DO(Q6_K) break; \
+        case 10: DO(Signed64) break; case 11: DO(Signed32) break; case 12: DO(Unsigned64) break; case 13: DO(Unsigned32) break; \
+        case 14: DO(Affine64) break; case 15: DO(Affine32) break; case 16: DO(Bytes64) break; case 17: DO(Bytes32) break; \
+        case 18: DO(AffineBytes64) break; case 19: DO(AffineBytes32) break; \
     }
 
-static const int block_size[] = {32, 32, 32, 32, 32, 256, 256, 256, 256, 256};
+#define SIZE_OF(T) size = T::size;
+static int64_t block_size(const Blocks &t) {
+    int64_t size = 0;
+    EACH_TYPE(SIZE_OF)
+    return size;
+}
 static size_t buffer_size(const Blocks &t, const Move *view) {
-    return t.blocks * (3 + (view && t.part == CODE ? block_size[t.type] : 0));
+    return t.blocks * (3 + (view && t.part == CODE ? block_size(t) : 0));
 }
 
 // A worker's loop is written out for each output type because a template cannot be cloned for instruction sets.
@@ -283,7 +303,7 @@ void gradless_move_blocks(const Blocks *t, const Move *move, int64_t n) {
 
 int64_t gradless_move_codes(const Blocks *t, const Move *move) {
     std::atomic<int64_t> moved{0};
-    const int64_t runs = (t->all_blocks * block_size[t->type] + 127) / 128;
+    const int64_t runs = (t->all_blocks * block_size(*t) + 127) / 128;
     in_shares(runs, 1 << 8, [&](int64_t begin, int64_t end) { moved += move_codes(*t, *move, begin, end); });
     return moved;
 }
