@@ -1,5 +1,7 @@
 """The compiled kernels against the reference: the same bits on random shapes, types, parts and moves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,9 +18,12 @@ from tests.tiny import random_blocks
 
 cpu = pytest.importorskip("gradless.kernels.cpu", reason="the C++ kernels were not built", exc_type=OSError)
 
+SPANS = st.sampled_from([1, 1, 3, 32, 256])
 MOVES = st.builds(
     Move,
-    st.builds(Direction, st.integers(0, 2**64 - 1), st.integers(0, 2**31), st.integers(0, 9), st.sampled_from(DISTRIBUTIONS)),
+    st.builds(
+        Direction, st.integers(0, 2**64 - 1), st.integers(0, 2**31), st.integers(0, 9), st.sampled_from(DISTRIBUTIONS), SPANS
+    ),
     st.floats(-3, 3, width=32),
     st.floats(0.5, 1.0, width=32),
 )
@@ -169,9 +174,13 @@ def test_stochastic_bf16_updates_are_unbiased_and_nearest_ones_vanish():
 
 
 INTEGER = st.builds(
-    Direction, st.integers(0, 2**64 - 1), st.integers(0, 9), st.integers(0, 9), st.sampled_from(INTEGER_DISTRIBUTIONS)
+    Direction, st.integers(0, 2**64 - 1), st.integers(0, 9), st.integers(0, 9), st.sampled_from(INTEGER_DISTRIBUTIONS), SPANS
 )
-SIGNS = st.lists(st.tuples(INTEGER, st.floats(-2, 2, width=32)), min_size=1, max_size=3).map(lambda terms: Signs(tuple(terms)))
+SIGNS = st.builds(
+    lambda terms, span: Signs(tuple((replace(direction, span=span), weight) for direction, weight in terms)),
+    st.lists(st.tuples(INTEGER, st.floats(-2, 2, width=32)), min_size=1, max_size=3),
+    SPANS,
+)
 
 
 @settings(deadline=None, max_examples=150)

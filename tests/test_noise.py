@@ -45,9 +45,9 @@ def test_a_direction_keeps_its_bits_for_ever():
 
 
 @settings(deadline=None, max_examples=40)
-@given(SEEDS, st.integers(0, 5000), st.integers(1, 700), st.sampled_from(DISTRIBUTIONS))
-def test_any_slice_alone_has_the_same_bits(seed, start, count, distribution):
-    direction = Direction(seed, 5, 1, distribution)
+@given(SEEDS, st.integers(0, 5000), st.integers(1, 700), st.sampled_from(DISTRIBUTIONS), st.sampled_from([1, 5, 32]))
+def test_any_slice_alone_has_the_same_bits(seed, start, count, distribution, span):
+    direction = Direction(seed, 5, 1, distribution, span)
     whole = direction.values("w", 0, start + count)
     assert torch.equal(direction.values("w", start, count), whole[start:])
 

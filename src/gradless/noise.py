@@ -203,16 +203,22 @@ class Direction:
         step: the step of the run, 0 <= step < 2**32.
         query: the query within the step, 0 <= query < 2**24.
         distribution: of each coordinate.
+        span: how many consecutive elements of a tensor share one coordinate.
     """
 
     seed: int
     step: int
     query: int = 0
     distribution: Distribution = Gaussian()
+    span: int = 1
 
     def values(self, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-        """Coordinates [start, start + count) of tensor `name`: fp32, shape (count,)."""
-        return self.distribution.draw(self, name, start, count, device)
+        """u at elements [start, start + count) of tensor `name`: fp32, shape (count,)."""
+        if self.span == 1:
+            return self.distribution.draw(self, name, start, count, device)
+        first, last = start // self.span, -(-(start + count) // self.span)
+        each = self.distribution.draw(self, name, first, last - first, device)
+        return each.repeat_interleave(self.span)[start - first * self.span :][:count]
 
     def words(self, name: str, stream: Stream = Stream.DIRECTION) -> Words:
         """The random words behind this direction for tensor `name`."""
@@ -224,13 +230,13 @@ class Signs:
     """sign(sum_i weight_i * u_i), coordinate by coordinate: what ZOQO's update follows.
 
     Attributes:
-        terms: (direction, weight) of each query; all over one distribution.
+        terms: (direction, weight) of each query; all of one span.
     """
 
     terms: tuple[tuple[Direction, float], ...]
 
     def values(self, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-        """Coordinates [start, start + count) of tensor `name`: fp32 in {-1, 0, 1}, shape (count,)."""
+        """The signs at elements [start, start + count) of tensor `name`: fp32 in {-1, 0, 1}, shape (count,)."""
         total = torch.zeros(count, device=device)
         for direction, weight in self.terms:
             total = total + direction.values(name, start, count, device) * float(np.float32(weight))

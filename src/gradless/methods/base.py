@@ -62,6 +62,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         distribution: of the directions' coordinates, or its name.
 
     Attributes:
+        span: how many consecutive elements of a tensor share one coordinate of a direction.
         moved: the share of all integer codes that the last update changed; None where none are searched.
     """
 
@@ -84,6 +85,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             distribution = NAMED[distribution]
         self.q, self.seed, self._distribution = q, seed, distribution
         self.t = 0
+        self.span = 1
         self.moved: float | None = None
         self.pending: Estimate | None = None
 
@@ -105,7 +107,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def direction(self, step: int, query: int, group: Group) -> Direction:
         """The direction u of one query, for a group's tensors."""
-        return Direction(self.seed, step, query, self.distribution(group))
+        return Direction(self.seed, step, query, self.distribution(group), self.span)
 
     def radius(self, group: Group) -> float:
         """What multiplies u in a query."""

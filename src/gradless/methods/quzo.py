@@ -33,6 +33,7 @@ class QuZO(ZerothOrderOptimizer):
         lr: step size, for a gradient per grid step.
         eps: perturbation in grid steps; well below 1, a share of about 0.8 eps of all codes moves in a query.
         roundings: 1 or 2, as above.
+        span: this many neighbouring codes of a row share one coordinate of u; 1 in the paper.
         weight_decay: must be 0: a code decays by no fraction.
         q: directions a step (the paper's n).
         seed: of the run.
@@ -49,6 +50,7 @@ class QuZO(ZerothOrderOptimizer):
         eps: float = 1e-2,
         *,
         roundings: int = 1,
+        span: int = 1,
         weight_decay: float = 0.0,
         q: int = 1,
         seed: int = 0,
@@ -59,6 +61,7 @@ class QuZO(ZerothOrderOptimizer):
         self.roundings = roundings
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
+        self.span = span
 
     def distribution(self, group: Group) -> Distribution:
         """Of u_1. A u that is rounded once is drawn rounded: the same distribution, at a sixth of the cost."""

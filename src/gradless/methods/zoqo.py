@@ -30,6 +30,7 @@ class ZOQO(ZerothOrderOptimizer):
         lr: eta, in grid steps.
         eps: mu, in grid steps; the discretized Gaussian leaves most codes alone where it is well below 1.
         whole_steps: never less than one step, as in the paper.
+        span: this many neighbouring codes of a row share one coordinate of u; 1 in the paper.
         weight_decay: must be 0.
         q: directions a step.
         seed: of the run.
@@ -46,6 +47,7 @@ class ZOQO(ZerothOrderOptimizer):
         eps: float = 0.3,
         *,
         whole_steps: bool = False,
+        span: int = 1,
         weight_decay: float = 0.0,
         q: int = 1,
         seed: int = 0,
@@ -56,6 +58,7 @@ class ZOQO(ZerothOrderOptimizer):
         self.whole_steps, self.shape = whole_steps, distribution
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian")
+        self.span = span
 
     def distribution(self, group: Group) -> Distribution:
         """Of u, in grid steps."""

@@ -46,13 +46,36 @@ class MethodOptions:
         choices=("gaussian", "rademacher", "uniform"),
     )
     roundings: int = option(1, "QuZO: round a direction once (Q-RGE1) or twice (Q-RGE2).", choices=(1, 2))
+    span: int = option(1, "quzo, zoqo: neighbouring codes that share one coordinate of a direction.")
     whole_steps: bool = option(False, "ZOQO: move by a whole grid step at least, as in the paper.")
     clamp: bool = option(False, "quzo, zoqo: stop at the grid's ends in queries too.")
     weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.")
 
 
-POSITIVE = {"eps", "lr", "q", "share", "clip", "unquantized_lr", "unquantized_eps", "train_rows", "eval_rows", "max_length"}
-POSITIVE |= {"steps", "max_minutes", "batch_size", "accumulate", "eval_every", "threads"}
+POSITIVE = {
+    "eps",
+    "lr",
+    "q",
+    "share",
+    "span",
+    "clip",
+    "unquantized_lr",
+    "unquantized_eps",
+    "train_rows",
+    "eval_rows",
+    "max_length",
+}
+POSITIVE |= {
+    "train_rows",
+    "eval_rows",
+    "max_length",
+    "steps",
+    "max_minutes",
+    "batch_size",
+    "accumulate",
+    "eval_every",
+    "threads",
+}
 
 
 @dataclass

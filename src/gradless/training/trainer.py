@@ -151,6 +151,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """The method's name and the options that a replay needs."""
         args = self.args
         method = {"name": args.method, "q": args.q, "seed": args.seed, "distribution": args.distribution}
+        if args.method in ("quzo", "zoqo"):
+            method["span"] = args.span
         if args.method == "quzo":
             method["roundings"] = args.roundings
         if args.method == "zoqo":

@@ -37,6 +37,7 @@ class _Direction(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("weight", ctypes.c_float),
         ("next", ctypes.c_void_p),
+        ("span", ctypes.c_int32),
         ("signs", ctypes.c_int32),
     )
 
@@ -154,18 +155,20 @@ def _direction(direction: Direction | Signs, name: str) -> _Direction:
             made.source, following = following, made  # keeps alive what the pointer shows
         made.signs = True
         return made
-    words, distribution = _words(direction.words(name)), direction.distribution
-    match distribution:
+    words = _words(direction.words(name))
+    made = _Direction(words=words, second=words, span=direction.span)
+    match direction.distribution:
         case Gaussian():
-            return _Direction(words, words, 0)
+            made.distribution = 0
         case Rademacher():
-            return _Direction(words, words, 1)
-        case Integers():
-            return _Direction(words, words, 2, distribution.m, _edges(distribution))
-        case RoundedGaussian():
-            second = _words(direction.words(name, distribution.stream))
-            return _Direction(words, second, 3, 0, None, np.float32(distribution.eps))
-    raise NotImplementedError(f"no compiled draw for {distribution}")
+            made.distribution = 1
+        case Integers() as integers:
+            made.distribution, made.m, made.edges = 2, integers.m, _edges(integers)
+        case RoundedGaussian(eps, stream):
+            made.distribution, made.second, made.eps = 3, _words(direction.words(name, stream)), np.float32(eps)
+        case other:
+            raise NotImplementedError(f"no compiled draw for {other}")
+    return made
 
 
 @cache

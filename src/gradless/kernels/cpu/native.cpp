@@ -186,8 +186,8 @@ INLINE void write_code(const Blocks &t, int size, uint8_t *b, int i, int code) {
 }
 
 // The steps of one run of 128 codes, rounded stochastically to whole ones; whether any is not zero.
-CLONES static bool steps_of(const Move &move, uint64_t run, float step[128]) {
-    run_of(move.direction, run, step);
+CLONES static bool steps_of(const Move &move, Coordinates &u, uint64_t run, float step[128]) {
+    Coordinates::read(u, run * 128, 128, step);
     int any = 0;
     for (int i = 0; i < 128; i++) {
         step[i] = step[i] * move.coefficient;
@@ -209,9 +209,11 @@ CLONES static bool steps_of(const Move &move, uint64_t run, float step[128]) {
 template <class T> INLINE int64_t move_codes_range(const Blocks &t, const Move &move, int64_t begin, int64_t end) {
     constexpr int part = T::size < 128 ? T::size : 128;  // a run holds several blocks, or is half of one
     int64_t moved = 0, blocks = t.all_blocks;
+    Coordinates u;
+    u.u = move.direction;
     for (int64_t run = begin; run < end; run++) {
         float step[128];
-        if (!steps_of(move, run, step)) continue;
+        if (!steps_of(move, u, run, step)) continue;
         for (int from = 0; from < 128; from += part) {
             const float *s = step + from;
             int any = 0;
@@ -245,11 +247,12 @@ int64_t move_codes(const Blocks &t, const Move &move, int64_t begin, int64_t end
 // Plain tensors, a run of 128 values at a time.
 template <class In, class Out>
 INLINE void moved_run(const Move &move, Coordinates &u, int64_t run, int64_t n, int stochastic, const In *in, Out *out) {
-    Coordinates::fill(u, run);
+    float step_of[128];
+    Coordinates::read(u, run * 128, 128, step_of);
     uint16_t random[128];
     if (stochastic) page_of_halves(move.rounding, run, random);
     for (int64_t i = 0; i < n; i++) {
-        float step = u.value[i] * move.coefficient;
+        float step = step_of[i] * move.coefficient;
         float y = load(in + i) * move.decay + step;
         if (stochastic) {
             uint32_t bits;

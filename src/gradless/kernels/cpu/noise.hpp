@@ -1,5 +1,6 @@
 // The coordinates of noise.py, drawn from its random words in runs of 128.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include "philox.hpp"
@@ -23,6 +24,7 @@ struct Direction {
     float eps;              // ROUNDED
     float weight;           // in a sum whose signs are taken
     const Direction *next;  // of that sum
+    int32_t span;           // consecutive elements that share a coordinate
     int32_t signs;          // whether the coordinates are the signs of the sum that begins here
 };
 
@@ -113,21 +115,26 @@ CLONES static void run_of(const Direction &u, uint64_t run, float value[128]) {
     else one_run(u, run, value);
 }
 
-// Coordinates in runs of 128, the last run kept: consecutive reads draw each page once.
+// u element by element. Coordinates come in runs of 128, the last run kept: consecutive reads draw each page once.
 struct Coordinates {
     Direction u;
     uint64_t run = ~0ull;
     float value[128];
 
-    INLINE void fill(Coordinates &c, uint64_t run) {
-        run_of(c.u, c.run = run, c.value);
-    }
-
     INLINE void read(Coordinates &c, uint64_t start, int64_t count, float *out) {
+        const uint64_t span = (uint64_t)c.u.span;
         while (count > 0) {
-            if (c.run != start / 128) fill(c, start / 128);
-            int64_t at = start % 128, n = count < 128 - at ? count : 128 - at;
-            std::memcpy(out, c.value + at, n * sizeof(float));
+            uint64_t first = start / span, in_span = start % span;
+            if (c.run != first / 128) run_of(c.u, c.run = first / 128, c.value);
+            const float *value = c.value + first % 128;
+            int64_t n;
+            if (span == 1) {
+                n = std::min<int64_t>(count, 128 - first % 128);
+                std::memcpy(out, value, n * sizeof(float));
+            } else {
+                n = std::min<int64_t>(count, span - in_span);
+                for (int64_t i = 0; i < n; i++) out[i] = *value;
+            }
             out += n, start += n, count -= n;
         }
     }
