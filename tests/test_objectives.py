@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gradless import objectives
 from gradless.errors import GradlessError
-from gradless.formats.gguf_model import load_gguf
+from gradless.formats.gguf_model import dequantized, load_gguf
 from gradless.objectives import Example, TokenizedExample, collate, tokenize
 from tests.tiny import tiny_gguf
 
@@ -53,6 +53,19 @@ def test_single_word_candidates_need_one_sequence_and_their_own_logits_only(load
         assert torch.allclose(scores.log_softmax(0), alone.log_softmax(0), atol=1e-4)
     losses, right = objectives.losses(loaded.model, batch)
     assert losses.shape == right.shape == (5,)
+
+
+def test_a_dense_head_computes_its_candidates_alone_in_fp32(loaded):
+    """A bf16 logit of 16 has steps of 1/8; the scores of single words must not."""
+    dense = dequantized(loaded).to(torch.bfloat16)
+    examples = [TokenizedExample(((3, 4, 9),) * 2, ((20,), (30,)), 1)]
+    (scores,) = objectives.scores(dense, collate(examples))
+    hidden = dense.model(torch.tensor([examples[0].prompts[0]])).last_hidden_state[0, -1]
+    head = dense.get_output_embeddings()
+    expected = head.weight[list(examples[0].words)].float() @ hidden.float()
+    assert scores.dtype is torch.float32
+    assert torch.allclose(scores, expected, atol=1e-5)
+    assert "forward" not in vars(head)
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=30), st.sampled_from([0, 64]))

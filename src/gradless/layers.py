@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Self
 
 import torch
@@ -121,14 +122,25 @@ def restricted_to(head: nn.Module, ids: Tensor | None) -> Iterator[bool]:
     A classification among few words needs few of a head's rows; their normalizer cancels. So few are computed in
     fp32: a logit of 16 has steps of 1/8 in bf16, which would drown the difference between two queries.
     """
-    if ids is None or not isinstance(head, QuantLinear):
+    if ids is None or not isinstance(head, QuantLinear | nn.Linear):
         yield False
         return
-    head.only = ids
+    if isinstance(head, QuantLinear):
+        head.only = ids
+    else:  # a module calls the `forward` among its own attributes first
+        vars(head)["forward"] = partial(_few_outputs, head, ids)
     try:
         yield True
     finally:
-        head.only = None
+        if isinstance(head, QuantLinear):
+            head.only = None
+        else:
+            del vars(head)["forward"]
+
+
+def _few_outputs(head: nn.Linear, ids: Tensor, x: Tensor) -> Tensor:
+    """Outputs `ids` of a dense head, in fp32."""
+    return F.linear(x.float(), head.weight[ids].float(), None if head.bias is None else head.bias[ids].float())
 
 
 @contextmanager
