@@ -20,7 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from timing import medians
 
-from gradless.formats.gguf_model import dequantized, load_gguf
+from gradless.formats.gguf_model import load_gguf
+from gradless.formats.quantized import dequantized
 from gradless.layers import reading_at
 from gradless.methods import QZO, MeZO
 from gradless.spaces import BlockSpace, parameters

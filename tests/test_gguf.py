@@ -7,8 +7,10 @@ import torch
 
 from gradless.blocks import BLOCK_TYPES
 from gradless.errors import GradlessError
-from gradless.formats.gguf import GGUFFile, to_fp16
-from gradless.formats.gguf_model import dequantized, load_gguf
+from gradless.formats.gguf import GGUFFile
+from gradless.formats.gguf_model import load_gguf
+from gradless.formats.quantized import dequantized
+from gradless.formats.tensor_file import to_fp16
 from gradless.noise import Direction
 from gradless.spaces import BlockSpace
 from gradless.tensor import Move, Part

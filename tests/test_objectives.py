@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from gradless import objectives
 from gradless.errors import GradlessError
-from gradless.formats.gguf_model import dequantized, load_gguf
+from gradless.formats.gguf_model import load_gguf
+from gradless.formats.quantized import dequantized
 from gradless.objectives import Example, TokenizedExample, collate, tokenize
 from tests.tiny import tiny_gguf
 

@@ -19,6 +19,8 @@ examples:
   gradless tune model.gguf train.tsv --eval dev.tsv --task sst2 --output runs/first
   gradless tune model.gguf tickets.csv --template "{text} This is" --labels bug=broken,wish=desired --max-minutes 20
   gradless tune model.gguf train.tsv --task sst2 --output runs/first --resume
+  gradless tune model.gguf train.tsv --task sst2 --method quzo --output runs/quzo
+  gradless tune dense-folder/ train.tsv --task sst2 --method zoqo --bits 8 --output runs/zoqo
   gradless tune dense-folder/ train.tsv --task sst2 --method mezo --output runs/mezo
   gradless tune model.gguf train.tsv --config run.yaml
 """
@@ -39,6 +41,11 @@ DEQUANTIZE_EXAMPLES = """\
 example:
   gradless dequantize model.gguf --output dense-folder
 """
+QUANTIZE_EXAMPLES = """\
+examples:
+  gradless quantize dense-folder --bits 4 --group-size 64 --output packed-folder
+  gradless quantize dense-folder --grid fp8 --group-size channel --output packed-folder
+"""
 DATA_HELP = "JSONL, CSV, TSV, Parquet or SQuAD JSON, or the name of a data set."
 EVAL_OPTIONS = ("task", "template", "labels", "split", "eval_rows", "max_length", "batch_size", "threads")
 
@@ -53,13 +60,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     tune = _command(commands, "tune", "Tune a model on labelled rows.", TUNE_EXAMPLES)
-    tune.add_argument("model", help="A GGUF file, or a folder of a dense model (mezo).")
+    tune.add_argument("model", help="A GGUF file, a packed folder, or a dense one (for mezo, or with --bits).")
     tune.add_argument("data", help=DATA_HELP)
     tune.add_argument("--config", metavar="FILE", help="YAML with the same names as these options; options given here win.")
     _options(tune, [field.name for field in fields(RunOptions)])
 
     evaluate = _command(commands, "eval", "Measure a model on labelled rows.", EVAL_EXAMPLES)
-    evaluate.add_argument("model", help="A GGUF file, or a folder of a dense model.")
+    evaluate.add_argument("model", help="A GGUF file, or a folder of a packed or a dense model.")
     evaluate.add_argument("data", help=DATA_HELP)
     _options(evaluate, EVAL_OPTIONS)
 
@@ -77,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     dequantize.add_argument("model", help="A GGUF file.")
     dequantize.add_argument("--output", required=True, metavar="DIR", help="The folder to write.")
     dequantize.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
+
+    quantize = _command(commands, "quantize", "Round a dense folder's linear layers to a grid.", QUANTIZE_EXAMPLES)
+    quantize.add_argument("model", help="A folder of a dense model.")
+    _options(quantize, ["bits", "grid", "group_size", "search"])
+    quantize.add_argument("--output", required=True, metavar="DIR", help="The folder to write.")
+    quantize.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
     return top
 
 
@@ -226,7 +239,8 @@ def _info(parsed: argparse.Namespace) -> int:
 def _dequantize(parsed: argparse.Namespace) -> int:
     _prepare_libraries()
     from gradless.formats.dense import write_folder
-    from gradless.formats.gguf_model import dequantized, load_gguf
+    from gradless.formats.gguf_model import load_gguf
+    from gradless.formats.quantized import dequantized
 
     output = Path(parsed.output)
     if output.exists() and (not parsed.overwrite or output.resolve() == Path(parsed.model).resolve()):
@@ -234,6 +248,18 @@ def _dequantize(parsed: argparse.Namespace) -> int:
     loaded = load_gguf(parsed.model)
     write_folder(dequantized(loaded), loaded.tokenizer, output)
     print(json.dumps({"output": str(output)}) if parsed.json else f"wrote {output}")
+    return 0
+
+
+def _quantize(parsed: argparse.Namespace) -> int:
+    options = run_options(parsed)
+    _prepare_libraries()
+    from gradless import run
+
+    if Path(parsed.output).exists() and not parsed.overwrite:
+        raise GradlessError(f"{parsed.output} exists; give --overwrite to replace it, or another --output.")
+    result = run.quantize(parsed.model, Path(parsed.output), options)
+    print(json.dumps(result) if parsed.json else f"wrote {result['output']}: {result['bytes']:,} bytes, {result['grid']}")
     return 0
 
 
@@ -248,7 +274,7 @@ def _prepare_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-_COMMANDS = {"tune": _tune, "eval": _eval, "replay": _replay, "info": _info, "dequantize": _dequantize}
+_COMMANDS = {"tune": _tune, "eval": _eval, "replay": _replay, "info": _info, "dequantize": _dequantize, "quantize": _quantize}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,19 +21,23 @@ from transformers import PrinterCallback, TrainerCallback
 
 from gradless import noise, objectives
 from gradless.errors import GradlessError
+from gradless.formats import packed
 from gradless.formats.dense import DenseModel
-from gradless.formats.gguf import GGUFFile, to_fp16
+from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_model import GGUFModel, load_gguf
+from gradless.formats.packed import PackedModel, is_packed, load_packed, open_packed
+from gradless.formats.quantized import QuantizedModel
+from gradless.formats.tensor_file import to_fp16
 from gradless.journal import Journal
 from gradless.memory import resident_bytes
 from gradless.objectives import TokenizedExample
 from gradless.tasks.data import read_rows
 from gradless.tasks.prompts import Task, choose_task
-from gradless.training.options import MAY_CHANGE, MethodOptions, RunOptions
+from gradless.training.options import MAY_CHANGE, MethodOptions, RunOptions, grid_name
 from gradless.training.trainer import ZOConfig, ZOTrainer, build_optimizer
 
 DEFAULT_STEPS = 1000
-WRITTEN = ("journal.db", "journal.db-wal", "journal.db-shm", "loss.png", "model.gguf", "model")
+WRITTEN = ("journal.db", "journal.db-wal", "journal.db-shm", "loss.png", "model.gguf", "model", "base")
 """What a run may write into its output folder."""
 NO_LIMIT = 10**9
 ROUNDING_EXAMPLES = 128
@@ -47,14 +51,27 @@ class Prepared:
     task: Task
 
 
-def load_model(path: str | Path) -> GGUFModel | DenseModel:
-    """Load a GGUF file, or a folder of a dense model."""
-    return DenseModel.load(path) if Path(path).is_dir() else load_gguf(path)
+Model = QuantizedModel | DenseModel
+
+
+def load_model(path: str | Path) -> Model:
+    """Load a GGUF file, or a folder of a packed or a dense model."""
+    path = Path(path)
+    if path.is_dir():
+        return load_packed(path) if is_packed(path) else DenseModel.load(path)
+    return load_gguf(path)
+
+
+def open_model(path: Path) -> Model:
+    """What a replay needs of a model: the tensors, and no module around them where they are packed."""
+    if path.is_dir():
+        return PackedModel(open_packed(path)) if is_packed(path) else DenseModel.load(path)
+    return GGUFModel(GGUFFile.open(path))
 
 
 def prepare(
     source: str,
-    loaded: GGUFModel | DenseModel,
+    loaded: Model,
     options: RunOptions,
     *,
     split: str | None = None,
@@ -104,9 +121,7 @@ def evaluate(model: str, data: str, options: RunOptions, *, quiet: bool = False)
     return measure(loaded, prepared.examples, options.batch_size, quiet=quiet)
 
 
-def measure(
-    loaded: GGUFModel | DenseModel, examples: list[TokenizedExample], batch_size: int, *, quiet: bool = False
-) -> dict[str, Any]:
+def measure(loaded: Model, examples: list[TokenizedExample], batch_size: int, *, quiet: bool = False) -> dict[str, Any]:
     """Metrics of a loaded model on examples, with a progress bar."""
     began = time.perf_counter()
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
@@ -129,6 +144,12 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     if options.threads:
         torch.set_num_threads(options.threads)
     say = Console(stderr=True, quiet=quiet).print
+    if options.bits is not None or options.grid not in ("int", "uint"):
+        base = output / "base"
+        if not options.resume:
+            say(f"quantizing {model} to {base}")
+            quantize(model, base, options)
+        model = str(base)
     say(f"loading {model}")
     loaded = load_model(model)
     train = prepare(data, loaded, options, limit=options.train_rows, shuffled=True)
@@ -169,7 +190,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
 
     target = output / loaded.output_name
     loaded.save(target, trainer.zeroth_order.spaces)
-    if isinstance(loaded, GGUFModel) and loaded.tuned:
+    if isinstance(loaded, QuantizedModel) and loaded.tuned:
         some = (held_out or train).examples[:ROUNDING_EXAMPLES]
         summary["rounding"] = round_as_saved(loaded, some)
         say(_shown_rounding(summary["rounding"]))
@@ -183,6 +204,17 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     plot_run(output / "journal.db", output / "loss.png")
     say(f"wrote {target}, {output / 'journal.db'} and {output / 'loss.png'}")
     return summary
+
+
+def quantize(model: str, output: Path, options: RunOptions) -> dict[str, Any]:
+    """Round a dense folder's linear layers to the grid that the options name; write a packed folder."""
+    grid, group = grid_name(options), None if options.group_size == "channel" else int(options.group_size)
+    path = Path(model)
+    if not path.is_dir() or is_packed(path):
+        raise GradlessError(f"{model} is no dense folder; only those are quantized (a GGUF file: gradless dequantize first).")
+    dense = DenseModel.load(path)
+    packed.quantize(dense.model, dense.tokenizer, grid, group, output, search=options.search)
+    return {"output": str(output), "grid": grid, "bytes": (output / packed.WEIGHTS).stat().st_size}
 
 
 def _claim(output: Path, options: RunOptions, inputs: list[str | None]) -> None:
@@ -209,7 +241,7 @@ def _clear(output: Path) -> None:
 
 
 def _make_trainer(
-    loaded: GGUFModel | DenseModel,
+    loaded: Model,
     train: Prepared,
     held_out: Prepared | None,
     options: RunOptions,
@@ -363,7 +395,7 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         return "  ".join(parts)
 
 
-def round_as_saved(loaded: GGUFModel, examples: list[TokenizedExample]) -> dict[str, Any]:
+def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> dict[str, Any]:
     """Round the tuned block values as the saved file holds them, and measure what that costs.
 
     Returns:
@@ -392,7 +424,7 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
     if target.exists() and (not overwrite or target.resolve() == path.resolve()):
         raise GradlessError(f"{target} exists; give --overwrite to replace it (never the base itself), or another --output.")
     journal = Journal.open(Path(journal_path))
-    source: Any = DenseModel.load(path) if path.is_dir() else GGUFModel(GGUFFile.open(path))
+    source = open_model(path)
     if source.fingerprint() != journal.header["base"]:
         raise GradlessError(
             f"{path} is not the base of {journal_path}: its hash differs; give the model that the run began with."

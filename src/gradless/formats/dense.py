@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from gradless.errors import GradlessError
-from gradless.files import sha256
+from gradless.files import replacing_folder, sha256
 from gradless.spaces import Space, parameter_sites, parameters
 
 
@@ -68,21 +66,10 @@ class DenseModel:
 
 def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
     """Save a model and its tokenizer to a folder, under a temporary name first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        model.save_pretrained(temporary)
+    with replacing_folder(path) as temporary:
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if path.exists():
-            path.replace(replaced)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise GradlessError(f"could not write {path}: {error}; nothing was changed there.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)

@@ -7,61 +7,34 @@ sizes are the gguf package's.
 from __future__ import annotations
 
 import math
-import shutil
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import torch
-from torch import Tensor
 
-from gradless import kernels
 from gradless.blocks import BLOCK_TYPES
 from gradless.errors import GradlessError
-from gradless.files import replacing
-from gradless.tensor import Part, QuantTensor
+from gradless.formats.tensor_file import FLOAT_TYPES, TensorFile, TensorInfo
 
-FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NOT_LINEAR = ("token_embd", "output.", "position_embd", "per_layer_token_embd", "token_types")
 SUPPORTED = (*FLOAT_TYPES, *BLOCK_TYPES)
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-_FP16_MAX = 65504.0
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `shape` is in row-major order (rows first), `offset` and `nbytes` are in the file."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclass
-class GGUFFile:
+class GGUFFile(TensorFile):
     """A memory-mapped GGUF file.
 
     Attributes:
-        path: of the file.
         metadata: scalar and string values; of an array, its length.
-        tensors: every tensor's place, in the file's order.
-        quantized: the packed matrices, by name.
-        floats: the F32, F16 and BF16 tensors, by name, as views of the file in their own type.
     """
 
-    path: Path
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    quantized: dict[str, QuantTensor] = field(repr=False, default_factory=dict)
-    floats: dict[str, Tensor] = field(repr=False, default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -73,70 +46,18 @@ class GGUFFile:
         path = Path(path)
         if not path.is_file():
             raise GradlessError(f"there is no file {path}; give the path of a .gguf file.")
-        file = cls(path, *_Header(path).parse())
-        # Copy-on-write, so that torch sees writable memory while the file itself can never change.
-        data = np.memmap(path, dtype=np.uint8, mode="c")
-        for info in file.tensors.values():
-            raw = torch.from_numpy(data[info.offset : info.offset + info.nbytes])
-            if info.type in FLOAT_TYPES:
-                file.floats[info.name] = raw.view(FLOAT_TYPES[info.type]).view(info.shape)
-            else:
-                block = BLOCK_TYPES[info.type]
-                packed = raw.view(math.prod(info.shape[:-1]), info.shape[-1] // block.size, block.nbytes)
-                file.quantized[info.name] = QuantTensor(info.name, block, packed)
-        return file
+        metadata, tensors = _Header(path).parse()
+        return cls(path, tensors, metadata=metadata)
 
     @property
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", "unknown"))
 
     def linear_layers(self) -> list[str]:
-        """The packed matrices that are trained by default: all but the embeddings and the head."""
-        return [name for name in self.quantized if not name.startswith(NOT_LINEAR)]
+        return [name for name in self.quantized if self.belongs_to_a_layer(name)]
 
-    def export(self, path: Path, floats: dict[str, Tensor] | None = None) -> None:
-        """Write a copy of the file with the tuned fields patched at their offsets.
-
-        Args:
-            path: of the new file; replaced whole.
-            floats: tuned values of float tensors by name, rounded to nearest in each tensor's own type.
-
-        Raises:
-            GradlessError: the disk is full; nothing is left behind.
-        """
-        with replacing(path) as temporary:
-            shutil.copyfile(self.path, temporary)
-            with temporary.open("rb+") as file:
-                for tensor in self.quantized.values():
-                    if tensor.part is not None:
-                        packed = tensor.packed.cpu().clone()
-                        for at, values in tuned_fields(tensor):
-                            packed[..., at : at + 2] = to_fp16(values).cpu().unsqueeze(-1).view(torch.uint8)
-                        file.seek(self.tensors[tensor.name].offset)
-                        file.write(packed.numpy().tobytes())
-                for name, values in (floats or {}).items():
-                    raw = values.cpu().to(FLOAT_TYPES[self.tensors[name].type]).contiguous()
-                    file.seek(self.tensors[name].offset)
-                    file.write(raw.view(torch.uint8).numpy().tobytes())
-
-
-def tuned_fields(tensor: QuantTensor) -> Iterable[tuple[int, Tensor]]:
-    """(byte offset in a block, fp32 values (rows, blocks)) of each field that tuning changed."""
-    block = tensor.block
-    if tensor.master is None:
-        return
-    if tensor.part is Part.OFFSET:
-        assert block.offset_at is not None
-        yield block.offset_at, tensor.master
-        return
-    yield block.scale_at, tensor.master
-    if tensor.part is Part.BOTH and block.offset_at is not None:
-        yield block.offset_at, kernels.exported_offset(tensor)
-
-
-def to_fp16(values: Tensor) -> Tensor:
-    """Round to nearest fp16, saturating at its largest finite value."""
-    return values.clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)
+    def belongs_to_a_layer(self, name: str) -> bool:
+        return not name.startswith(NOT_LINEAR)
 
 
 class _Header:

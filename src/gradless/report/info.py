@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from gradless import kernels
-from gradless.formats.gguf import FLOAT_TYPES, GGUFFile
+from gradless.formats.gguf import GGUFFile
+from gradless.formats.tensor_file import FLOAT_TYPES
 from gradless.noise import Direction
 from gradless.tensor import Move, Part, QuantTensor
 from gradless.training.options import DEFAULTS

@@ -78,6 +78,9 @@ POSITIVE |= {
 }
 
 
+GRID_CHOICES = ("int", "uint", "fp8", "fp8-e5m2", "nf4")
+
+
 @dataclass
 class RunOptions(MethodOptions):
     """Everything that `gradless tune` takes beside the model and the data."""
@@ -95,6 +98,12 @@ class RunOptions(MethodOptions):
     max_minutes: float | None = option(None, "Stop after so many minutes; the schedule follows the clock.")
     batch_size: int = option(16, "Examples in a forward.")
     accumulate: int = option(1, "Forwards (micro-batches) under one direction.")
+    bits: int | None = option(None, "Quantize a dense folder to so many bits first (2 to 8).")
+    grid: str = option(
+        "int", "Levels to quantize to: int (symmetric), uint (with an offset), fp8, fp8-e5m2, nf4.", choices=GRID_CHOICES
+    )
+    group_size: str = option("64", "Weights of a row that share a range, or channel: a range a row.", metavar="N|channel")
+    search: bool = option(False, "Choose ranges by squared error.")
     schedule: str = option("linear", "How lr falls.", choices=("linear", "constant", "cosine"))
     eval_every: int = option(200, "Steps between measurements on --eval.")
     seed: int = option(0, "Decides directions and the order of the data.")
@@ -116,6 +125,10 @@ class RunOptions(MethodOptions):
             raise GradlessError(f"share is for quzo and zoqo, which move codes; {self.method} has --eps.")
         if self.share is not None and self.share > 0.5:
             raise GradlessError(f"share is {self.share}; at most 0.5 of the codes can move in a query (--eps goes further).")
+        if self.bits is not None and not 2 <= self.bits <= 8:
+            raise GradlessError(f"bits is {self.bits}; codes have 2 to 8.")
+        if not (self.group_size == "channel" or (self.group_size.isdigit() and int(self.group_size) > 0)):
+            raise GradlessError(f"group_size is {self.group_size!r}; it is a number of weights, or channel.")
         if not 0 <= self.seed < 2**63:
             raise GradlessError(f"seed is {self.seed}; it must be a whole number from 0 on.")
 
@@ -134,3 +147,20 @@ DEFAULTS = {
     "mezo, floats of a GGUF": (1e-3, 3e-2),
 }
 """(lr, eps) that learn where a user gives none; docs/results.md has the runs behind them."""
+
+
+def grid_name(options: RunOptions) -> str:
+    """The name in `grids.GRIDS` of what --grid and --bits ask for together.
+
+    Raises:
+        GradlessError: they contradict each other.
+    """
+    fixed = {"fp8": ("fp8-e4m3", 8), "fp8-e5m2": ("fp8-e5m2", 8), "nf4": ("nf4", 4)}
+    if options.grid in fixed:
+        name, bits = fixed[options.grid]
+        if options.bits not in (None, bits):
+            raise GradlessError(f"--grid {options.grid} has {bits} bits, not {options.bits}.")
+        return name
+    if options.bits is None:
+        raise GradlessError("give --bits (2 to 8), or --grid fp8, fp8-e5m2 or nf4.")
+    return f"{options.grid}{options.bits}"

@@ -1,0 +1,152 @@
+"""A transformers model around packed tensors, whatever file they lie in.
+
+Nothing is dequantized: linear layers and embeddings of a model on the meta device are replaced by `layers`, and only the small
+float tensors get memory of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradless import kernels
+from gradless.errors import GradlessError
+from gradless.files import sha256
+from gradless.formats.tensor_file import TensorFile
+from gradless.layers import QuantEmbedding, QuantLinear, file_rows
+from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space
+from gradless.tensor import QuantTensor
+
+NOT_SET = (0, float("nan"))
+
+
+@dataclass
+class ShownFloat:
+    """A float tensor of the file and where the model shows it.
+
+    Attributes:
+        values: in the file's own type and order (a view of the file).
+        sites: (module, attribute) of every parameter that shows it.
+        show: file values -> the parameter's values (transformers' transform: Gemma adds an offset to its norms).
+    """
+
+    values: Tensor
+    sites: list[tuple[nn.Module, str]] = field(default_factory=list)
+    show: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass
+class QuantizedModel:
+    """A file of packed weights and, around them, a transformers causal language model.
+
+    A replay needs the file alone: it leaves `model`, `tokenizer` and the places in `floats` out.
+    """
+
+    file: TensorFile
+    model: Any = None
+    tokenizer: Any = None
+    floats: dict[str, ShownFloat] = field(default_factory=dict)
+
+    output_name = ""
+    quantized = True
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def fingerprint(self) -> str:
+        """The file's SHA-256."""
+        return sha256(self.file.path)
+
+    @property
+    def tuned(self) -> list[QuantTensor]:
+        """The packed tensors whose block values are being tuned."""
+        return [tensor for tensor in self.file.quantized.values() if tensor.master is not None]
+
+    def tunable(self) -> dict[str, list[str]]:
+        """Names of what can be searched, by kind: block values or codes of linear layers, float tensors, norms and biases."""
+        floats = [name for name in self.floats if self.file.belongs_to_a_layer(name)]
+        vectors = [name for name in floats if self.floats[name].values.ndim == 1]
+        linear = self.file.linear_layers()
+        return {"blocks": linear, "codes": linear, "floats": floats, "vectors": vectors}
+
+    def spaces(
+        self, kind: str, names: list[str], *, part: str = "scale", relative: bool = True, clamp: bool = False, **_: Any
+    ) -> list[Space]:
+        """Spaces over the named tensors of one kind; float tensors are tuned in fp32 masters of their own."""
+        if kind == "blocks":
+            return [BlockSpace(self.file.quantized[name], part, relative=relative) for name in names]
+        if kind == "codes":
+            return [CodeSpace(self.file.quantized[name], clamp=clamp) for name in names]
+        found: list[Space] = []
+        for name in names:
+            shown = self.floats.get(name) or ShownFloat(self.file.floats[name])
+            found.append(DenseSpace(name, shown.values.float().clone(), shown.sites, shown.show))
+        return found
+
+    def save(self, path: Path, spaces: list[Space]) -> None:
+        """Write a copy of the checkpoint with what the spaces tuned."""
+        self.file.export(path, {space.name: space.values for space in spaces if isinstance(space, DenseSpace)})
+
+
+def restore_buffers(model: Any) -> None:
+    """Give the buffers memory and their computed values (rotary frequencies, embedding factors)."""
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(
+                    name, torch.full_like(buffer, NOT_SET[buffer.is_floating_point()], device="cpu"), persistent=False
+                )
+            model._init_weights(module)
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point() and buffer.isnan().any():
+                    raise GradlessError(f"transformers does not initialize the buffer {name} of {type(module).__name__}.")
+
+
+def packed_layer(module: nn.Linear | nn.Embedding, tensor: QuantTensor, dtype: torch.dtype) -> nn.Module:
+    """The module that stands for a linear layer or an embedding."""
+    if isinstance(module, nn.Linear):
+        return QuantLinear(tensor, module.bias, dtype)
+    return QuantEmbedding(tensor, getattr(module, "embed_scale", None), dtype)
+
+
+def place_float(shown: ShownFloat, module: nn.Module, attribute: str, dtype: torch.dtype) -> None:
+    """Make a module's parameter show a float tensor."""
+    values = (shown.show(shown.values) if shown.show else shown.values).to(dtype)
+    parameter = getattr(module, attribute)
+    if parameter.shape != values.shape:
+        raise GradlessError(f"tensor shape {tuple(values.shape)} does not fit {attribute} {tuple(parameter.shape)}.")
+    setattr(module, attribute, nn.Parameter(values, requires_grad=False))
+    shown.sites.append((module, attribute))
+
+
+def tie(model: Any, floats: dict[str, ShownFloat], dtype: torch.dtype) -> None:
+    """Let the head read the embedding's tensor."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, QuantEmbedding):
+        model.set_output_embeddings(QuantLinear(embedding.packed, head.bias, dtype))
+    elif isinstance(head.weight, nn.Parameter) and head.weight.is_meta:
+        head.weight = embedding.weight
+        for shown in floats.values():
+            if (embedding, "weight") in shown.sites:
+                shown.sites.append((head, "weight"))
+
+
+def dequantized(loaded: QuantizedModel) -> Any:
+    """A dense bf16 model with the values of a packed one."""
+    from transformers import AutoModelForCausalLM
+
+    dense = AutoModelForCausalLM.from_config(loaded.model.config, dtype=torch.bfloat16)
+    for path, module in loaded.model.named_modules():
+        target = dense.get_submodule(path)
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            target.weight.data = kernels.dequantize(module.packed, file_rows(module.packed), torch.bfloat16)
+        for name, parameter in module.named_parameters(recurse=False):
+            getattr(target, name).data = parameter.data.to(torch.bfloat16, copy=True)
+    dense.tie_weights()
+    return dense.requires_grad_(False).eval()

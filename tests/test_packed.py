@@ -1,0 +1,131 @@
+"""Packed folders: quantizing a dense model, reading it back, tuning it, and bad files."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gradless import kernels, run
+from gradless.blocks import block_type
+from gradless.cli import main
+from gradless.errors import GradlessError
+from gradless.formats.packed import WEIGHTS, open_packed, packed_rows
+from gradless.grids import GRIDS
+from gradless.tensor import QuantTensor
+from tests.test_cli import TASK
+
+
+@pytest.fixture(scope="module")
+def dense(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "dense"
+    assert main(["dequantize", str(tiny), "--output", str(folder)]) == 0
+    return folder
+
+
+def quantized(dense, folder, *options):
+    assert main(["quantize", str(dense), "--output", str(folder), *options]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_rounded_weights_are_nearest_on_their_grid(grid):
+    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(1)) * 0.05
+    for group in (32, 64, None):
+        name, packed = packed_rows(weight, "w", grid, group, search=False)
+        tensor = QuantTensor("w", block_type(name), packed)
+        got = kernels.dequantize(tensor, torch.arange(6), torch.float32)
+        scale = tensor.block.field(packed, 0).repeat_interleave(tensor.block.size, 1)
+        levels = torch.tensor(tensor.block.levels or GRIDS[grid].levels)
+        assert ((got - weight).abs() <= scale * levels.diff().max() * 0.51).all()
+        coarse = packed_rows(got, "w", grid, group, search=False)[1]
+        again = kernels.dequantize(QuantTensor("w", tensor.block, coarse), torch.arange(6), torch.float32)
+        assert (again - got).abs().max() <= 2e-3 * got.abs().max() + scale.max() * 0.02
+
+
+def test_a_range_a_row_is_one_scale_in_all_its_blocks():
+    _, packed = packed_rows(torch.randn(4, 256), "w", "int8", None, search=False)
+    assert (packed[:, :1, :2] == packed[..., :2]).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--bits", "8"],
+        ["--bits", "4", "--group-size", "32"],
+        ["--bits", "4", "--grid", "uint"],
+        ["--grid", "nf4"],
+        ["--grid", "fp8"],
+    ],
+)
+@pytest.mark.parametrize("method", ["quzo", "zoqo", "qzo"])
+def test_a_packed_folder_is_tuned_and_replays_to_the_byte(dense, rows, tmp_path, options, method):
+    base = quantized(dense, tmp_path / "base", *options)
+    arguments = [*TASK, "--batch-size", "4", "--steps", "3", "--method", method, "--eval", str(rows)]
+    more = {"quzo": ["--eps", "0.5", "--lr", "0.1"], "zoqo": ["--share", "0.2", "--lr", "1"], "qzo": ["--lr", "1e-2"]}[method]
+    assert main(["tune", str(base), str(rows), *arguments, *more, "--output", str(tmp_path / "run")]) == 0
+    replay = ["replay", str(base), str(tmp_path / "run" / "journal.db"), "--output", str(tmp_path / "again")]
+    assert main(replay) == 0
+    tuned, again, before = (tmp_path / name / WEIGHTS for name in ("run/model", "again", "base"))
+    assert tuned.read_bytes() == again.read_bytes() != before.read_bytes()
+    assert tuned.stat().st_size == before.stat().st_size
+    assert sorted(f.name for f in (tmp_path / "run" / "model").iterdir()) == sorted(f.name for f in base.iterdir())
+    assert run.load_model(tmp_path / "run" / "model").file.tensors.keys() == run.load_model(base).file.tensors.keys()
+
+
+def test_bits_quantize_a_dense_folder_first(dense, rows, tmp_path):
+    arguments = [str(rows), *TASK, "--batch-size", "4", "--steps", "2", "--method", "zoqo", "--output", str(tmp_path / "run")]
+    assert main(["tune", str(dense), *arguments, "--bits", "8", "--share", "0.2"]) == 0
+    quantized(dense, tmp_path / "same", "--bits", "8")
+    assert (tmp_path / "run" / "base" / WEIGHTS).read_bytes() == (tmp_path / "same" / WEIGHTS).read_bytes()
+    assert (tmp_path / "run" / "model" / WEIGHTS).is_file()
+
+
+def test_the_layout_is_the_documented_one(dense, tmp_path):
+    folder = quantized(dense, tmp_path / "base", "--bits", "4")
+    tensors = load_file(folder / WEIGHTS)
+    weight = tensors["model.layers.0.mlp.up_proj.weight"]
+    assert weight.dtype is torch.uint8
+    assert weight.shape == (512, 256 // 64, 2 + 64 // 2)
+    assert tensors["model.norm.weight"].dtype is torch.bfloat16
+    assert open_packed(folder).quantized["model.layers.0.mlp.up_proj.weight"].block.name == "int4/64"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "9"], "codes have 2 to 8"),
+        ([], "give --bits"),
+        (["--grid", "nf4", "--bits", "8"], "has 4 bits, not 8"),
+        (["--bits", "4", "--group-size", "48"], "groups of 48 do not fit"),
+        (["--bits", "4", "--group-size", "big"], "a number of weights, or channel"),
+    ],
+)
+def test_what_cannot_be_quantized(dense, tmp_path, capsys, options, message):
+    assert main(["quantize", str(dense), "--output", str(tmp_path / "out"), *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_dense_folders_are_quantized(dense, tiny, tmp_path, capsys):
+    base = quantized(dense, tmp_path / "base", "--bits", "8")
+    for source in (tiny, base):
+        assert main(["quantize", str(source), "--bits", "4", "--output", str(tmp_path / "out")]) == 1
+        assert "is no dense folder" in capsys.readouterr().err
+    assert main(["quantize", str(dense), "--bits", "4", "--output", str(base)]) == 1
+    assert "give --overwrite" in capsys.readouterr().err
+
+
+def test_damaged_folders(dense, tmp_path):
+    folder = quantized(dense, tmp_path / "base", "--bits", "8")
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:-9])
+    with pytest.raises(GradlessError, match="is truncated"):
+        run.load_model(folder)
+    (folder / WEIGHTS).write_bytes(whole[:40])
+    with pytest.raises(GradlessError, match="not a safetensors file"):
+        run.load_model(folder)
+    tensors = {"w": torch.zeros(2, 2, 34, dtype=torch.uint8)}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "gradless-packed", "types": json.dumps({"w": "int5/7"})})
+    with pytest.raises(GradlessError, match="int5/7, which this gradless does not know"):
+        run.load_model(folder)
