@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, tiny, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gradless.formats.gguf.shutil.copyfile", full)
+    monkeypatch.setattr("gradless.formats.tensor_file.shutil.copyfile", full)
     with pytest.raises(GradlessError, match=r"No space left on device.*nothing was changed"):
         GGUFFile.open(tiny).export(tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == []
