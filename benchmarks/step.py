@@ -23,8 +23,8 @@ from timing import medians
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
 from gradless.layers import reading_at
-from gradless.methods import QZO, MeZO
-from gradless.spaces import BlockSpace, parameters
+from gradless.methods import QZO, ZOQO, MeZO, QuZO
+from gradless.spaces import parameters
 
 
 def default_model() -> Path:
@@ -74,10 +74,15 @@ def main() -> None:
         return torch.nn.functional.cross_entropy(logits.float(), rows)
 
     plain = load_gguf(arguments.model, tokenizer=loaded.tokenizer).model
-    qzo = QZO([BlockSpace(loaded.file.quantized[name], "scale") for name in loaded.file.linear_layers()], lr=1e-7)
+    for_codes = load_gguf(arguments.model, tokenizer=loaded.tokenizer)
+    linear = loaded.file.linear_layers()
+    qzo = QZO(loaded.spaces("blocks", linear), lr=1e-7)
+    quzo, zoqo = (method(for_codes.spaces("codes", linear), lr=lr) for method, lr in ((QuZO, 1e-7), (ZOQO, 1e-4)))
     mezo = MeZO(parameters(dense), lr=1e-9)
     variants = {
         "qzo_step": lambda: qzo.step(lambda: forward(loaded.model)),
+        "quzo_step": lambda: quzo.step(lambda: forward(for_codes.model)),
+        "zoqo_step": lambda: zoqo.step(lambda: forward(for_codes.model)),
         "two_forwards": lambda: (forward(plain), forward(plain)),
         "two_bf16_forwards": lambda: (forward(for_mezo), forward(for_mezo)),
         "our_mezo_step": lambda: mezo.step(lambda: forward(dense)),
@@ -87,6 +92,8 @@ def main() -> None:
     median = {name: row["median"] for name, row in times.items()}
     ratios = {
         "qzo_step_over_two_forwards": median["qzo_step"] / median["two_forwards"],
+        "quzo_step_over_two_forwards": median["quzo_step"] / median["two_forwards"],
+        "zoqo_step_over_two_forwards": median["zoqo_step"] / median["two_forwards"],
         "mezo_step_over_qzo_step": median["textbook_mezo_step"] / median["qzo_step"],
         "our_mezo_step_over_qzo_step": median["our_mezo_step"] / median["qzo_step"],
         "bf16_forward_over_ours": median["two_bf16_forwards"] / median["two_forwards"],

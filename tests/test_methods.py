@@ -8,11 +8,12 @@ from torch import nn
 
 from gradless import kernels, noise
 from gradless.errors import GradlessError
+from gradless.grids import Grid, mid_tread
 from gradless.methods import METHODS, QZO, ZOQO, Estimate, MeZO, QuZO
 from gradless.methods.quzo import eps_of_share
 from gradless.methods.zoqo import mu_of_share
 from gradless.noise import NAMED, Direction, RoundedGaussian, Stream
-from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, parameters
+from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, GridSpace, parameters
 from gradless.tensor import Part
 from tests.test_kernels import quant
 
@@ -248,6 +249,41 @@ def test_losses_that_tie_move_no_code():
         method.step(lambda: 1.0)
         assert method.moved == 0
     assert torch.equal(space.tensor.packed, before)
+
+
+def test_held_steps_move_only_where_a_side_is_lower():
+    space = codes()
+    before = space.tensor.packed.clone()
+    method = ZOQO([space], lr=1.0, hold=True)
+    losses = iter([2.0, 3.0, 1.0, 2.0, 3.0, 2.5])
+    assert method.step(lambda: next(losses)).losses == ((1.0, 1.0),)
+    assert torch.equal(space.tensor.packed, before)
+    assert method.step(lambda: next(losses)).losses == ((2.0, 3.0),)
+    assert not torch.equal(space.tensor.packed, before)
+
+
+def best(grid: Grid, s: float, target: torch.Tensor) -> torch.Tensor:
+    return grid.values(grid.nearest(target / s)) * s
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize(
+    ("make", "options"), [(ZOQO, {"whole_steps": True, "hold": True, "eps": 0.5, "lr": 1.0}), (QuZO, {"eps": 0.3})]
+)
+def test_a_quadratic_over_a_grid_is_solved_to_its_neighbourhood(bits, make, options):
+    grid, s = mid_tread(bits, -1.0, 1.0)
+    n, steps = 8, 600
+    target = torch.linspace(-0.83, 0.71, n)
+    space = GridSpace("x", torch.zeros(n, dtype=torch.int16), grid, s)
+    method = make([space], **{"lr": 0.1 / s**2 / n, **options})
+    start = method.param_groups[0]["lr"]
+    for step in range(steps):
+        method.param_groups[0]["lr"] = start * (1 - step / steps)
+        method.step(lambda: float((space.shown() - target).square().sum() / 2))
+        assert space.values.min() >= grid.lowest
+        assert space.values.max() <= grid.highest
+    distance = (space.shown() - target).norm() / n**0.5
+    assert distance < (best(grid, s, target) - target).norm() / n**0.5 + s
 
 
 def test_rge2_is_unbiased_and_rge1_is_longer_by_the_roundings_variance():

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradless import kernels
 from gradless.errors import GradlessError
+from gradless.grids import Grid
+from gradless.noise import Stream, stochastic_round
 from gradless.tensor import Move, Part, QuantTensor
 
 
@@ -92,6 +95,50 @@ class CodeSpace(Space):
 
     def move(self, move: Move) -> int:
         return kernels.move_codes(self.tensor, move)
+
+
+class GridSpace(Space):
+    """A plain tensor whose values are a scale times the levels of a grid: x = scale * levels[codes].
+
+    Args:
+        name: of the tensor.
+        codes: int16, any shape; updates write them in place.
+        grid: the levels; a step is one level up or down, whatever its size.
+        scale: of the whole tensor.
+        clamp: whether a query stops at the grid's ends. Only a uniform grid has anything to read beyond them.
+    """
+
+    def __init__(self, name: str, codes: Tensor, grid: Grid, scale: float, *, clamp: bool = False) -> None:
+        self.name, self.values, self.grid, self.scale = name, codes, grid, scale
+        self.clamp = clamp or not grid.uniform
+        self._view: Move | None = None
+
+    @property
+    def codes(self) -> int:
+        return self.values.numel()
+
+    def shown(self) -> Tensor:
+        """x as a forward reads it now: fp32, of the codes' shape."""
+        if self._view is None:
+            return self.grid.values(self.values) * self.scale
+        codes = self.values + self._noise(self._view) * self._view.coefficient
+        if self.clamp:
+            codes = codes.clamp(self.grid.lowest, self.grid.highest)
+        return (codes if self.grid.uniform else self.grid.values(codes)) * self.scale
+
+    def view(self, move: Move | None) -> None:
+        self._view = move
+
+    def move(self, move: Move) -> int:
+        words = move.direction.words(self.name, Stream.ROUNDING)
+        step = stochastic_round(self._noise(move) * float(np.float32(move.coefficient)), words)
+        after = self.grid.step(self.values, step.to(self.values.dtype))
+        changed = int((after != self.values).sum())
+        self.values.copy_(after)
+        return changed
+
+    def _noise(self, move: Move) -> Tensor:
+        return move.direction.values(self.name, 0, self.values.numel(), self.values.device).view_as(self.values)
 
 
 class DenseSpace(Space):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from gradless import noise
 from gradless.errors import GradlessError
-from gradless.methods.base import Group, ZerothOrderOptimizer
+from gradless.methods.base import Closure, Group, ZerothOrderOptimizer
 from gradless.noise import Distribution, Signs
 from gradless.spaces import Space
 from gradless.tensor import Move
@@ -30,6 +30,8 @@ class ZOQO(ZerothOrderOptimizer):
         lr: eta, in grid steps.
         eps: mu, in grid steps; the discretized Gaussian leaves most codes alone where it is well below 1.
         whole_steps: never less than one step, as in the paper.
+        hold: query x itself too, a third forward, and move only where one side of it is lower. Near the optimum a forced
+            step of one level drifts away from it; this stops it there.
         span: this many neighbouring codes of a row share one coordinate of u; 1 in the paper.
         weight_decay: must be 0.
         q: directions a step.
@@ -47,6 +49,7 @@ class ZOQO(ZerothOrderOptimizer):
         eps: float = 0.3,
         *,
         whole_steps: bool = False,
+        hold: bool = False,
         span: int = 1,
         weight_decay: float = 0.0,
         q: int = 1,
@@ -55,7 +58,7 @@ class ZOQO(ZerothOrderOptimizer):
     ) -> None:
         if distribution not in ("gaussian", "uniform") or weight_decay:
             raise GradlessError("ZOQO's noise is gaussian (discretized) or uniform on the grid, and its weight_decay is 0.")
-        self.whole_steps, self.shape = whole_steps, distribution
+        self.whole_steps, self.hold, self.shape = whole_steps, hold, distribution
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian")
         self.span = span
@@ -73,6 +76,14 @@ class ZOQO(ZerothOrderOptimizer):
         """u is in grid steps already."""
         del group
         return 1.0
+
+    def query(self, closure: Closure) -> list[tuple[float, float]]:
+        """See `ZerothOrderOptimizer.query`; with `hold`, a query that finds nothing better than x counts as a tie."""
+        losses = super().query(closure)
+        if self.hold:
+            here = float(closure())
+            losses = [pair if min(pair) < here else (here, here) for pair in losses]
+        return losses
 
     def derivative(self, plus: float, minus: float, group: Group) -> float:
         """The loss difference; only signs of sums of these are followed."""

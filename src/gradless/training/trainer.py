@@ -156,7 +156,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if args.method == "quzo":
             method["roundings"] = args.roundings
         if args.method == "zoqo":
-            method["whole_steps"] = args.whole_steps
+            method |= {"whole_steps": args.whole_steps, "hold": args.hold}
         return method
 
     def header_groups(self) -> list[dict[str, Any]]:
