@@ -116,6 +116,18 @@ def test_only_dense_folders_are_quantized(dense, tiny, tmp_path, capsys):
     assert "give --overwrite" in capsys.readouterr().err
 
 
+def test_info_shows_a_packed_folder(dense, tmp_path, capsys):
+    folder = quantized(dense, tmp_path / "base", "--grid", "nf4")
+    capsys.readouterr()
+    assert main(["info", str(folder), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["architecture"] == "llama"
+    assert {row["type"]: row["bits_per_weight"] for row in shown["types"]}["nf4/64"] == 4.25
+    assert shown["tunable"]["quzo, zoqo"]["values"] == 32 * shown["tunable"]["qzo"]["values"] * 2
+    assert main(["info", str(dense)]) == 1
+    assert "is a dense folder" in capsys.readouterr().err
+
+
 def test_damaged_folders(dense, tmp_path):
     folder = quantized(dense, tmp_path / "base", "--bits", "8")
     whole = (folder / WEIGHTS).read_bytes()

@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     replay.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
 
     info = _command(commands, "info", "Show what a file holds and what each method would tune.", INFO_EXAMPLES)
-    info.add_argument("model", help="A GGUF file.")
+    info.add_argument("model", help="A GGUF file, or a packed folder.")
     _options(info, ["eps"])
 
     dequantize = _command(commands, "dequantize", "Write a GGUF file as a dense bf16 folder.", DEQUANTIZE_EXAMPLES)

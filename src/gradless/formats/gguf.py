@@ -53,6 +53,10 @@ class GGUFFile(TensorFile):
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", "unknown"))
 
+    @property
+    def title(self) -> str:
+        return str(self.metadata.get("general.name", self.path.stem))
+
     def linear_layers(self) -> list[str]:
         return [name for name in self.quantized if self.belongs_to_a_layer(name)]
 

@@ -45,6 +45,18 @@ class PackedModel(QuantizedModel):
             self.file.export(temporary / WEIGHTS, {s.name: s.values for s in spaces if isinstance(s, DenseSpace)})
 
 
+class PackedFile(TensorFile):
+    """The weights of a packed folder."""
+
+    @property
+    def architecture(self) -> str:
+        return str(json.loads((self.path.parent / "config.json").read_text()).get("model_type", "unknown"))
+
+    @property
+    def title(self) -> str:
+        return self.path.parent.name
+
+
 def header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file, and where its data begin."""
     with path.open("rb") as file:
@@ -64,7 +76,7 @@ def is_packed(folder: Path) -> bool:
     return path.is_file() and header(path)[0].get("__metadata__", {}).get("format") == FORMAT
 
 
-def open_packed(folder: Path) -> TensorFile:
+def open_packed(folder: Path) -> PackedFile:
     """Map the weights of a packed folder.
 
     Raises:
@@ -85,7 +97,7 @@ def open_packed(folder: Path) -> TensorFile:
             except KeyError as error:
                 raise GradlessError(f"{path}: {name} has type {kind}, which this gradless does not know.") from error
         tensors[name] = TensorInfo(name, kind, shape, start + begin, end - begin)
-    return TensorFile(path, tensors)
+    return PackedFile(path, tensors)
 
 
 def load_packed(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> PackedModel:

@@ -63,6 +63,16 @@ class TensorFile:
                 packed = raw.view(math.prod(info.shape[:-1]), info.shape[-1] // block.size, block.nbytes)
                 self.quantized[info.name] = QuantTensor(info.name, block, packed)
 
+    @property
+    def architecture(self) -> str:
+        """transformers' or GGUF's name of the model's kind."""
+        return "unknown"
+
+    @property
+    def title(self) -> str:
+        """What the file calls its model."""
+        return self.path.stem
+
     def linear_layers(self) -> list[str]:
         """The packed matrices that are trained by default: all but the embeddings and the head."""
         return list(self.quantized)

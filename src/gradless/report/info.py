@@ -1,15 +1,18 @@
-"""What a GGUF file holds, and what each method would tune in it."""
+"""What a quantized checkpoint holds, and what each method would tune in it."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gradless import kernels
+from gradless.errors import GradlessError
 from gradless.formats.gguf import GGUFFile
+from gradless.formats.packed import is_packed, open_packed
 from gradless.formats.tensor_file import FLOAT_TYPES
 from gradless.noise import Direction
 from gradless.tensor import Move, Part, QuantTensor
@@ -23,10 +26,13 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
     """Types, sizes, and what each method would tune.
 
     Args:
-        path: of the file.
+        path: of a GGUF file, or of a packed folder.
         eps: the perturbation to check against the scratch's rounding; None for the default.
     """
-    file = GGUFFile.open(path)
+    folder = Path(path)
+    if folder.is_dir() and not is_packed(folder):
+        raise GradlessError(f"{path} is a dense folder, or none; info shows GGUF files and packed folders.")
+    file = open_packed(folder) if folder.is_dir() else GGUFFile.open(path)
     counts = Counter(info.type for info in file.tensors.values())
     weights, nbytes = Counter[str](), Counter[str]()
     for info in file.tensors.values():
@@ -38,7 +44,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         "path": str(file.path),
         "bytes": file.path.stat().st_size,
         "architecture": file.architecture,
-        "name": file.metadata.get("general.name"),
+        "name": file.title,
         "types": [
             {
                 "type": name,
@@ -51,6 +57,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         ],
         "tunable": {
             "qzo": {"tensors": len(linear), "values": sum(tensor.packed[..., 0].numel() for tensor in linear)},
+            "quzo, zoqo": {"tensors": len(linear), "values": sum(tensor.rows * tensor.columns for tensor in linear)},
             "mezo": {
                 "tensors": sum(counts[name] for name in FLOAT_TYPES),
                 "values": sum(weights[name] for name in FLOAT_TYPES),
@@ -87,16 +94,17 @@ def as_text(description: dict[str, Any]) -> str:
     lines = [
         f"{description['path']}: {description['name']} ({description['architecture']}), {description['bytes']:,} bytes",
         "",
-        f"  {'type':6} {'tensors':>8} {'weights':>14} {'bits':>7} {'bytes':>14}",
+        f"  {'type':16} {'tensors':>8} {'weights':>14} {'bits':>7} {'bytes':>14}",
     ]
     for row in description["types"]:
         lines.append(
-            f"  {row['type']:6} {row['tensors']:>8} {row['weights']:>14,} {row['bits_per_weight']:>7} {row['bytes']:>14,}"
+            f"  {row['type']:16} {row['tensors']:>8} {row['weights']:>14,} {row['bits_per_weight']:>7} {row['bytes']:>14,}"
         )
     tunable = description["tunable"]
     lines += [
         "",
         f"  qzo would tune  {tunable['qzo']['values']:>12,} block values in {tunable['qzo']['tensors']} linear layers",
+        f"  quzo, zoqo would tune {tunable['quzo, zoqo']['values']:>6,} codes of the same layers",
         f"  mezo would tune {tunable['mezo']['values']:>12,} values in {tunable['mezo']['tensors']} float tensors",
         f"  kernels: {description['kernels']}"
         + (f" ({description['why_not_compiled']})" if description["why_not_compiled"] else ""),
