@@ -138,6 +138,6 @@ def test_damaged_folders(dense, tmp_path):
     with pytest.raises(GradlessError, match="not a safetensors file"):
         run.load_model(folder)
     tensors = {"w": torch.zeros(2, 2, 34, dtype=torch.uint8)}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "gradless-packed", "types": json.dumps({"w": "int5/7"})})
+    save_file(tensors, folder / WEIGHTS, metadata={"gradless-packed": json.dumps({"w": "int5/7"})})
     with pytest.raises(GradlessError, match="int5/7, which this gradless does not know"):
         run.load_model(folder)

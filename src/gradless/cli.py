@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -179,6 +180,9 @@ def main(arguments: list[str] | None = None) -> int:
     except GradlessError as error:
         print(f"gradless: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("gradless: stopped", file=sys.stderr)
         return 130
@@ -265,8 +269,6 @@ def _quantize(parsed: argparse.Namespace) -> int:
 
 def _prepare_libraries() -> None:
     """Keep the libraries quiet."""
-    import os
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

@@ -58,10 +58,7 @@ class GGUFFile(TensorFile):
         return str(self.metadata.get("general.name", self.path.stem))
 
     def linear_layers(self) -> list[str]:
-        return [name for name in self.quantized if self.belongs_to_a_layer(name)]
-
-    def belongs_to_a_layer(self, name: str) -> bool:
-        return not name.startswith(NOT_LINEAR)
+        return [name for name in self.quantized if not name.startswith(NOT_LINEAR)]
 
 
 class _Header:

@@ -2,8 +2,7 @@
 
     config.json, tokenizer files ...     as transformers writes them
     model.safetensors                    every linear weight as uint8 (rows, blocks, bytes of a block); all else as it was
-        __metadata__.format              "gradless-packed"
-        __metadata__.types               JSON: weight name -> block type ("int4/64", see `blocks.grid_block`)
+        __metadata__.gradless-packed     JSON: weight name -> block type ("int4/64", see `blocks.grid_block`)
 
 A block is its fp16 scale, its fp16 offset where the grid is not symmetric, and its codes.
 """
@@ -73,7 +72,7 @@ def header(path: Path) -> tuple[dict[str, Any], int]:
 def is_packed(folder: Path) -> bool:
     """Whether a folder holds a packed checkpoint of ours."""
     path = folder / WEIGHTS
-    return path.is_file() and header(path)[0].get("__metadata__", {}).get("format") == FORMAT
+    return path.is_file() and FORMAT in header(path)[0].get("__metadata__", {})
 
 
 def open_packed(folder: Path) -> PackedFile:
@@ -84,7 +83,7 @@ def open_packed(folder: Path) -> PackedFile:
     """
     path = folder / WEIGHTS
     content, start = header(path)
-    types: dict[str, str] = json.loads(content.pop("__metadata__")["types"])
+    types: dict[str, str] = json.loads(content.pop("__metadata__")[FORMAT])
     tensors, size = {}, path.stat().st_size
     for name, entry in content.items():
         begin, end = entry["data_offsets"]
@@ -160,7 +159,7 @@ def quantize(model: Any, tokenizer: Any, grid: str, group_size: int | None, outp
             model.generation_config.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": FORMAT, "types": json.dumps(types)})
+        save_file(tensors, temporary / WEIGHTS, metadata={FORMAT: json.dumps(types)})
 
 
 def packed_rows(weight: Tensor, name: str, grid: str, group_size: int | None, *, search: bool) -> tuple[str, Tensor]:

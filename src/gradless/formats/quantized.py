@@ -70,7 +70,12 @@ class QuantizedModel:
 
     def tunable(self) -> dict[str, list[str]]:
         """Names of what can be searched, by kind: block values or codes of linear layers, float tensors, norms and biases."""
-        floats = [name for name in self.floats if self.file.belongs_to_a_layer(name)]
+        head = self.model.get_output_embeddings()
+        floats = [
+            name
+            for name, shown in self.floats.items()
+            if not any(isinstance(module, nn.Embedding) or module is head for module, _ in shown.sites)
+        ]
         vectors = [name for name in floats if self.floats[name].values.ndim == 1]
         linear = self.file.linear_layers()
         return {"blocks": linear, "codes": linear, "floats": floats, "vectors": vectors}

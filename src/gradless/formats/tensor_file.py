@@ -77,10 +77,6 @@ class TensorFile:
         """The packed matrices that are trained by default: all but the embeddings and the head."""
         return list(self.quantized)
 
-    def belongs_to_a_layer(self, name: str) -> bool:
-        """Whether a tensor is part of the network's layers: neither embedding nor head."""
-        return name not in self.quantized or name in self.linear_layers()
-
     def export(self, path: Path, floats: dict[str, Tensor] | None = None) -> None:
         """Write a copy of the file with the tuned fields patched at their offsets.
 

@@ -39,6 +39,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         weights[info.type] += math.prod(info.shape)
         nbytes[info.type] += info.nbytes
     linear = [file.quantized[name] for name in file.linear_layers()]
+    floats = [info for info in file.tensors.values() if info.type in FLOAT_TYPES and len(info.shape) == 1]
     eps = eps or DEFAULTS["qzo"][1]
     return {
         "path": str(file.path),
@@ -58,10 +59,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         "tunable": {
             "qzo": {"tensors": len(linear), "values": sum(tensor.packed[..., 0].numel() for tensor in linear)},
             "quzo, zoqo": {"tensors": len(linear), "values": sum(tensor.rows * tensor.columns for tensor in linear)},
-            "mezo": {
-                "tensors": sum(counts[name] for name in FLOAT_TYPES),
-                "values": sum(weights[name] for name in FLOAT_TYPES),
-            },
+            "mezo": {"tensors": len(floats), "values": sum(math.prod(info.shape) for info in floats)},
         },
         "kernels": kernels.name(),
         "why_not_compiled": kernels.why_not_compiled(),
@@ -105,7 +103,7 @@ def as_text(description: dict[str, Any]) -> str:
         "",
         f"  qzo would tune  {tunable['qzo']['values']:>12,} block values in {tunable['qzo']['tensors']} linear layers",
         f"  quzo, zoqo would tune {tunable['quzo, zoqo']['values']:>6,} codes of the same layers",
-        f"  mezo would tune {tunable['mezo']['values']:>12,} values in {tunable['mezo']['tensors']} float tensors",
+        f"  mezo would tune {tunable['mezo']['values']:>12,} values in {tunable['mezo']['tensors']} norms and biases",
         f"  kernels: {description['kernels']}"
         + (f" ({description['why_not_compiled']})" if description["why_not_compiled"] else ""),
     ]
