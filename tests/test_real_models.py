@@ -15,17 +15,25 @@ pytestmark = pytest.mark.slow
 STEPS = 40
 
 
-@pytest.fixture(scope="module", params=["smollm2", "gemma3"])
-def base(request):
-    return request.getfixturevalue(request.param)
+@pytest.fixture(scope="module", params=[("smollm2", "qzo"), ("smollm2", "quzo"), ("gemma3", "qzo")], ids=" ".join)
+def model_and_method(request):
+    model, method = request.param
+    return request.getfixturevalue(model), method
 
 
 @pytest.fixture(scope="module")
-def run(base, shared_data, tmp_path_factory):
+def base(model_and_method):
+    return model_and_method[0]
+
+
+@pytest.fixture(scope="module")
+def run(model_and_method, shared_data, tmp_path_factory):
     """A short run on SST-2: long enough that predictions are no longer all the same."""
+    base, method = model_and_method
     output = tmp_path_factory.mktemp("real") / "run"
     train = str(shared_data / "sst2" / "train.tsv")
-    arguments = ["tune", str(base), train, "--task", "sst2", "--steps", str(STEPS), "--lr", "1e-3", "--schedule", "constant"]
+    arguments = ["tune", str(base), train, "--task", "sst2", "--steps", str(STEPS), "--schedule", "constant"]
+    arguments += ["--method", method, "--lr", {"qzo": "1e-3", "quzo": "3e-4"}[method]]
     assert main([*arguments, "--output", str(output)]) == 0
     return output
 

@@ -60,9 +60,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         q: queries (directions) a step; each costs two forwards.
         seed: of the run; directions follow from (seed, step, query, tensor name, offset).
         distribution: of the directions' coordinates, or its name.
+        span: how many consecutive elements of a tensor share one coordinate of a direction.
 
     Attributes:
-        span: how many consecutive elements of a tensor share one coordinate of a direction.
         moved: the share of all integer codes that the last update changed; None where none are searched.
     """
 
@@ -74,6 +74,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         q: int,
         seed: int,
         distribution: Distribution | str,
+        span: int = 1,
     ) -> None:
         listed = list(spaces)
         groups: list[Group] = cast(list[Group], listed) if isinstance(listed[0], dict) else [{"spaces": listed}]
@@ -83,9 +84,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if distribution not in NAMED:
                 raise GradlessError(f"directions over continuous values are {' or '.join(NAMED)}, not {distribution}.")
             distribution = NAMED[distribution]
-        self.q, self.seed, self._distribution = q, seed, distribution
+        self.q, self.seed, self.span, self._distribution = q, seed, span, distribution
         self.t = 0
-        self.span = 1
         self.moved: float | None = None
         self.pending: Estimate | None = None
 

@@ -60,8 +60,7 @@ class QuZO(ZerothOrderOptimizer):
             raise GradlessError("QuZO rounds Gaussian directions onto whole codes: distribution gaussian, weight_decay 0.")
         self.roundings = roundings
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
-        self.span = span
+        super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution, span=span)
 
     def distribution(self, group: Group) -> Distribution:
         """Of u_1. A u that is rounded once is drawn rounded: the same distribution, at a sixth of the cost."""

@@ -60,8 +60,7 @@ class ZOQO(ZerothOrderOptimizer):
             raise GradlessError("ZOQO's noise is gaussian (discretized) or uniform on the grid, and its weight_decay is 0.")
         self.whole_steps, self.hold, self.shape = whole_steps, hold, distribution
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian")
-        self.span = span
+        super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian", span=span)
 
     def distribution(self, group: Group) -> Distribution:
         """Of u, in grid steps."""

@@ -12,7 +12,8 @@ WINDOW = 50
 
 
 def plot_run(journal_path: Path, picture: Path) -> None:
-    """Draw the training loss (a mean over 50 steps) and, where it was measured, the held-out loss and accuracy."""
+    """Draw the training loss (a mean over 50 steps), the held-out loss and accuracy where they were measured, and the share of
+    the integer codes that each update changed where there are codes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,14 +21,22 @@ def plot_run(journal_path: Path, picture: Path) -> None:
 
     journal = Journal.open(journal_path)
     losses = [estimate.loss for estimate in journal.estimates()]
-    measured = journal.evaluations()
+    measured, moves = journal.evaluations(), journal.moves()
     journal.close()
     finite = [loss if math.isfinite(loss) else math.nan for loss in losses]
     means = [sum(finite[max(0, i - WINDOW) : i]) / min(i, WINDOW) for i in range(1, len(finite) + 1)]
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    panels = {"height_ratios": [3, 1]} if moves else {}
+    figure, axes = plt.subplots(
+        1 + bool(moves), figsize=(7, 5.5 if moves else 4), layout="constrained", sharex=True, squeeze=False, **panels
+    )
+    axis = axes[0, 0]
     axis.plot(finite, color="C0", alpha=0.2, linewidth=0.8)
     axis.plot(means, color="C0", label=f"training loss, mean of {WINDOW} steps")
-    axis.set(xlabel="step", ylabel="loss")
+    axis.set(ylabel="loss")
+    if moves:
+        axes[1, 0].plot(*zip(*moves, strict=True), color="C3", linewidth=0.8, label="share of codes moved")
+        axes[1, 0].set(ylabel="moved")
+    axes[-1, 0].set(xlabel="step")
     if measured:
         steps = [row["step"] for row in measured]
         axis.plot(steps, [row["loss"] for row in measured], "o-", color="C1", markersize=4, label="held-out loss")
