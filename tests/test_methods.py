@@ -286,6 +286,24 @@ def test_a_quadratic_over_a_grid_is_solved_to_its_neighbourhood(bits, make, opti
     assert distance < (best(grid, s, target) - target).norm() / n**0.5 + s
 
 
+def test_zoqo_learns_from_comparisons_alone():
+    """Nobody says how good an answer is, only which of two is nearer to what was asked for."""
+    grid, s = mid_tread(4, -1.0, 1.0)
+    target = torch.linspace(-0.8, 0.7, 8)
+    space = GridSpace("x", torch.zeros(8, dtype=torch.int16), grid, s)
+
+    def worse(first: torch.Tensor, second: torch.Tensor) -> float:
+        return float((first - target).norm() - (second - target).norm())
+
+    method = ZOQO([space], lr=1.0, eps=0.5, compare=worse)
+    for step in range(600):
+        method.param_groups[0]["lr"] = 1 - step / 600
+        assert set(method.step(space.shown).losses[0]) <= {-0.5, 0.0, 0.5}
+    assert (space.shown() - target).norm() / 8**0.5 < 2 * s
+    with pytest.raises(GradlessError, match="hold needs losses"):
+        ZOQO([space], hold=True, compare=worse)
+
+
 def test_rge2_is_unbiased_and_rge1_is_longer_by_the_roundings_variance():
     """On a linear loss over codes: E = g for two roundings, (1 + v / eps^2) g for one; v is the rounding's variance."""
     n, eps, trials = 64, 0.5, 4000

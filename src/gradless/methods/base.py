@@ -150,11 +150,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         losses = []
         for query in range(self.q):
             with self.at(query, +1):
-                plus = float(closure())
+                plus = closure()
             with self.at(query, -1):
-                minus = float(closure())
-            losses.append((plus, minus))
+                minus = closure()
+            losses.append(self.losses_of(plus, minus))
         return losses
+
+    def losses_of(self, plus: Any, minus: Any) -> tuple[float, float]:
+        """The losses that the closure's two outcomes are."""
+        return float(plus), float(minus)
 
     def estimate_of(self, losses: Sequence[tuple[float, float]]) -> Estimate:
         """The estimate that follows from a step's losses, one (plus, minus) pair a query."""

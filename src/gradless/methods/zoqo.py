@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from gradless import noise
 from gradless.errors import GradlessError
@@ -32,6 +33,8 @@ class ZOQO(ZerothOrderOptimizer):
         whole_steps: never less than one step, as in the paper.
         hold: query x itself too, a third forward, and move only where one side of it is lower. Near the optimum a forced
             step of one level drifts away from it; this stops it there.
+        compare: orders two outcomes of the closure, above zero where the first is worse, 0 where they tie, below zero where
+            it is better: then the closure may return anything, and only which of two answers is better needs to be known.
         span: this many neighbouring codes of a row share one coordinate of u; 1 in the paper.
         weight_decay: must be 0.
         q: directions a step.
@@ -50,6 +53,7 @@ class ZOQO(ZerothOrderOptimizer):
         *,
         whole_steps: bool = False,
         hold: bool = False,
+        compare: Callable[[Any, Any], float] | None = None,
         span: int = 1,
         weight_decay: float = 0.0,
         q: int = 1,
@@ -58,7 +62,9 @@ class ZOQO(ZerothOrderOptimizer):
     ) -> None:
         if distribution not in ("gaussian", "uniform") or weight_decay:
             raise GradlessError("ZOQO's noise is gaussian (discretized) or uniform on the grid, and its weight_decay is 0.")
-        self.whole_steps, self.hold, self.shape = whole_steps, hold, distribution
+        if hold and compare:
+            raise GradlessError("hold needs losses, which a comparison does not give; leave one of the two out.")
+        self.whole_steps, self.hold, self.compare, self.shape = whole_steps, hold, compare, distribution
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian", span=span)
 
@@ -83,6 +89,14 @@ class ZOQO(ZerothOrderOptimizer):
             here = float(closure())
             losses = [pair if min(pair) < here else (here, here) for pair in losses]
         return losses
+
+    def losses_of(self, plus: Any, minus: Any) -> tuple[float, float]:
+        """The two losses, or what stands for them where there is only a comparison: half its sign, and minus half."""
+        if self.compare is None:
+            return super().losses_of(plus, minus)
+        order = self.compare(plus, minus)
+        half = ((order > 0) - (order < 0)) / 2
+        return half, -half
 
     def derivative(self, plus: float, minus: float, group: Group) -> float:
         """The loss difference; only signs of sums of these are followed."""
