@@ -260,6 +260,16 @@ def test_held_steps_move_only_where_a_side_is_lower():
     assert torch.equal(space.tensor.packed, before)
     assert method.step(lambda: next(losses)).losses == ((2.0, 3.0),)
     assert not torch.equal(space.tensor.packed, before)
+    assert method.moved > 0
+
+
+@pytest.mark.parametrize("pair", [(float("nan"), 1.0), (1.0, float("nan"))])
+def test_holding_does_not_hide_a_nan(pair):
+    method = ZOQO([codes()], lr=1.0, hold=True)
+    method.moved = 0.5
+    losses = iter([*pair, 0.5])
+    assert not method.step(lambda: next(losses)).finite
+    assert method.moved == 0
 
 
 def best(grid: Grid, s: float, target: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from gradless import kernels, run
 from gradless.blocks import block_type
 from gradless.cli import main
 from gradless.errors import GradlessError
-from gradless.formats.packed import WEIGHTS, open_packed, packed_rows
+from gradless.formats.packed import WEIGHTS, open_packed, packed_rows, quantize
 from gradless.grids import GRIDS
 from gradless.tensor import QuantTensor
 from tests.test_cli import TASK
@@ -79,6 +79,36 @@ def test_bits_quantize_a_dense_folder_first(dense, rows, tmp_path):
     quantized(dense, tmp_path / "same", "--bits", "8")
     assert (tmp_path / "run" / "base" / WEIGHTS).read_bytes() == (tmp_path / "same" / WEIGHTS).read_bytes()
     assert (tmp_path / "run" / "model" / WEIGHTS).is_file()
+
+
+def test_overwriting_a_run_that_quantizes_keeps_its_new_base(dense, rows, tmp_path):
+    arguments = ["tune", str(dense), str(rows), *TASK, "--batch-size", "4", "--steps", "2", "--method", "zoqo", "--bits", "8"]
+    arguments += ["--share", "0.2", "--output", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    before = (tmp_path / "run" / "base" / WEIGHTS).read_bytes()
+    assert main([*arguments, "--overwrite", "--labels", "0=no"]) == 1  # bad input leaves the run that is there alone
+    assert (tmp_path / "run" / "base" / WEIGHTS).read_bytes() == before
+    assert main([*arguments, "--overwrite", "--bits", "4"]) == 0
+    assert open_packed(tmp_path / "run" / "base").quantized["model.layers.0.mlp.up_proj.weight"].block.name == "int4/64"
+    journal = str(tmp_path / "run" / "journal.db")
+    assert main(["replay", str(tmp_path / "run" / "base"), journal, "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "run" / "model" / WEIGHTS).read_bytes()
+
+
+def test_the_input_is_never_replaced(dense, capsys):
+    held = sorted(file.name for file in dense.iterdir())
+    assert main(["quantize", str(dense), "--bits", "4", "--output", str(dense), "--overwrite"]) == 1
+    assert "never the model itself" in capsys.readouterr().err
+    assert sorted(file.name for file in dense.iterdir()) == held
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
+    with pytest.raises(GradlessError, match="no linear layer to quantize"):
+        quantize(model, None, "int8", 32, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_layout_is_the_documented_one(dense, tmp_path):

@@ -65,7 +65,7 @@ def base(name: str) -> Path:
     dense = WORK.dense_folder()
     folder = WORK.runs / "models" / name
     if name != "dense" and not folder.exists():
-        run.quantize(str(dense), folder, RunOptions(**PACKED[name]))
+        run.quantize(run.load_model(dense), folder, RunOptions(**PACKED[name]))
     return dense if name == "dense" else folder
 
 

@@ -246,9 +246,7 @@ def _dequantize(parsed: argparse.Namespace) -> int:
     from gradless.formats.gguf_model import load_gguf
     from gradless.formats.quantized import dequantized
 
-    output = Path(parsed.output)
-    if output.exists() and (not parsed.overwrite or output.resolve() == Path(parsed.model).resolve()):
-        raise GradlessError(f"{output} exists; give --overwrite to replace it, or another --output.")
+    output = _free_output(parsed)
     loaded = load_gguf(parsed.model)
     write_folder(dequantized(loaded), loaded.tokenizer, output)
     print(json.dumps({"output": str(output)}) if parsed.json else f"wrote {output}")
@@ -260,11 +258,18 @@ def _quantize(parsed: argparse.Namespace) -> int:
     _prepare_libraries()
     from gradless import run
 
-    if Path(parsed.output).exists() and not parsed.overwrite:
-        raise GradlessError(f"{parsed.output} exists; give --overwrite to replace it, or another --output.")
-    result = run.quantize(parsed.model, Path(parsed.output), options)
+    output = _free_output(parsed)
+    result = run.quantize(run.load_model(parsed.model), output, options)
     print(json.dumps(result) if parsed.json else f"wrote {result['output']}: {result['bytes']:,} bytes, {result['grid']}")
     return 0
+
+
+def _free_output(parsed: argparse.Namespace) -> Path:
+    """The folder to write, unless it exists; with --overwrite it may, but never the model itself."""
+    output = Path(parsed.output)
+    if output.exists() and (not parsed.overwrite or output.resolve() == Path(parsed.model).resolve()):
+        raise GradlessError(f"{output} exists; give --overwrite to replace it (never the model itself), or another --output.")
+    return output
 
 
 def _prepare_libraries() -> None:

@@ -144,14 +144,10 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     if options.threads:
         torch.set_num_threads(options.threads)
     say = Console(stderr=True, quiet=quiet).print
-    if options.bits is not None or options.grid not in ("int", "uint"):
-        base = output / "base"
-        if not options.resume:
-            say(f"quantizing {model} to {base}")
-            quantize(model, base, options)
-        model = str(base)
-    say(f"loading {model}")
-    loaded = load_model(model)
+    base = output / "base" if options.bits is not None or options.grid != "int" else None
+    source = base if base is not None and options.resume else Path(model)
+    say(f"loading {source}")
+    loaded = load_model(source)
     train = prepare(data, loaded, options, limit=options.train_rows, shuffled=True)
     held_out = (
         None
@@ -160,6 +156,10 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     )
     if options.overwrite:
         _clear(output)
+    if base is not None and not options.resume:
+        say(f"quantizing {model} to {base}")
+        quantize(loaded, base, options)
+        loaded = load_model(base)
 
     steps = options.steps or (NO_LIMIT if options.max_minutes else DEFAULT_STEPS)
     before = None
@@ -206,14 +206,14 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     return summary
 
 
-def quantize(model: str, output: Path, options: RunOptions) -> dict[str, Any]:
-    """Round a dense folder's linear layers to the grid that the options name; write a packed folder."""
+def quantize(loaded: Model, output: Path, options: RunOptions) -> dict[str, Any]:
+    """Round a dense model's linear layers to the grid that the options name; write a packed folder."""
     grid, group = grid_name(options), None if options.group_size == "channel" else int(options.group_size)
-    path = Path(model)
-    if not path.is_dir() or is_packed(path):
-        raise GradlessError(f"{model} is no dense folder; only those are quantized (a GGUF file: gradless dequantize first).")
-    dense = DenseModel.load(path)
-    packed.quantize(dense.model, dense.tokenizer, grid, group, output, search=options.search)
+    if not isinstance(loaded, DenseModel):
+        raise GradlessError(
+            f"{loaded.path} is no dense folder; only those are quantized (a GGUF file: gradless dequantize first)."
+        )
+    packed.quantize(loaded.model, loaded.tokenizer, grid, group, output, search=options.search)
     return {"output": str(output), "grid": grid, "bytes": (output / packed.WEIGHTS).stat().st_size}
 
 

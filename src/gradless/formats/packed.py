@@ -137,7 +137,7 @@ def quantize(model: Any, tokenizer: Any, grid: str, group_size: int | None, outp
         search: choose ranges by squared error.
 
     Raises:
-        GradlessError: the grid is unknown, or a row cannot be divided so.
+        GradlessError: the grid is unknown, a row cannot be divided so, or there is no linear layer.
     """
     from safetensors.torch import save_file
 
@@ -152,6 +152,8 @@ def quantize(model: Any, tokenizer: Any, grid: str, group_size: int | None, outp
         elif parameter.data_ptr() not in shared:
             shared.add(parameter.data_ptr())
             tensors[name] = parameter.detach().to(torch.bfloat16).contiguous()
+    if not types:
+        raise GradlessError(f"{type(model).__name__} has no linear layer to quantize.")
     with replacing_folder(output) as temporary:
         temporary.mkdir(parents=True)
         model.config.save_pretrained(temporary)

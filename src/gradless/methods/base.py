@@ -171,14 +171,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         An estimate with a loss that is not finite changes nothing but the step's number.
         """
+        changed = 0
         if estimate.finite:
-            changed = 0
             each = zip(self.param_groups, self.spaces_of, estimate.d, estimate.lr, strict=True)
             for group, spaces, d, lr in each:
                 for move in self.moves(estimate.step, d, lr, group):
                     changed += sum(space.move(move) for space in spaces)
-            codes = sum(space.codes for space in self.spaces)
-            self.moved = changed / codes if codes else None
+        codes = sum(space.codes for space in self.spaces)
+        self.moved = changed / codes if codes else None
         self.t = estimate.step + 1
 
     def step(self, closure: Closure | None = None) -> Estimate:  # type: ignore[override]

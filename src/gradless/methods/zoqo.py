@@ -87,7 +87,8 @@ class ZOQO(ZerothOrderOptimizer):
         losses = super().query(closure)
         if self.hold:
             here = float(closure())
-            losses = [pair if min(pair) < here else (here, here) for pair in losses]
+            # A NaN is not above x: its pair stays, and the step is skipped and counted.
+            losses = [(here, here) if all(loss >= here for loss in pair) else pair for pair in losses]
         return losses
 
     def losses_of(self, plus: Any, minus: Any) -> tuple[float, float]:
