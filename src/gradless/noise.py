@@ -49,6 +49,7 @@ class Stream(IntEnum):
     ORDER = 2
     FIRST = 3  # QuZO's two roundings of one u
     SECOND = 4
+    DITHER = 5  # where the residuals of codes begin
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.grids import Grid
-from gradless.noise import Stream, stochastic_round
 from gradless.tensor import Move, Part, QuantTensor
 
 
@@ -79,11 +77,15 @@ class CodeSpace(Space):
     Args:
         tensor: the packed weight; updates write its codes in place.
         clamp: whether a query stops at the grid's ends as an update does.
+        residual: keep what an update's rounding left over, a byte a code, and add it to the next (error feedback). Without
+            one every update is rounded stochastically: unbiased too, but each adds noise of its own.
     """
 
-    def __init__(self, tensor: QuantTensor, *, clamp: bool = False) -> None:
+    def __init__(self, tensor: QuantTensor, *, clamp: bool = False, residual: bool = False) -> None:
         tensor.tune(Part.CODE)
         tensor.clamp = clamp
+        if residual:
+            tensor.residual = kernels.dither(tensor.name, torch.Size((tensor.rows, tensor.columns)))
         self.name, self.values, self.tensor = tensor.name, tensor.packed, tensor
 
     @property
@@ -106,10 +108,14 @@ class GridSpace(Space):
         grid: the levels; a step is one level up or down, whatever its size.
         scale: of the whole tensor.
         clamp: whether a query stops at the grid's ends. Only a uniform grid has anything to read beyond them.
+        residual: as in `CodeSpace`.
     """
 
-    def __init__(self, name: str, codes: Tensor, grid: Grid, scale: float, *, clamp: bool = False) -> None:
+    def __init__(
+        self, name: str, codes: Tensor, grid: Grid, scale: float, *, clamp: bool = False, residual: bool = False
+    ) -> None:
         self.name, self.values, self.grid, self.scale = name, codes, grid, scale
+        self.residual = kernels.dither(name, codes.shape).to(codes.device) if residual else None
         self.clamp = clamp or not grid.uniform
         self._view: Move | None = None
 
@@ -130,8 +136,7 @@ class GridSpace(Space):
         self._view = move
 
     def move(self, move: Move) -> int:
-        words = move.direction.words(self.name, Stream.ROUNDING)
-        step = stochastic_round(self._noise(move) * float(np.float32(move.coefficient)), words)
+        step = kernels.whole_steps(self._noise(move), self.name, move, self.residual)
         after = self.grid.step(self.values, step.to(self.values.dtype))
         changed = int((after != self.values).sum())
         self.values.copy_(after)

@@ -13,6 +13,10 @@ from gradless.blocks import BlockType
 from gradless.noise import Direction, Signs
 
 
+RESIDUAL_UNIT = 1 / 256
+"""Of a grid step: a residual, a signed byte, reaches from half a step below its code to half a step above."""
+
+
 class Move(NamedTuple):
     """x -> decay * x + coefficient * u: a query's view of a point x, and an update of it, are both one of these.
 
@@ -51,6 +55,8 @@ class QuantTensor:
         master: fp32, (rows, blocks), in file order: the tuned block values; None where there are none.
         view: the move under which a forward reads what is tuned, or None to read it as it is.
         clamp: whether a query's codes stop at the grid's ends; otherwise they are read in a wider integer.
+        residual: int8, (rows, columns), in file order: what updates still owe each code, in units of `RESIDUAL_UNIT` steps;
+            None where an update is rounded to whole steps at once.
     """
 
     name: str
@@ -62,6 +68,7 @@ class QuantTensor:
     master: Tensor | None = field(default=None, repr=False)
     view: Move | None = None
     clamp: bool = False
+    residual: Tensor | None = field(default=None, repr=False)
 
     @property
     def rows(self) -> int:
@@ -78,7 +85,7 @@ class QuantTensor:
 
     def to(self, device: torch.device) -> None:
         """Move everything it holds to a device."""
-        for name in ("packed", "row_order", "master"):
+        for name in ("packed", "row_order", "master", "residual"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.to(device))
 

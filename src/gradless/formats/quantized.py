@@ -81,13 +81,21 @@ class QuantizedModel:
         return {"blocks": linear, "codes": linear, "floats": floats, "vectors": vectors}
 
     def spaces(
-        self, kind: str, names: list[str], *, part: str = "scale", relative: bool = True, clamp: bool = False, **_: Any
+        self,
+        kind: str,
+        names: list[str],
+        *,
+        part: str = "scale",
+        relative: bool = True,
+        clamp: bool = False,
+        residual: bool = False,
+        **_: Any,
     ) -> list[Space]:
         """Spaces over the named tensors of one kind; float tensors are tuned in fp32 masters of their own."""
         if kind == "blocks":
             return [BlockSpace(self.file.quantized[name], part, relative=relative) for name in names]
         if kind == "codes":
-            return [CodeSpace(self.file.quantized[name], clamp=clamp) for name in names]
+            return [CodeSpace(self.file.quantized[name], clamp=clamp, residual=residual) for name in names]
         found: list[Space] = []
         for name in names:
             shown = self.floats.get(name) or ShownFloat(self.file.floats[name])

@@ -17,11 +17,21 @@ from torch import Tensor
 from gradless import noise
 from gradless.blocks import BLOCK_TYPES, block_type
 from gradless.kernels import reference
-from gradless.kernels.reference import exported_offset
+from gradless.kernels.reference import exported_offset, whole_steps
 from gradless.noise import Direction
 from gradless.tensor import Move, Part, QuantTensor
 
-__all__ = ["dequantize", "exported_offset", "move_blocks", "move_codes", "moved", "name", "why_not_compiled"]
+__all__ = [
+    "dequantize",
+    "dither",
+    "exported_offset",
+    "move_blocks",
+    "move_codes",
+    "moved",
+    "name",
+    "whole_steps",
+    "why_not_compiled",
+]
 
 OWN_TESTED = ("int4/64", "nf4/32", "uint4/64+offset", "uint3/32+offset", "fp8-e4m3/64", "int8/32", "uint8/64+offset")
 """Of our own block types: every kernel that is compiled for them."""
@@ -43,6 +53,12 @@ def move_blocks(tensor: QuantTensor, move: Move) -> None:
 def move_codes(tensor: QuantTensor, move: Move) -> int:
     """Update a weight's codes in place; see `reference.move_codes`."""
     result: int = _ops(tensor.packed).move_codes(tensor, move)
+    return result
+
+
+def dither(name: str, shape: torch.Size) -> Tensor:
+    """Where the residuals of a tensor's codes begin, on the CPU; see `reference.dither`."""
+    result: Tensor = (_compiled()[0] or reference).dither(name, shape)
     return result
 
 
@@ -99,13 +115,15 @@ def self_test(ops: ModuleType) -> str | None:
                 tensor.tune(part)
                 if part is Part.CODE:
                     kernels.move_codes(tensor, code_move)
+                    tensor.residual = kernels.dither("self-test", torch.Size((tensor.rows, tensor.columns)))
+                    kernels.move_codes(tensor, code_move)
                     tensor.view = code_move._replace(coefficient=-1.0)
                 else:
                     kernels.move_blocks(tensor, value_move)
                     tensor.view = value_move
             same = torch.equal(ours.packed, theirs.packed)
-            if ours.master is not None and theirs.master is not None:
-                same &= torch.equal(ours.master, theirs.master)
+            for mine, other in ((ours.master, theirs.master), (ours.residual, theirs.residual)):
+                same &= mine is other is None or (mine is not None and other is not None and torch.equal(mine, other))
             for dtype in (torch.float32, torch.bfloat16):
                 same &= torch.equal(ops.dequantize(ours, rows, dtype), reference.dequantize(theirs, rows, dtype))
             if not same:

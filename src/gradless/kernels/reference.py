@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gradless import noise
-from gradless.noise import Stream
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.noise import Direction, Stream
+from gradless.tensor import RESIDUAL_UNIT, Move, Part, QuantTensor
 
 NAME = "torch"
 
@@ -73,23 +73,57 @@ def _noise(tensor: QuantTensor, move: Move) -> Tensor:
 
 
 def move_codes(tensor: QuantTensor, move: Move) -> int:
-    """Update the packed codes in place: q <- clamp(q + SR(coefficient * u)), the grid's ends being the clamp's.
+    """Update the packed codes in place: q <- clamp(q + k), the grid's ends being the clamp's; see `whole_steps` for k.
 
     Args:
-        tensor: with `part` CODE.
-        move: over an integer distribution; a coefficient that is no integer is rounded stochastically, code by code.
+        tensor: with `part` CODE; its residual is updated too.
+        move: over an integer distribution.
 
     Returns:
         How many codes changed.
     """
-    words = move.direction.words(tensor.name, Stream.ROUNDING)
-    step = noise.stochastic_round(_noise(tensor, move) * _f32(move.coefficient), words)
+    step = whole_steps(_noise(tensor, move), tensor.name, move, tensor.residual)
     blocks = tensor.packed.flatten(0, 1)
     before = tensor.block.unpack(blocks).codes.flatten(1)
     step = step.view_as(before)
     after = torch.where(step == 0, before, (before + step).clamp(*tensor.block.codes))
     blocks.copy_(tensor.block.pack(blocks, after))
     return int((after != before).sum())
+
+
+def whole_steps(u: Tensor, name: str, move: Move, residual: Tensor | None) -> Tensor:
+    """What an update by coefficient * u moves codes by.
+
+    Without a residual k = SR(coefficient * u). With one, an update is added to it, and k is the whole steps in the sum:
+
+        r <- r + SR(256 * coefficient * u),  k = round(r / 256),  r <- r - 256 * k
+
+    Args:
+        u: the direction's coordinates, fp32, any shape.
+        name: of the tensor.
+        move: for its coefficient and its random words.
+        residual: int8, of as many elements, updated in place; or None.
+
+    Returns:
+        Whole numbers, fp32, of u's shape.
+    """
+    words = move.direction.words(name, Stream.ROUNDING)
+    if residual is None:
+        return noise.stochastic_round(u * _f32(move.coefficient), words)
+    owed = residual.view_as(u) + noise.stochastic_round(u * (_f32(move.coefficient) / RESIDUAL_UNIT), words)
+    whole = torch.floor(owed * RESIDUAL_UNIT + 0.5)
+    residual.copy_((owed - whole / RESIDUAL_UNIT).view_as(residual))
+    return whole
+
+
+def dither(name: str, shape: torch.Size) -> Tensor:
+    """Where the residuals of a tensor begin: uniform over their range, int8.
+
+    Were they all zero, no code would move before an update of half a step had come together; like this, one of a thousandth of
+    a step moves one code in a thousand.
+    """
+    words = Direction(0, 0).words(name, Stream.DITHER)(0, -(-shape.numel() // 4))
+    return words.to(torch.uint32).view(torch.int8)[: shape.numel()].view(shape)
 
 
 def _moved_blocks(tensor: QuantTensor, move: Move) -> Tensor:

@@ -49,6 +49,9 @@ class MethodOptions:
     span: int = option(1, "quzo, zoqo: neighbouring codes that share one coordinate of a direction.")
     whole_steps: bool = option(False, "ZOQO: move by a whole grid step at least, as in the paper.")
     hold: bool = option(False, "ZOQO: a third forward a step, at x itself; move only where a side of it is lower.")
+    stateless: bool = option(
+        False, "quzo, zoqo: round every update at once, as in the papers, and keep no residual (a byte a code)."
+    )
     clamp: bool = option(False, "quzo, zoqo: stop at the grid's ends in queries too.")
     weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.")
 

@@ -170,7 +170,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 return [{**self._group("parameters", "mezo", "this model has no linear layer"), "master": args.master}]
             case "quzo" | "zoqo":
                 missing = f"{args.method} tunes integer codes, and this model has none; use --method mezo, or a GGUF"
-                return [{**self._group("codes", args.method, missing), "clamp": args.clamp}]
+                residual = not (args.stateless or args.whole_steps)
+                return [{**self._group("codes", args.method, missing), "clamp": args.clamp, "residual": residual}]
         missing = "qzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
         blocks = self._group("blocks", "qzo, absolute" if args.absolute else "qzo", missing)
         groups = [{**blocks, "part": args.part, "relative": not args.absolute, "clip": args.clip}]
@@ -389,7 +390,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
 
-SPACE_OPTIONS = ("kind", "names", "part", "relative", "master", "clamp")
+SPACE_OPTIONS = ("kind", "names", "part", "relative", "master", "clamp", "residual")
 """What a parameter group says of its spaces, not of the method."""
 
 

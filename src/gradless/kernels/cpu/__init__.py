@@ -67,6 +67,7 @@ class _Blocks(ctypes.Structure):
         ("zero", ctypes.c_int32),
         ("levels", ctypes.c_void_p),
         ("pieces", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
     )
 
 
@@ -120,6 +121,14 @@ def move_blocks(tensor: QuantTensor, move: Move) -> None:
 def move_codes(tensor: QuantTensor, move: Move) -> int:
     """See `reference.move_codes`."""
     return int(_library.gradless_move_codes(ctypes.byref(_blocks(tensor)), ctypes.byref(_move(move, tensor.name))))
+
+
+def dither(name: str, shape: torch.Size) -> Tensor:
+    """See `reference.dither`."""
+    out = torch.empty(shape, dtype=torch.int8)
+    words = _words(Direction(0, 0).words(name, Stream.DITHER))
+    _library.gradless_bytes(ctypes.byref(words), ctypes.c_int64(out.numel()), _at(out))
+    return out
 
 
 def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochastic: bool = False) -> Tensor:
@@ -206,4 +215,5 @@ def _blocks(tensor: QuantTensor, rows: Tensor | None = None) -> _Blocks:
         zero,
         None if levels is None else levels.data_ptr(),
         pieces.data_ptr(),
+        None if tensor.residual is None else tensor.residual.data_ptr(),
     )

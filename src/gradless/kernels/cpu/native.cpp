@@ -28,6 +28,7 @@ struct Blocks {
     int32_t zero;                    // the code that all-zero bits stand for
     const float *levels;             // what each code stands for, from the lowest on; null: itself
     const int32_t *pieces;           // blocks.Pieces: byte, low, code_low, width, each (2, size)
+    int8_t *residual;                // one a code, in 1/256 steps; null: none
 };
 
 INLINE uint16_t to_bf16(float f) {
@@ -185,23 +186,37 @@ INLINE void write_code(const Blocks &t, int size, uint8_t *b, int i, int code) {
     }
 }
 
-// The steps of one run of 128 codes, rounded stochastically to whole ones; whether any is not zero.
-CLONES static bool steps_of(const Move &move, Coordinates &u, uint64_t run, float step[128]) {
+// reference.whole_steps for one run of 128 codes, the last of n; whether any is not zero.
+CLONES static bool steps_of(const Move &move, Coordinates &u, uint64_t run, int8_t *residual, int64_t n, float step[128]) {
+    const float coefficient = residual ? move.coefficient * 256 : move.coefficient;
     Coordinates::read(u, run * 128, 128, step);
     int any = 0;
     for (int i = 0; i < 128; i++) {
-        step[i] = step[i] * move.coefficient;
+        step[i] = step[i] * coefficient;
         any |= step[i] != 0;
     }
     if (!any) return false;
-    if (move.coefficient == __builtin_floorf(move.coefficient)) return true;
-    uint32_t random[128];
-    run_of_words(move.rounding, run, random);
+    if (coefficient != __builtin_floorf(coefficient)) {
+        uint32_t random[128];
+        run_of_words(move.rounding, run, random);
+        any = 0;
+        for (int i = 0; i < 128; i++) {
+            step[i] = stochastic_round(step[i], random[i]);
+            any |= step[i] != 0;
+        }
+    }
+    if (!residual || !any) return any;
+    int8_t left[128] = {0};
+    residual += run * 128, n = std::min<int64_t>(128, n - (int64_t)run * 128);
+    std::memcpy(left, residual, n);
     any = 0;
     for (int i = 0; i < 128; i++) {
-        step[i] = stochastic_round(step[i], random[i]);
+        float owed = (float)left[i] + step[i];
+        step[i] = __builtin_floorf(owed * 0x1p-8f + 0.5f);
+        left[i] = (int8_t)(owed - step[i] * 256.0f);
         any |= step[i] != 0;
     }
+    std::memcpy(residual, left, n);
     return any;
 }
 
@@ -213,7 +228,7 @@ template <class T> INLINE int64_t move_codes_range(const Blocks &t, const Move &
     u.u = move.direction;
     for (int64_t run = begin; run < end; run++) {
         float step[128];
-        if (!steps_of(move, u, run, step)) continue;
+        if (!steps_of(move, u, run, t.residual, blocks * T::size, step)) continue;
         for (int from = 0; from < 128; from += part) {
             const float *s = step + from;
             int any = 0;
@@ -309,6 +324,16 @@ int64_t gradless_move_codes(const Blocks *t, const Move *move) {
     const int64_t runs = (t->all_blocks * block_size(*t) + 127) / 128;
     in_shares(runs, 1 << 8, [&](int64_t begin, int64_t end) { moved += move_codes(*t, *move, begin, end); });
     return moved;
+}
+
+void gradless_bytes(const Words *words, int64_t n, uint8_t *out) {
+    in_shares((n + 255) / 256, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t page = begin; page < end; page++) {
+            uint32_t word[64];
+            page_of_words(*words, page, word);
+            std::memcpy(out + 256 * page, word, std::min<int64_t>(256, n - 256 * page));
+        }
+    });
 }
 
 void gradless_moved(const Move *move, int64_t n, int32_t in_bf16, int32_t out_bf16, int32_t stochastic, const void *in, void *out) {
