@@ -8,8 +8,9 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,10 @@ class WorkList:
         from gradless.training.options import RunOptions
 
         output = self.runs / "".join(c if c.isalnum() else "-" for c in row["name"])
-        names = ("method", "steps", "seed", "lr", "eps", "share", "q", "roundings", "whole_steps", "distribution", "span")
+        names = {field.name for field in fields(RunOptions)}
         chosen = RunOptions(
             **row.get("prompt", WEAK),
-            **{name: row[name] for name in names if name in row},
+            **{name: value for name, value in row.items() if name in names},
             **more,
             eval=str(DATA / "dev.tsv"),
             train_rows=TRAIN_ROWS,
@@ -116,6 +117,37 @@ class WorkList:
         }
         journal.close()
         return found
+
+    def first_order(self, loaded: Any, steps: int, lr: float = 2e-5) -> Row:
+        """AdamW (constant lr, fp32) on all weights of a dense model, batch by batch in the order of seed 0."""
+        import torch
+
+        from gradless import noise, objectives, run
+        from gradless.training.options import RunOptions
+
+        options = RunOptions(**WEAK)
+        train = run.prepare(str(DATA / "train.tsv"), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
+        dev = run.prepare(str(DATA / "dev.tsv"), loaded, options).examples
+        model = loaded.model.float().requires_grad_(True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        curve, seconds, order = [], 0.0, noise.permutation(0, 0, len(train)).tolist()
+        torch.set_float32_matmul_precision("medium")
+        for step in range(steps + 1):
+            if step % 25 == 0 or step == steps:
+                metrics = objectives.evaluate(model, dev, loaded.tokenizer)
+                curve.append({"step": step, "seconds": seconds, **metrics})
+                print(curve[-1], flush=True)
+            if step < steps:
+                began = time.perf_counter()
+                start = step * BATCH % (len(order) - BATCH)
+                batch = objectives.collate([train[i] for i in order[start : start + BATCH]])
+                loss = objectives.losses(model, batch)[0].mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                seconds += time.perf_counter() - began
+        found = {"examples": len(dev), "curve": curve, "seconds": seconds, "seconds_a_step": seconds / max(1, steps), "lr": lr}
+        return {**metrics, **found}
 
     def dense_folder(self) -> Path:
         """SmolLM2 dequantized, made once."""

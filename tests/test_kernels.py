@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradless import kernels
+from gradless import kernels, noise
 from gradless.blocks import block_type
 from gradless.kernels import reference
 from gradless.noise import Direction, Rademacher, Signs
@@ -61,7 +61,8 @@ def test_a_kernel_that_differs_is_found_out(monkeypatch):
 @given(MOVES, st.integers(0, 3000), st.integers(1, 5000))
 def test_coordinates_have_noise_pys_bits(move, start, count):
     direction = move.direction
-    assert torch.equal(cpu.coordinates(direction, "w", start, count), direction.values("w", start, count))
+    drawn = cpu.coordinates(direction, "w", start + count, torch.device("cpu"))[start:]
+    assert torch.equal(drawn, direction.values("w", start, count))
 
 
 @settings(deadline=None, max_examples=150)
@@ -226,3 +227,111 @@ def test_codes_move_as_in_the_reference_and_stay_on_their_grid(name, rows, block
     asked = (coefficient * direction.values("w", 0, was.codes.numel())).view_as(was.codes)
     inside = (was.codes + asked.floor() >= lowest) & (was.codes + asked.ceil() <= highest)
     assert ((now.codes - was.codes - asked).abs()[inside & (was.codes >= lowest)] < 1).all()
+
+
+INTEGER_TYPES = [name for name in EVERY_TYPE if block_type(name).levels is None]
+WIDEST = noise.uniform_grid(127)
+CODE_VIEWS = st.builds(
+    Move,
+    st.builds(replace, INTEGER, distribution=st.sampled_from([*INTEGER_DISTRIBUTIONS, WIDEST])),
+    st.sampled_from([-1.0, 1.0]),
+    st.just(1.0),
+)
+READ = st.one_of(
+    st.tuples(st.none(), st.none()),
+    st.tuples(st.sampled_from(VALUE_PARTS), st.none() | MOVES),
+    st.tuples(st.just(Part.CODE), st.none() | CODE_VIEWS),
+)
+SIZES = [0.0, 1e-44, 1e-38, 1e-3, 1.0, 1e30]
+
+
+def activations(m: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Tokens of very different sizes, with outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.tensor(SIZES)[torch.randint(len(SIZES), (m, 1), generator=generator)]
+    return torch.randn(m, columns, generator=generator) ** 3 * size
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(INTEGER_TYPES),
+    st.integers(1, 40),
+    st.integers(1, 5),
+    st.integers(0, 40),
+    READ,
+    st.booleans(),
+    st.integers(1, 3),
+    DTYPES,
+    st.integers(0, 99),
+)
+def test_linear_int8_has_the_references_bits(name, rows, blocks, m, read, clamp, stride, dtype, seed):
+    tensor = quant(name, rows, blocks, seed)
+    part, view = read
+    if part is not None:
+        tensor.tune(part)
+        tensor.view, tensor.clamp = view, clamp
+        tensor.stride = 1 if clamp else stride  # random bytes hold codes off a short grid, which a clamp brings back
+    some = torch.randint(rows, (1 + seed % 40,), generator=torch.Generator().manual_seed(seed))
+    x = activations(m, tensor.columns, seed).to(dtype)
+    ours, theirs = (ops.linear_int8(tensor, some, x) for ops in (cpu, reference))
+    assert ours.shape == (m, len(some))
+    assert torch.equal(ours, theirs)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(INTEGER_TYPES), st.integers(1, 20), st.integers(1, 4), READ, st.integers(0, 99))
+def test_linear_int8_is_the_dense_product_with_quantized_tokens(name, rows, blocks, read, seed):
+    """Off by the fp32 roundings alone: those of each weight, and one or a few for every group."""
+    tensor = quant(name, rows, blocks, seed)
+    part, view = read
+    if part is not None:
+        tensor.tune(part)
+        tensor.view = view
+    order = torch.arange(rows)
+    x = Direction(seed, 0).values("x", 0, 5 * tensor.columns).view(5, -1)
+    s = np.abs(x.numpy()).max(1, keepdims=True) / np.float32(127)
+    xq = np.rint(x.numpy() / s)
+    assert (np.abs(x.numpy() - s * xq) <= 0.501 * s).all()
+    rounded = torch.from_numpy(s.astype(np.float64) * xq)
+    exact = rounded @ kernels.dequantize(tensor, order, torch.float32).double().T
+    codes, scale, offset = reference._read(tensor, order)
+    size = (scale * codes).abs() + (0 if offset is None else offset.abs())
+    size = rounded.abs() @ size.view(rows, -1).double().T
+    groups = tensor.columns / codes.shape[-1]
+    assert ((kernels.linear_int8(tensor, order, x) - exact).abs() <= (groups + 8) * 2.0**-24 * size).all()
+
+
+@pytest.mark.parametrize("ops", [cpu, reference], ids=lambda ops: ops.NAME)
+def test_codes_beyond_a_byte_are_multiplied_exactly(ops):
+    tensor = quant("int8/64", 21, 3)
+    tensor.packed[..., 0], tensor.packed[..., 1] = 0, 0x3C  # d = 1
+    tensor.tune(Part.CODE)
+    tensor.view = Move(Direction(3, 1, 4, WIDEST), -1.0)
+    codes = kernels.dequantize(tensor, torch.arange(21), torch.float32).long()
+    assert codes.abs().max() > 200
+    x = torch.randint(-127, 128, (17, tensor.columns), generator=torch.Generator().manual_seed(0))
+    x[:, 5] = 127  # so that a token's scale is 1
+    assert torch.equal(ops.linear_int8(tensor, torch.arange(21), x.float()).long(), x @ codes.T)
+
+
+@pytest.mark.parametrize("ops", [cpu, reference], ids=lambda ops: ops.NAME)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(ops, value):
+    tensor = quant("Q4_1", 20, 2)
+    x = activations(3, tensor.columns)
+    x[1, 7] = value
+    finite = ops.linear_int8(tensor, torch.arange(20), x).isfinite()
+    assert finite[[0, 2]].all()
+    assert not finite[1].any()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear_int8_has_the_same_bits_on_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    tensor, rows = quant("Q4_1", 100, 6), torch.arange(100)
+    x = activations(50, tensor.columns)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(cpu.linear_int8(tensor, rows, x), reference.linear_int8(tensor, rows, x))
+    finally:
+        torch.set_num_threads(before)

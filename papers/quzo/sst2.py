@@ -17,27 +17,46 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from worklist import DATA, WEAK, Row, WorkList, model_path
 
-STEPS = 500
-PACKED = {"int8": {"bits": 8}, "int4": {"bits": 4}, "fp8": {"grid": "fp8"}, "nf4": {"grid": "nf4"}}
+STEPS, LONG, FIRST_ORDER = 400, 2000, 50
+PACKED = {
+    "int8": {"bits": 8},
+    "int4": {"bits": 4},
+    "fp8": {"grid": "fp8"},
+    "fp8-e5m2": {"grid": "fp8-e5m2"},
+    "nf4": {"grid": "nf4"},
+}
+PAPER = {"stateless": True, "stride": 1}
+"""No residual, and every row tuned."""
 
 
 def rows() -> dict[str, Row]:
     """Every row of the table, in the order of its importance: three seeds for the main ones."""
     made: dict[str, Row] = {f"zero-shot, {name}": {"kind": "zero", "model": name} for name in ("dense", "q4_1", *PACKED)}
+    for bits in (8, 4):
+        name = f"int{bits}"
+        made[f"zero-shot, {name}, int8 activations"] = {"kind": "zero", "model": name, "activations": "int8"}
     main = {
-        "QuZO, int8": {"model": "int8", "method": "quzo", "eps": 3.0, "lr": 3.0},
-        "ZOQO, int8": {"model": "int8", "method": "zoqo", "eps": 3.0, "lr": 0.1},
-        "QuZO, Q4_1": {"model": "q4_1", "method": "quzo", "eps": 0.03, "lr": 3e-4},
-        "ZOQO, Q4_1": {"model": "q4_1", "method": "zoqo", "share": 0.02, "lr": 0.03},
-        "MeZO, bf16": {"model": "dense", "method": "mezo", "eps": 5e-3, "lr": 2.5e-5},
-        "QZO, Q4_1": {"model": "q4_1", "method": "qzo"},
+        "QuZO, int8": {"model": "int8", "method": "quzo"},
+        "ZOQO, int8, LoRA": {"model": "int8", "method": "zoqo", "lora": 8},
+        "QuZO, int4": {"model": "int4", "method": "quzo"},
+        "ZOQO, int8": {"model": "int8", "method": "zoqo"},
+        "ZOQO, int4": {"model": "int4", "method": "zoqo"},
     }
     other = {
-        "QuZO, fp8": {"model": "fp8", "method": "quzo", "eps": 0.5, "lr": 0.1},
-        "QuZO, int4": {"model": "int4", "method": "quzo", "eps": 0.03, "lr": 3e-4},
-        "QuZO, nf4": {"model": "nf4", "method": "quzo", "eps": 0.03, "lr": 3e-4},
-        "QuZO, int8, Q-RGE2": {"model": "int8", "method": "quzo", "eps": 3.0, "lr": 3.0, "roundings": 2},
-        "QuZO, Q4_1, Q-RGE2": {"model": "q4_1", "method": "quzo", "eps": 0.03, "lr": 3e-4, "roundings": 2},
+        "QZO, Q4_1": {"model": "q4_1", "method": "qzo"},
+        "MeZO, bf16": {"model": "dense", "method": "mezo", "eps": 5e-3, "lr": 2.5e-5},
+        "QuZO, Q4_1": {"model": "q4_1", "method": "quzo"},
+        "ZOQO, Q4_1": {"model": "q4_1", "method": "zoqo"},
+        "QuZO, int4, int8 activations (W4A8)": {"model": "int4", "method": "quzo", "activations": "int8"},
+        "QuZO, int8, int8 activations": {"model": "int8", "method": "quzo", "activations": "int8"},
+        "QuZO, fp8": {"model": "fp8", "method": "quzo"},
+        "ZOQO, int4, LoRA of 4 bits": {"model": "int4", "method": "zoqo", "lora": 8, "lora_bits": 4},
+        "QuZO, int8, LoRA": {"model": "int8", "method": "quzo", "lora": 8},
+        "QuZO, int8, Q-RGE2": {"model": "int8", "method": "quzo", "roundings": 2},
+        "QuZO, int4, Q-RGE2": {"model": "int4", "method": "quzo", "roundings": 2},
+        "QuZO, int8, stateless, every row": {"model": "int8", "method": "quzo", **PAPER, "eps": 3.0, "lr": 3.0},
+        "QuZO, int4, stateless, every row": {"model": "int4", "method": "quzo", **PAPER, "eps": 0.03, "lr": 3e-4},
+        "ZOQO, int8, uniform noise": {"model": "int8", "method": "zoqo", "distribution": "uniform"},
         "ZOQO, int8, as in the paper": {
             "model": "int8",
             "method": "zoqo",
@@ -45,11 +64,29 @@ def rows() -> dict[str, Row]:
             "lr": 1.0,
             "distribution": "uniform",
             "whole_steps": True,
+            "stride": 1,
         },
+        "ZOQO, int4, as in the paper": {
+            "model": "int4",
+            "method": "zoqo",
+            "eps": 1.0,
+            "lr": 1.0,
+            "distribution": "uniform",
+            "whole_steps": True,
+            "stride": 1,
+        },
+        "QuZO, nf4": {"model": "nf4", "method": "quzo"},
+        "ZOQO, nf4": {"model": "nf4", "method": "zoqo"},
+        "QuZO, fp8-e5m2": {"model": "fp8-e5m2", "method": "quzo"},
     }
     for name, row in main.items():
         for seed in range(3):
             made[f"{name}, seed {seed}"] = {"kind": "tune", **row, "steps": STEPS, "seed": seed}
+    for bits in (8, 4):
+        name = f"straight-through AdamW, int{bits}, {FIRST_ORDER} steps"
+        made[name] = {"kind": "ste", "bits": bits, "steps": FIRST_ORDER}
+    for name in ("QuZO, int8", "ZOQO, int8, LoRA", "QuZO, int4"):
+        made[f"{name}, {LONG} steps"] = {"kind": "tune", **main[name], "steps": LONG, "seed": 0}
     for name, row in other.items():
         made[f"{name}, seed 0"] = {"kind": "tune", **row, "steps": STEPS, "seed": 0}
     return made
@@ -73,11 +110,22 @@ def zero(row: Row) -> Row:
     from gradless import run
     from gradless.training.options import RunOptions
 
-    return run.evaluate(str(base(row["model"])), str(DATA / "dev.tsv"), RunOptions(**WEAK))
+    options = RunOptions(**WEAK, activations=row.get("activations", "bf16"))
+    return run.evaluate(str(base(row["model"])), str(DATA / "dev.tsv"), options)
 
 
 def tune(row: Row) -> Row:
     return WORK.tune(row, base(row["model"]), every=100)
+
+
+def ste(row: Row) -> Row:
+    from ste import fake_quantized
+
+    from gradless import run
+
+    loaded = run.load_model(WORK.dense_folder())
+    loaded.model = fake_quantized(loaded.model.float(), row["bits"])
+    return WORK.first_order(loaded, row["steps"])
 
 
 def table(done: dict[str, Row]) -> str:
@@ -100,7 +148,7 @@ def table(done: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
-WORK = WorkList(Path(__file__).resolve(), rows(), {"zero": zero, "tune": tune})
+WORK = WorkList(Path(__file__).resolve(), rows(), {"zero": zero, "tune": tune, "ste": ste})
 
 if __name__ == "__main__":
     WORK.main(__doc__, table)

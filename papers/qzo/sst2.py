@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from worklist import BATCH, DATA, ROOT, TRAIN_ROWS, WEAK, Row, WorkList, model_path
+from worklist import DATA, ROOT, TRAIN_ROWS, WEAK, Row, WorkList, model_path
 
 STRONG = {"template": "Review: {text}\nSentiment:", "labels": "0=negative,1=positive"}
 
@@ -98,33 +97,10 @@ def bias(_row: Row) -> Row:
 
 
 def adamw(row: Row) -> Row:
-    """First-order AdamW (lr 2e-5, constant) on all weights of the dense model: what backpropagation reaches."""
-    import torch
+    """First-order AdamW on all weights of the dense model: what backpropagation reaches."""
+    from gradless import run
 
-    from gradless import noise, objectives, run
-
-    loaded = run.load_model(WORK.dense_folder())
-    train = run.prepare(str(DATA / "train.tsv"), loaded, options({}), limit=TRAIN_ROWS, shuffled=True).examples
-    dev = run.prepare(str(DATA / "dev.tsv"), loaded, options({})).examples
-    model = loaded.model.float().requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
-    curve, seconds, order = [], 0.0, noise.permutation(0, 0, len(train)).tolist()
-    torch.set_float32_matmul_precision("medium")
-    for step in range(row["steps"] + 1):
-        if step % 25 == 0:
-            metrics = objectives.evaluate(model, dev, loaded.tokenizer)
-            curve.append({"step": step, "seconds": seconds, **metrics})
-            print(curve[-1], flush=True)
-        if step < row["steps"]:
-            began = time.perf_counter()
-            start = step * BATCH % (len(order) - BATCH)
-            batch = objectives.collate([train[i] for i in order[start : start + BATCH]])
-            loss = objectives.losses(model, batch)[0].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            seconds += time.perf_counter() - began
-    return {**metrics, "examples": len(dev), "curve": curve, "seconds": seconds, "lr": 2e-5}
+    return WORK.first_order(run.load_model(WORK.dense_folder()), row["steps"])
 
 
 def table(finished: dict[str, Row]) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,18 @@ class BlockType:
     offset_unit: float | None
     unpack: Callable[[Tensor], Unpacked]
     levels: tuple[float, ...] | None = None
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The levels of its codes."""
+        lowest, highest = self.codes
+        return Grid(self.name, lowest, self.levels or tuple(map(float, range(lowest, highest + 1))))
+
+    def step(self, packed: Tensor) -> float:
+        """The mean size of a grid step in blocks (n, nbytes) uint8, in units of the weights."""
+        multiplier = self.unpack(packed).multiplier.abs().mean(1)
+        span = self.grid.levels[-1] - self.grid.levels[0]
+        return float((self.field(packed, self.scale_at).abs() * multiplier).mean()) * span / self.grid.steps
 
     def level(self, codes: Tensor) -> Tensor:
         """What codes stand for: fp32 of any shape; on a grid that is not uniform, codes beyond its ends are its ends."""

@@ -22,12 +22,14 @@ examples:
   gradless tune model.gguf train.tsv --task sst2 --output runs/first --resume
   gradless tune model.gguf train.tsv --task sst2 --method quzo --output runs/quzo
   gradless tune dense-folder/ train.tsv --task sst2 --method zoqo --bits 8 --output runs/zoqo
+  gradless tune model.gguf train.tsv --task sst2 --method zoqo --lora 8 --output runs/lora
   gradless tune dense-folder/ train.tsv --task sst2 --method mezo --output runs/mezo
   gradless tune model.gguf train.tsv --config run.yaml
 """
 EVAL_EXAMPLES = """\
 examples:
   gradless eval runs/first/model.gguf dev.tsv --task sst2 --json
+  gradless eval model.gguf dev.tsv --task sst2 --adapter runs/lora/adapter
   gradless eval model.gguf dev.tsv --template "Review: {text}\\nSentiment:" --labels 0=negative,1=positive
 """
 REPLAY_EXAMPLES = """\
@@ -37,6 +39,12 @@ example:
 INFO_EXAMPLES = """\
 example:
   gradless info model.gguf
+"""
+PLAN_EXAMPLES = """\
+examples:
+  gradless plan model.gguf
+  gradless plan dense-folder/ --methods adamw,lora,qzo --batch-size 1 --length 512 --bits 4 --group-size 128
+  gradless plan config.json --json
 """
 DEQUANTIZE_EXAMPLES = """\
 example:
@@ -48,7 +56,7 @@ examples:
   gradless quantize dense-folder --grid fp8 --group-size channel --output packed-folder
 """
 DATA_HELP = "JSONL, CSV, TSV, Parquet or SQuAD JSON, or the name of a data set."
-EVAL_OPTIONS = ("task", "template", "labels", "split", "eval_rows", "max_length", "batch_size", "threads")
+EVAL_OPTIONS = ("task", "template", "labels", "split", "eval_rows", "max_length", "batch_size", "activations", "threads")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "eval", "Measure a model on labelled rows.", EVAL_EXAMPLES)
     evaluate.add_argument("model", help="A GGUF file, or a folder of a packed or a dense model.")
     evaluate.add_argument("data", help=DATA_HELP)
+    evaluate.add_argument("--adapter", metavar="DIR", help="Measure it with the LoRA adapter of this PEFT folder.")
     _options(evaluate, EVAL_OPTIONS)
 
     replay = _command(commands, "replay", "Rebuild a tuned model from its base and its journal.", REPLAY_EXAMPLES)
@@ -80,6 +89,19 @@ def parser() -> argparse.ArgumentParser:
     info = _command(commands, "info", "Show what a file holds and what each method would tune.", INFO_EXAMPLES)
     info.add_argument("model", help="A GGUF file, or a packed folder.")
     _options(info, ["eps"])
+
+    plan = _command(commands, "plan", "Predict the peak memory of tuning a model, by method.", PLAN_EXAMPLES)
+    plan.add_argument("model", help="A GGUF file, a model's folder, packed or dense, or a config.json; weights are not read.")
+    plan.add_argument(
+        "--methods",
+        default="all",
+        metavar="A,B,..",
+        help="Some of: adamw, sgd, qat, lora, qlora, mezo, zoqo, quzo, qzo. (default: all)",
+    )
+    plan.add_argument("--batch-size", type=int, default=16, metavar="N", help="Examples in a forward. (default: 16)")
+    plan.add_argument("--length", type=int, default=128, metavar="N", help="Tokens of an example. (default: 128)")
+    plan.add_argument("--bits", type=int, metavar="N", help="What a dense model would be quantized to. (default: 4)")
+    plan.add_argument("--group-size", type=int, metavar="N", help="Weights of a row that would share a range. (default: 64)")
 
     dequantize = _command(commands, "dequantize", "Write a GGUF file as a dense bf16 folder.", DEQUANTIZE_EXAMPLES)
     dequantize.add_argument("model", help="A GGUF file.")
@@ -208,7 +230,7 @@ def _eval(parsed: argparse.Namespace) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    result = run.evaluate(parsed.model, parsed.data, options, quiet=parsed.json)
+    result = run.evaluate(parsed.model, parsed.data, options, adapter=parsed.adapter, quiet=parsed.json)
     if parsed.json:
         print(json.dumps(result))
     else:
@@ -237,6 +259,17 @@ def _info(parsed: argparse.Namespace) -> int:
 
     description = info.describe(parsed.model, run_options(parsed).eps)
     print(json.dumps(description) if parsed.json else info.as_text(description))
+    return 0
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    _prepare_libraries()
+    from gradless import memory
+
+    methods = memory.METHODS if parsed.methods == "all" else [name.strip() for name in parsed.methods.split(",")]
+    shapes = memory.shapes_of(Path(parsed.model), bits=parsed.bits, group_size=parsed.group_size)
+    planned = memory.plan(shapes, methods, batch_size=parsed.batch_size, length=parsed.length)
+    print(json.dumps(planned) if parsed.json else memory.as_text(planned))
     return 0
 
 
@@ -281,7 +314,15 @@ def _prepare_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-_COMMANDS = {"tune": _tune, "eval": _eval, "replay": _replay, "info": _info, "dequantize": _dequantize, "quantize": _quantize}
+_COMMANDS = {
+    "tune": _tune,
+    "eval": _eval,
+    "replay": _replay,
+    "info": _info,
+    "plan": _plan,
+    "dequantize": _dequantize,
+    "quantize": _quantize,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ two levels is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -35,10 +35,17 @@ class Grid:
         """The code of the last level."""
         return self.lowest + len(self.levels) - 1
 
-    @property
+    @cached_property
     def uniform(self) -> bool:
         """Whether every level is its own code."""
         return self.levels == tuple(range(self.lowest, self.highest + 1))
+
+    @cached_property
+    def steps(self) -> float:
+        """How many steps the grid has from end to end, were they all as long as those a third of the way out from zero, where
+        most weights lie (the largest of a group of 64 normal values is about three times their standard deviation)."""
+        third = next(i for i, level in enumerate(self.levels) if 3 * level >= self.levels[-1])
+        return (self.levels[-1] - self.levels[0]) / (self.levels[third] - self.levels[third - 1])
 
     @property
     def symmetric(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradless import kernels
+from gradless.errors import GradlessError
 from gradless.tensor import QuantTensor
 
 # oneDNN keeps a compiled kernel for each of the last 1024 shapes that it saw; with batches of every length that is 100 MB.
@@ -41,6 +42,7 @@ class QuantLinear(_Packed):
         packed: the packed (out_features, in_features) weight; an embedding's, where the head is tied to it.
         bias: (out_features,) or None.
         only: int64 (n,), the outputs to compute instead of all, or None (see `restricted_to`).
+        integer: quantize the inputs to int8, token by token, and multiply integers (see `set_activations`).
     """
 
     def __init__(self, weight: QuantTensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
@@ -49,6 +51,7 @@ class QuantLinear(_Packed):
         self.bias = bias
         self.dtype = dtype
         self.only: Tensor | None = None
+        self.integer = False
 
     @property
     def in_features(self) -> int:
@@ -64,6 +67,9 @@ class QuantLinear(_Packed):
             few = kernels.dequantize(self.packed, file_rows(self.packed)[self.only], torch.float32)
             return F.linear(x.float(), few, None if self.bias is None else self.bias[self.only].float())
         rows, bias = file_rows(self.packed), self.bias
+        if self.integer:
+            y = kernels.linear_int8(self.packed, rows, x.flatten(0, -2)).view(*x.shape[:-1], -1)
+            return (y if bias is None else y + bias.float()).to(x.dtype)
         tile = max(1, TILE // self.in_features)
         inputs = x.to(self.dtype)
         outputs = [F.linear(inputs, kernels.dequantize(self.packed, some, self.dtype)) for some in torch.split(rows, tile)]
@@ -72,6 +78,21 @@ class QuantLinear(_Packed):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.packed.block.name}, bias={self.bias is not None}"
+
+
+def set_activations(model: nn.Module, activations: str) -> None:
+    """What packed layers multiply: "bf16" weights with bf16 inputs, or "int8" inputs with the integer codes themselves.
+
+    Raises:
+        GradlessError: int8, and a layer's codes are no integers (FP8, NF4).
+    """
+    for layer in (module for module in model.modules() if isinstance(module, QuantLinear)):
+        layer.integer = activations == "int8"
+        if layer.integer and layer.packed.block.levels is not None:
+            raise GradlessError(
+                f"{layer.packed.name} is {layer.packed.block.name}, whose codes are no integers; "
+                "int8 activations need an integer grid: leave --activations out."
+            )
 
 
 class QuantEmbedding(_Packed):

@@ -1,10 +1,283 @@
-"""How much memory this process holds."""
+"""How much memory this process holds, and how much each way of tuning a model would need.
+
+A plan is the peak of one step, in bytes, from shapes alone. It counts tensors: what the interpreter, its libraries or a
+GPU's context hold comes on top, and so does what an allocator keeps of the memory that it was given back. With P the
+parameters, N the weights of the linear layers (heads left out), B their blocks, L the largest of them, A the values of
+adapters of rank 8 on all of them, T = batch * length the tokens and V the vocabulary:
+
+            weights          gradients  states                 scratch
+    adamw   4 P              4 P        8 P: two moments       -
+    sgd     4 P              4 P        -: no momentum         -
+    qat     4 P + 4 N        4 P        8 P                    4 L: a layer being rounded
+    lora    2 P + 4 A        4 A        8 A                    -
+    qlora   packed + 4 A     4 A        8 A                    2 L: a layer, unpacked
+    mezo    2 P              -          -                      2 L: a layer, moved
+    zoqo    packed           -          N / 16: residuals       2 min(L, TILE): a tile, unpacked
+    quzo    packed           -          N / 16: residuals       2 min(L, TILE)
+    qzo     packed           -          4 B: fp32 masters      2 min(L, TILE)
+
+Full tuning is in fp32: 16 bytes a parameter with AdamW, which is also what mixed precision takes (bf16 weights and gradients,
+fp32 masters and moments). QAT holds latent weights and their rounded copies. Adapters are fp32 on a bf16 base, as peft makes
+them. `packed` is the quantized checkpoint's own tensors: of a dense model what `gradless quantize` would write, blocks for
+linear layers and bf16 for all else. Where a file is mapped into memory, as gradless does it, rows of an embedding that no token
+looks up are counted though they are never read. ZOQO and QuZO tune one row in 16 (their default), and hold a byte
+a code of those.
+
+A backward keeps, of every token, the input and the output of every linear layer,
+
+    4 T sum(inputs + outputs)
+
+where all is tuned, and with adapters 2 T sum(inputs + outputs), in bf16, and 4 T sum(inputs), peft's fp32 copy of each
+adapter's input. This is the count of Korthikanti et al. (arXiv 2205.05198) layer by layer, without dropout and with attention
+that keeps no scores; that q, k and v share one input makes up for what norms and activation functions keep. Gradients and
+activations are added, though a backward frees the one while it makes the other: both are whole where a step has several
+micro-batches. A forward alone holds one block's values, in bf16: the residual stream, its normalized copy, and three of the
+widest layer's (a gated product and its factors),
+
+    2 T (2 hidden + 3 widest)
+
+Logits are those that a loss needs, one position an example: fp32 logits and their log-softmax, 8 V bytes an example, and 12 V
+with their gradient.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
 import psutil
+import torch
+
+from gradless.blocks import GROUP_SIZES, grid_block
+from gradless.errors import GradlessError
+from gradless.formats.gguf import GGUFFile
+from gradless.formats.packed import is_packed, open_packed
+from gradless.formats.tensor_file import TensorFile
+from gradless.grids import integers
+from gradless.layers import TILE
+from gradless.spaces import parameter_sites
+from gradless.training.options import DEFAULT_STRIDE
+
+METHODS = ("adamw", "sgd", "qat", "lora", "qlora", "mezo", "zoqo", "quzo", "qzo")
+"""What can be planned: by gradients all weights, quantization-aware, or adapters; by forward passes the rest."""
+RANK = 8
+"""Of LoRA's adapters."""
+BITS, GROUP_SIZE = 4, 64
+"""What a dense model is taken to be quantized to where nothing else is asked for."""
 
 
 def resident_bytes() -> int:
     """Resident memory of this process, memory-mapped file pages included."""
     return int(psutil.Process().memory_info().rss)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a plan needs to know of a model.
+
+    Attributes:
+        name: for a person.
+        parameters: values in all tensors; a head that is tied to an embedding counts once.
+        linear: (outputs, inputs) of every linear layer, heads left out.
+        vocabulary: rows of the embedding.
+        hidden: its columns, the width of the residual stream.
+        packed: bytes of all tensors of the quantized checkpoint.
+        blocks: blocks of the linear layers in it.
+    """
+
+    name: str
+    parameters: int
+    linear: tuple[tuple[int, int], ...]
+    vocabulary: int
+    hidden: int
+    packed: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step, by what holds them; see the module."""
+
+    weights: int
+    gradients: int
+    states: int
+    activations: int
+    logits: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory:
+    """What a step of `method` needs.
+
+    Args:
+        method: one of `METHODS`.
+        shapes: of the model.
+        batch_size: examples in a forward.
+        length: tokens of an example.
+    """
+    p, inputs = shapes.parameters, sum(columns for _, columns in shapes.linear)
+    both = inputs + sum(rows for rows, _ in shapes.linear)
+    n, largest = (of(rows * columns for rows, columns in shapes.linear) for of in (sum, max))
+    tokens, adapters = batch_size * length, RANK * both
+    forward = {
+        "gradients": 0,
+        "activations": 2 * tokens * (2 * shapes.hidden + 3 * max(map(max, shapes.linear))),
+        "logits": 8 * batch_size * shapes.vocabulary,
+    }
+    full = {"gradients": 4 * p, "activations": 4 * tokens * both, "logits": 12 * batch_size * shapes.vocabulary}
+    adapted = {**full, "gradients": 4 * adapters, "activations": tokens * (2 * both + 4 * inputs), "states": 8 * adapters}
+    tile = 2 * min(largest, TILE)
+    match method:
+        case "adamw":
+            return Memory(weights=4 * p, states=8 * p, scratch=0, **full)
+        case "sgd":
+            return Memory(weights=4 * p, states=0, scratch=0, **full)
+        case "qat":
+            return Memory(weights=4 * p + 4 * n, states=8 * p, scratch=4 * largest, **full)
+        case "lora":
+            return Memory(weights=2 * p + 4 * adapters, scratch=0, **adapted)
+        case "qlora":
+            return Memory(weights=shapes.packed + 4 * adapters, scratch=2 * largest, **adapted)
+        case "mezo":
+            return Memory(weights=2 * p, states=0, scratch=2 * largest, **forward)
+        case "zoqo" | "quzo":
+            residuals = sum(-(-rows // DEFAULT_STRIDE) * columns for rows, columns in shapes.linear)
+            return Memory(weights=shapes.packed, states=residuals, scratch=tile, **forward)
+        case "qzo":
+            return Memory(weights=shapes.packed, states=4 * shapes.blocks, scratch=tile, **forward)
+    raise GradlessError(f"there is no method {method!r} to plan for; there are {', '.join(METHODS)}.")
+
+
+def plan(shapes: Shapes, methods: Sequence[str], *, batch_size: int, length: int) -> dict[str, Any]:
+    """What a step of each method needs, as plain values: bytes, and each total's ratio to the largest."""
+    for name, value in (("batch size", batch_size), ("length", length)):
+        if value < 1:
+            raise GradlessError(f"the {name} is {value}; a plan needs at least 1.")
+    needs = {m: need(m, shapes, batch_size=batch_size, length=length) for m in methods}
+    largest = max(memory.total for memory in needs.values())
+    rows = {m: {**asdict(memory), "total": memory.total, "ratio": memory.total / largest} for m, memory in needs.items()}
+    return {
+        "name": shapes.name,
+        "parameters": shapes.parameters,
+        "packed": shapes.packed,
+        "batch_size": batch_size,
+        "length": length,
+        "methods": rows,
+    }
+
+
+def as_text(planned: dict[str, Any]) -> str:
+    """A plan for a person, in MB."""
+    rows = planned["methods"]
+    columns = ("weights", "gradients", "states", "activations", "logits", "scratch", "total")
+    lines = [
+        f"{planned['name']}: {planned['parameters']:,} parameters, {planned['packed']:,} bytes when quantized",
+        f"peak of a step on {planned['batch_size']} x {planned['length']} tokens, in MB; the interpreter comes on top",
+        "",
+        f"  {'method':8}" + "".join(f"{name:>13}" for name in columns) + f"{'of largest':>13}",
+    ]
+    for method, row in rows.items():
+        lines.append(f"  {method:8}" + "".join(f"{row[name] / 1e6:13,.1f}" for name in columns) + f"{row['ratio']:13.1%}")
+    return "\n".join(lines)
+
+
+def shapes_of(path: Path, *, bits: int | None = None, group_size: int | None = None) -> Shapes:
+    """The shapes of a model; its weights are not read.
+
+    Args:
+        path: of a GGUF file, a packed or a dense folder, or a config.json.
+        bits: what a dense model's linear layers would be quantized to; None for `BITS`.
+        group_size: and how many weights of a row would share a range; None for `GROUP_SIZE`.
+
+    Raises:
+        GradlessError: there is no model, it cannot be read, or it is packed already and `bits` or `group_size` is given.
+    """
+    packed = is_packed(path) if path.is_dir() else path.is_file() and path.suffix != ".json"
+    if packed and (bits or group_size):
+        raise GradlessError(f"{path} is quantized already; leave --bits and --group-size out.")
+    if packed and path.is_dir():
+        embedding = _skeleton(_config(path)).get_input_embeddings().weight
+        return _of_file(open_packed(path), *embedding.shape)
+    if packed:
+        file = GGUFFile.open(path)
+        if "token_embd.weight" not in file.tensors:
+            raise GradlessError(f"{path} has no tensor token_embd.weight; give the GGUF file of a language model.")
+        return _of_file(file, *file.tensors["token_embd.weight"].shape)
+    return shapes_of_config(_config(path), str(path), bits=bits, group_size=group_size)
+
+
+def shapes_of_config(config: Any, name: str, *, bits: int | None = None, group_size: int | None = None) -> Shapes:
+    """The shapes of the dense model that a transformers configuration describes; see `shapes_of`."""
+    bits, group_size = bits or BITS, group_size or GROUP_SIZE
+    if not 2 <= bits <= 8:
+        raise GradlessError(f"--bits is {bits}; codes have 2 to 8.")
+    model = _skeleton(config)
+    weights = {name: getattr(*sites[0]) for name, sites in parameter_sites(model).items() if name.endswith("weight")}
+    size = next((size for size in GROUP_SIZES if group_size % size == 0), None)
+    for layer, weight in weights.items():
+        if size is None or weight.shape[1] % group_size:
+            raise GradlessError(
+                f"{layer} has rows of {weight.shape[1]}: groups of {group_size} do not fit; "
+                "give a --group-size that is a multiple of 32 and divides it."
+            )
+    assert size is not None
+    parameters, n = (sum(one.numel() for one in tensors) for tensors in (model.parameters(), weights.values()))
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    block = grid_block(integers(bits), size, offset=False)
+    return Shapes(
+        name=name,
+        parameters=parameters,
+        linear=tuple((weight.shape[0], weight.shape[1]) for weight in weights.values()),
+        vocabulary=vocabulary,
+        hidden=hidden,
+        packed=n // size * block.nbytes + 2 * (parameters - n),
+        blocks=n // size,
+    )
+
+
+def _of_file(file: TensorFile, vocabulary: int, hidden: int) -> Shapes:
+    linear = [file.quantized[name] for name in file.linear_layers()]
+    if not linear:
+        raise GradlessError(f"{file.path} has no quantized linear layer; give a quantized file, or the dense model's folder.")
+    return Shapes(
+        name=str(file.path),
+        parameters=sum(math.prod(info.shape) for info in file.tensors.values()),
+        linear=tuple((tensor.rows, tensor.columns) for tensor in linear),
+        vocabulary=vocabulary,
+        hidden=hidden,
+        packed=sum(info.nbytes for info in file.tensors.values()),
+        blocks=sum(tensor.packed[..., 0].numel() for tensor in linear),
+    )
+
+
+def _config(path: Path) -> Any:
+    """transformers' configuration in a folder or a file."""
+    from transformers import AutoConfig
+
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise GradlessError(f"there is no {file}; give a GGUF file, a model's folder, or its config.json.")
+    try:
+        return AutoConfig.from_pretrained(file, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise GradlessError(f"{file} is no configuration that transformers can read: {error}") from error
+
+
+def _skeleton(config: Any) -> Any:
+    """The model that a configuration describes, on the meta device: shapes without memory."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise GradlessError(f"transformers has no causal language model for a {config.model_type}: {error}") from error
+    model.tie_weights()
+    return model

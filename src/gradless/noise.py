@@ -50,6 +50,7 @@ class Stream(IntEnum):
     FIRST = 3  # QuZO's two roundings of one u
     SECOND = 4
     DITHER = 5  # where the residuals of codes begin
+    INITIAL = 6  # an adapter's first factor
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Words:
 
 class Distribution(ABC):
     """What a direction's coordinates are drawn from."""
+
+    @property
+    def share(self) -> float:
+        """P(u_j != 0): the share of coordinates that such a direction moves."""
+        return 1.0
 
     @abstractmethod
     def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
@@ -129,7 +135,6 @@ class Integers(Distribution):
 
     @property
     def share(self) -> float:
-        """P(k != 0): the share of coordinates that such a direction moves."""
         return 2 * self.tail[-1] / 2**16
 
     @property
@@ -189,6 +194,10 @@ class RoundedGaussian(Distribution):
 
     eps: float
     stream: Stream = Stream.FIRST
+
+    @property
+    def share(self) -> float:
+        return rounded_gaussian(self.eps).share
 
     def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
         u = Gaussian().draw(direction, name, start, count, device)

@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PrinterCallback, TrainerCallback
 
-from gradless import noise, objectives
+from gradless import kernels, noise, objectives
 from gradless.errors import GradlessError
 from gradless.formats import packed
+from gradless.formats.adapter import AdaptedModel, LoRA, attach_peft
 from gradless.formats.dense import DenseModel
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_model import GGUFModel, load_gguf
@@ -29,6 +30,7 @@ from gradless.formats.packed import PackedModel, is_packed, load_packed, open_pa
 from gradless.formats.quantized import QuantizedModel
 from gradless.formats.tensor_file import to_fp16
 from gradless.journal import Journal
+from gradless.layers import set_activations
 from gradless.memory import resident_bytes
 from gradless.objectives import TokenizedExample
 from gradless.tasks.data import read_rows
@@ -37,7 +39,17 @@ from gradless.training.options import MAY_CHANGE, MethodOptions, RunOptions, gri
 from gradless.training.trainer import ZOConfig, ZOTrainer, build_optimizer
 
 DEFAULT_STEPS = 1000
-WRITTEN = ("journal.db", "journal.db-wal", "journal.db-shm", "loss.png", "model.gguf", "model", "base")
+WRITTEN = (
+    "journal.db",
+    "journal.db-wal",
+    "journal.db-shm",
+    "loss.png",
+    "model.gguf",
+    "model",
+    "base",
+    "adapter",
+    "adapter.gguf",
+)
 """What a run may write into its output folder."""
 NO_LIMIT = 10**9
 ROUNDING_EXAMPLES = 128
@@ -51,10 +63,10 @@ class Prepared:
     task: Task
 
 
-Model = QuantizedModel | DenseModel
+Model = QuantizedModel | DenseModel | AdaptedModel
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path) -> QuantizedModel | DenseModel:
     """Load a GGUF file, or a folder of a packed or a dense model."""
     path = Path(path)
     if path.is_dir():
@@ -114,9 +126,16 @@ def _parse_labels(text: str) -> dict[str, str]:
     return {label.strip(): word.strip() for label, word in pairs}
 
 
-def evaluate(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> dict[str, Any]:
-    """Measure a model on rows: `accuracy`, `f1`, `loss`, `examples`, `seconds`."""
+def evaluate(model: str, data: str, options: RunOptions, *, adapter: str | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Measure a model on rows, with a PEFT folder's adapter where one is given.
+
+    Returns:
+        `accuracy`, `f1`, `loss`, `examples`, `seconds`.
+    """
     loaded = load_model(model)
+    set_activations(loaded.model, options.activations)
+    if adapter is not None:
+        attach_peft(loaded, Path(adapter))
     prepared = prepare(data, loaded, options, limit=options.eval_rows)
     return measure(loaded, prepared.examples, options.batch_size, quiet=quiet)
 
@@ -147,7 +166,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     base = output / "base" if options.bits is not None or options.grid != "int" else None
     source = base if base is not None and options.resume else Path(model)
     say(f"loading {source}")
-    loaded = load_model(source)
+    loaded: Model = load_model(source)
     train = prepare(data, loaded, options, limit=options.train_rows, shuffled=True)
     held_out = (
         None
@@ -160,6 +179,11 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         say(f"quantizing {model} to {base}")
         quantize(loaded, base, options)
         loaded = load_model(base)
+    set_activations(loaded.model, options.activations)
+    say(how_it_multiplies(loaded, options))
+    if options.lora is not None:
+        assert not isinstance(loaded, AdaptedModel)
+        loaded = AdaptedModel(loaded, LoRA(options.lora, options.lora_alpha, options.lora_bits, options.seed))
 
     steps = options.steps or (NO_LIMIT if options.max_minutes else DEFAULT_STEPS)
     before = None
@@ -204,6 +228,16 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     plot_run(output / "journal.db", output / "loss.png")
     say(f"wrote {target}, {output / 'journal.db'} and {output / 'loss.png'}")
     return summary
+
+
+def how_it_multiplies(loaded: Model, options: RunOptions) -> str:
+    """Which arithmetic the linear layers' forwards use, in a sentence."""
+    if not isinstance(loaded, QuantizedModel):
+        return "linear layers: dense weights"
+    types = sorted({loaded.file.quantized[name].block.name for name in loaded.file.linear_layers()})
+    if options.activations == "int8":
+        return f"linear layers: int8 activations times the codes of {', '.join(types)}, in integers ({kernels.name()} kernels)"
+    return f"linear layers: {', '.join(types)} unpacked to bf16 ({kernels.name()} kernels)"
 
 
 def quantize(loaded: Model, output: Path, options: RunOptions) -> dict[str, Any]:
@@ -424,7 +458,8 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
     if target.exists() and (not overwrite or target.resolve() == path.resolve()):
         raise GradlessError(f"{target} exists; give --overwrite to replace it (never the base itself), or another --output.")
     journal = Journal.open(Path(journal_path))
-    source = open_model(path)
+    lora = journal.header.get("lora")
+    source = open_model(path) if lora is None else AdaptedModel(load_model(path), LoRA(**lora))
     if source.fingerprint() != journal.header["base"]:
         raise GradlessError(
             f"{path} is not the base of {journal_path}: its hash differs; give the model that the run began with."

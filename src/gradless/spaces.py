@@ -72,25 +72,26 @@ class BlockSpace(Space):
 
 
 class CodeSpace(Space):
-    """The integer codes of a packed weight, one a weight, in steps of their grid.
+    """The integer codes of a packed weight, or of every n-th row of it, one a weight, in steps of their grid.
 
     Args:
         tensor: the packed weight; updates write its codes in place.
+        stride: tune rows 0, stride, 2 * stride ... in the file's order, and leave the others alone.
         clamp: whether a query stops at the grid's ends as an update does.
         residual: keep what an update's rounding left over, a byte a code, and add it to the next (error feedback). Without
             one every update is rounded stochastically: unbiased too, but each adds noise of its own.
     """
 
-    def __init__(self, tensor: QuantTensor, *, clamp: bool = False, residual: bool = False) -> None:
+    def __init__(self, tensor: QuantTensor, *, stride: int = 1, clamp: bool = False, residual: bool = False) -> None:
         tensor.tune(Part.CODE)
-        tensor.clamp = clamp
+        tensor.stride, tensor.clamp = stride, clamp
         if residual:
-            tensor.residual = kernels.dither(tensor.name, torch.Size((tensor.rows, tensor.columns)))
+            tensor.residual = kernels.dither(tensor.name, torch.Size((tensor.tuned_rows, tensor.columns)))
         self.name, self.values, self.tensor = tensor.name, tensor.packed, tensor
 
     @property
     def codes(self) -> int:
-        return self.tensor.rows * self.tensor.columns
+        return self.tensor.tuned_rows * self.tensor.columns
 
     def view(self, move: Move | None) -> None:
         self.tensor.view = move
@@ -118,32 +119,34 @@ class GridSpace(Space):
         self.residual = kernels.dither(name, codes.shape).to(codes.device) if residual else None
         self.clamp = clamp or not grid.uniform
         self._view: Move | None = None
+        self._shown: Tensor | None = None
 
     @property
     def codes(self) -> int:
         return self.values.numel()
 
     def shown(self) -> Tensor:
-        """x as a forward reads it now: fp32, of the codes' shape."""
-        if self._view is None:
-            return self.grid.values(self.values) * self.scale
-        codes = self.values + self._noise(self._view) * self._view.coefficient
-        if self.clamp:
-            codes = codes.clamp(self.grid.lowest, self.grid.highest)
-        return (codes if self.grid.uniform else self.grid.values(codes)) * self.scale
+        """x as a forward reads it now: fp32, of the codes' shape; kept until the next view or move."""
+        if self._shown is None:
+            codes: Tensor = self.values
+            if self._view is not None:
+                u = kernels.coordinates(self._view.direction, self.name, codes.numel(), codes.device)
+                codes = codes + u.view_as(codes) * self._view.coefficient
+            if self.clamp:
+                codes = codes.clamp(self.grid.lowest, self.grid.highest)
+            self._shown = (codes if self.grid.uniform else self.grid.values(codes)) * self.scale
+        return self._shown
 
     def view(self, move: Move | None) -> None:
-        self._view = move
+        self._view, self._shown = move, None
 
     def move(self, move: Move) -> int:
-        step = kernels.whole_steps(self._noise(move), self.name, move, self.residual)
-        after = self.grid.step(self.values, step.to(self.values.dtype))
+        step = kernels.whole_steps(self.name, move, self.values.numel(), self.values.device, self.residual)
+        after = self.grid.step(self.values, step.view_as(self.values).to(self.values.dtype))
         changed = int((after != self.values).sum())
         self.values.copy_(after)
+        self._shown = None
         return changed
-
-    def _noise(self, move: Move) -> Tensor:
-        return move.direction.values(self.name, 0, self.values.numel(), self.values.device).view_as(self.values)
 
 
 class DenseSpace(Space):

@@ -12,7 +12,6 @@ from torch import Tensor
 from gradless.blocks import BlockType
 from gradless.noise import Direction, Signs
 
-
 RESIDUAL_UNIT = 1 / 256
 """Of a grid step: a residual, a signed byte, reaches from half a step below its code to half a step above."""
 
@@ -55,8 +54,9 @@ class QuantTensor:
         master: fp32, (rows, blocks), in file order: the tuned block values; None where there are none.
         view: the move under which a forward reads what is tuned, or None to read it as it is.
         clamp: whether a query's codes stop at the grid's ends; otherwise they are read in a wider integer.
-        residual: int8, (rows, columns), in file order: what updates still owe each code, in units of `RESIDUAL_UNIT` steps;
-            None where an update is rounded to whole steps at once.
+        stride: the codes of file rows 0, stride, 2 * stride ... are tuned, and no others.
+        residual: int8, (tuned rows, columns), in file order: what updates still owe each code, in units of `RESIDUAL_UNIT`
+            steps; None where an update is rounded to whole steps at once.
     """
 
     name: str
@@ -68,6 +68,7 @@ class QuantTensor:
     master: Tensor | None = field(default=None, repr=False)
     view: Move | None = None
     clamp: bool = False
+    stride: int = 1
     residual: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -77,6 +78,11 @@ class QuantTensor:
     @property
     def columns(self) -> int:
         return self.packed.shape[1] * self.block.size
+
+    @property
+    def tuned_rows(self) -> int:
+        """How many rows have codes that are tuned."""
+        return -(-self.rows // self.stride)
 
     @property
     def keeps_sign(self) -> bool:

@@ -80,6 +80,15 @@ class QuantizedModel:
         linear = self.file.linear_layers()
         return {"blocks": linear, "codes": linear, "floats": floats, "vectors": vectors}
 
+    def steps(self, name: str) -> float:
+        """How many steps the grid of a tensor's codes has from end to end."""
+        return self.file.quantized[name].block.grid.steps
+
+    def step_size(self, name: str) -> float:
+        """The mean size of such a step, in units of the weights (of the first rows)."""
+        tensor = self.file.quantized[name]
+        return tensor.block.step(tensor.packed[:16].flatten(0, 1))
+
     def spaces(
         self,
         kind: str,
@@ -87,6 +96,7 @@ class QuantizedModel:
         *,
         part: str = "scale",
         relative: bool = True,
+        stride: int = 1,
         clamp: bool = False,
         residual: bool = False,
         **_: Any,
@@ -95,7 +105,7 @@ class QuantizedModel:
         if kind == "blocks":
             return [BlockSpace(self.file.quantized[name], part, relative=relative) for name in names]
         if kind == "codes":
-            return [CodeSpace(self.file.quantized[name], clamp=clamp, residual=residual) for name in names]
+            return [CodeSpace(self.file.quantized[n], stride=stride, clamp=clamp, residual=residual) for n in names]
         found: list[Space] = []
         for name in names:
             shown = self.floats.get(name) or ShownFloat(self.file.floats[name])

@@ -17,14 +17,16 @@ from torch import Tensor
 from gradless import noise
 from gradless.blocks import BLOCK_TYPES, block_type
 from gradless.kernels import reference
-from gradless.kernels.reference import exported_offset, whole_steps
-from gradless.noise import Direction
+from gradless.kernels.reference import exported_offset
+from gradless.noise import Direction, Signs
 from gradless.tensor import Move, Part, QuantTensor
 
 __all__ = [
+    "coordinates",
     "dequantize",
     "dither",
     "exported_offset",
+    "linear_int8",
     "move_blocks",
     "move_codes",
     "moved",
@@ -45,6 +47,12 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """x @ W.T in integers, W under its view; see `reference.linear_int8`."""
+    result: Tensor = _ops(tensor.packed).linear_int8(tensor, rows, x)
+    return result
+
+
 def move_blocks(tensor: QuantTensor, move: Move) -> None:
     """Update a weight's tuned values in place; see `reference.move_blocks`."""
     _ops(tensor.packed).move_blocks(tensor, move)
@@ -53,6 +61,18 @@ def move_blocks(tensor: QuantTensor, move: Move) -> None:
 def move_codes(tensor: QuantTensor, move: Move) -> int:
     """Update a weight's codes in place; see `reference.move_codes`."""
     result: int = _ops(tensor.packed).move_codes(tensor, move)
+    return result
+
+
+def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.device) -> Tensor:
+    """The first n coordinates of a direction for a tensor: fp32, (n,)."""
+    result: Tensor = _ops(torch.empty(0, device=device)).coordinates(direction, name, n, device)
+    return result
+
+
+def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: Tensor | None) -> Tensor:
+    """What an update moves n codes by; see `reference.whole_steps`."""
+    result: Tensor = _ops(torch.empty(0, device=device)).whole_steps(name, move, n, device, residual)
     return result
 
 
@@ -115,7 +135,8 @@ def self_test(ops: ModuleType) -> str | None:
                 tensor.tune(part)
                 if part is Part.CODE:
                     kernels.move_codes(tensor, code_move)
-                    tensor.residual = kernels.dither("self-test", torch.Size((tensor.rows, tensor.columns)))
+                    tensor.stride = 2
+                    tensor.residual = kernels.dither("self-test", torch.Size((tensor.tuned_rows, tensor.columns)))
                     kernels.move_codes(tensor, code_move)
                     tensor.view = code_move._replace(coefficient=-1.0)
                 else:
@@ -126,6 +147,9 @@ def self_test(ops: ModuleType) -> str | None:
                 same &= mine is other is None or (mine is not None and other is not None and torch.equal(mine, other))
             for dtype in (torch.float32, torch.bfloat16):
                 same &= torch.equal(ops.dequantize(ours, rows, dtype), reference.dequantize(theirs, rows, dtype))
+                if block.levels is None:
+                    x = Direction(8, 0).values("x", 0, 2 * ours.columns).view(2, -1).to(dtype)
+                    same &= torch.equal(ops.linear_int8(ours, rows, x), reference.linear_int8(theirs, rows, x))
             if not same:
                 return f"{block.name}, {part}"
     for distribution in (*noise.NAMED.values(), noise.uniform_grid(2), noise.RoundedGaussian(0.3)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradless import noise
-from gradless.noise import Direction, Stream
+from gradless.noise import Direction, Signs, Stream
 from gradless.tensor import RESIDUAL_UNIT, Move, Part, QuantTensor
 
 NAME = "torch"
@@ -27,7 +27,52 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         (n, columns) in `dtype`.
     """
-    n, blocks = len(rows), tensor.packed.shape[1]
+    codes, scale, offset = _read(tensor, rows)
+    weight = scale * tensor.block.level(codes)
+    if offset is not None:
+        weight = weight + offset
+    return weight.reshape(len(rows), tensor.columns).to(dtype)
+
+
+def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """x @ W.T of integer activations and the integer codes of the weight under `tensor.view`.
+
+    A token i is quantized by itself: s = max_j |x_ij| / 127, or 1 where that is zero, and xq_j = x_ij / s, rounded to nearest
+    even within -127 .. 127. For an output, each group of the weight's columns has a scale and, in some types, an offset. Group
+    after group, from y = 0 on,
+
+        acc = sum of xq * code,  sum = sum of xq,  y <- y + (scale * acc + offset * sum)
+
+    without the offset's term where there is none. acc and sum are exact integers, rounded to fp32 once; the result is s * y.
+
+    Args:
+        tensor: the packed weight, of a type whose codes are their own levels; a view of its codes moves them by whole numbers.
+        rows: int64, (n,): file rows.
+        x: fp32 or bf16, (m, columns).
+
+    Returns:
+        fp32, (m, n).
+    """
+    assert tensor.block.levels is None
+    x = x.float()
+    s = x.abs().amax(1, keepdim=True) / 127
+    s = torch.where(s == 0, 1.0, s)
+    xq = (x / s).round().clamp(-127, 127).double()  # sums of integers far below 2**53: exact in any order
+    codes, scale, offset = _read(tensor, rows)
+    groups = tensor.columns // codes.shape[-1]
+    codes = codes.double().view(len(rows), groups, codes.shape[-1])
+    xq = xq.view(len(x), groups, codes.shape[-1])
+    y = torch.zeros(len(x), len(rows), device=x.device)
+    for g in range(groups):
+        term = scale.view(len(rows), groups)[:, g] * (xq[:, g] @ codes[:, g].T).float()
+        if offset is not None:
+            term = term + offset.view(len(rows), groups)[:, g] * xq[:, g].sum(1, keepdim=True).float()
+        y = y + term
+    return y * s
+
+
+def _read(tensor: QuantTensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows of the weight under `tensor.view`: codes (n * blocks, groups, size / groups), and each group's scale and offset."""
     block, packed = tensor.block, tensor.packed[rows]
     scale = block.field(packed, block.scale_at)
     offset = None if block.offset_at is None else block.field(packed, block.offset_at)
@@ -42,12 +87,11 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
                 offset, scale = _scaled_offset(offset, tuned, scale), tuned
     codes, multiplier, offset_multiplier = block.unpack(packed.flatten(0, 1))
     if tensor.part is Part.CODE and tensor.view is not None:
-        codes = codes + (tensor.view.coefficient * _noise(tensor, tensor.view)[rows]).view_as(codes)
-        codes = codes.clamp(*block.codes) if tensor.clamp else codes
-    weight = (scale.reshape(-1, 1) * multiplier).unsqueeze(-1) * block.level(codes)
-    if offset is not None:
-        weight = weight + (offset.reshape(-1, 1) * offset_multiplier).unsqueeze(-1)
-    return weight.reshape(n, blocks * block.size).to(dtype)
+        moved = codes + (tensor.view.coefficient * _noise(tensor, tensor.view)[rows]).view_as(codes)
+        tuned = (rows % tensor.stride == 0).repeat_interleave(tensor.packed.shape[1]).view(-1, 1, 1)
+        codes = torch.where(tuned, moved.clamp(*block.codes) if tensor.clamp else moved, codes)
+    scale = (scale.reshape(-1, 1) * multiplier).unsqueeze(-1)
+    return codes, scale, None if offset is None else (offset.reshape(-1, 1) * offset_multiplier).unsqueeze(-1)
 
 
 def _scaled_offset(offset: Tensor | None, scale: Tensor, base: Tensor) -> Tensor | None:
@@ -69,7 +113,7 @@ def exported_offset(tensor: QuantTensor) -> Tensor:
 def _noise(tensor: QuantTensor, move: Move) -> Tensor:
     """One coordinate a weight: fp32, (rows, columns)."""
     n = tensor.rows * tensor.columns
-    return move.direction.values(tensor.name, 0, n, tensor.packed.device).view(tensor.rows, tensor.columns)
+    return coordinates(move.direction, tensor.name, n, tensor.packed.device).view(tensor.rows, tensor.columns)
 
 
 def move_codes(tensor: QuantTensor, move: Move) -> int:
@@ -82,7 +126,15 @@ def move_codes(tensor: QuantTensor, move: Move) -> int:
     Returns:
         How many codes changed.
     """
-    step = whole_steps(_noise(tensor, move), tensor.name, move, tensor.residual)
+    residual = None
+    if tensor.residual is not None:
+        residual = tensor.residual.new_zeros(tensor.rows, tensor.columns)
+        residual[:: tensor.stride] = tensor.residual
+    n, device = tensor.rows * tensor.columns, tensor.packed.device
+    step = whole_steps(tensor.name, move, n, device, residual).view(tensor.rows, tensor.columns)
+    step[torch.arange(tensor.rows, device=device) % tensor.stride != 0] = 0
+    if tensor.residual is not None and residual is not None:
+        tensor.residual.copy_(residual[:: tensor.stride])
     blocks = tensor.packed.flatten(0, 1)
     before = tensor.block.unpack(blocks).codes.flatten(1)
     step = step.view_as(before)
@@ -91,7 +143,12 @@ def move_codes(tensor: QuantTensor, move: Move) -> int:
     return int((after != before).sum())
 
 
-def whole_steps(u: Tensor, name: str, move: Move, residual: Tensor | None) -> Tensor:
+def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.device) -> Tensor:
+    """The first n coordinates of a direction for a tensor: fp32, (n,)."""
+    return direction.values(name, 0, n, device)
+
+
+def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: Tensor | None) -> Tensor:
     """What an update by coefficient * u moves codes by.
 
     Without a residual k = SR(coefficient * u). With one, an update is added to it, and k is the whole steps in the sum:
@@ -99,18 +156,20 @@ def whole_steps(u: Tensor, name: str, move: Move, residual: Tensor | None) -> Te
         r <- r + SR(256 * coefficient * u),  k = round(r / 256),  r <- r - 256 * k
 
     Args:
-        u: the direction's coordinates, fp32, any shape.
         name: of the tensor.
-        move: for its coefficient and its random words.
-        residual: int8, of as many elements, updated in place; or None.
+        move: the update.
+        n: how many codes the tensor has.
+        device: where to draw.
+        residual: int8, n elements, updated in place; or None.
 
     Returns:
-        Whole numbers, fp32, of u's shape.
+        Whole numbers, fp32, (n,).
     """
+    u = coordinates(move.direction, name, n, device)
     words = move.direction.words(name, Stream.ROUNDING)
     if residual is None:
         return noise.stochastic_round(u * _f32(move.coefficient), words)
-    owed = residual.view_as(u) + noise.stochastic_round(u * (_f32(move.coefficient) / RESIDUAL_UNIT), words)
+    owed = residual.flatten() + noise.stochastic_round(u * (_f32(move.coefficient) / RESIDUAL_UNIT), words)
     whole = torch.floor(owed * RESIDUAL_UNIT + 0.5)
     residual.copy_((owed - whole / RESIDUAL_UNIT).view_as(residual))
     return whole

@@ -193,3 +193,23 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.pending = None
         self.apply(estimate)
         return estimate
+
+
+class GridOptimizer(ZerothOrderOptimizer):
+    """A method over integer codes: x counts grid steps, `eps` and `lr` do too, and a direction is drawn in whole ones."""
+
+    @abstractmethod
+    def steps(self, group: Group) -> Distribution:
+        """What a query moves codes by; raises ValueError where no code would move, or too far."""
+
+    def distribution(self, group: Group) -> Distribution:
+        """See `steps`."""
+        try:
+            return self.steps(group)
+        except ValueError as error:
+            raise GradlessError(f"eps {group['eps']} in grid steps: {error}.") from error
+
+    def radius(self, group: Group) -> float:
+        """u is in grid steps already."""
+        del group
+        return 1.0

@@ -9,13 +9,13 @@ import numpy as np
 
 from gradless import noise
 from gradless.errors import GradlessError
-from gradless.methods.base import Group, ZerothOrderOptimizer
+from gradless.methods.base import GridOptimizer, Group
 from gradless.noise import Distribution, RoundedGaussian, Stream
 from gradless.spaces import Space
 from gradless.tensor import Move
 
 
-class QuZO(ZerothOrderOptimizer):
+class QuZO(GridOptimizer):
     """Quantized zeroth-order optimization on integer codes: x, its queries and its updates are whole grid steps.
 
         u   ~ N(0, I)
@@ -62,17 +62,10 @@ class QuZO(ZerothOrderOptimizer):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution, span=span)
 
-    def distribution(self, group: Group) -> Distribution:
-        """Of u_1. A u that is rounded once is drawn rounded: the same distribution, at a sixth of the cost."""
-        try:
-            return noise.rounded_gaussian(group["eps"]) if self.roundings == 1 else RoundedGaussian(group["eps"])
-        except ValueError as error:
-            raise GradlessError(f"eps {group['eps']} in grid steps: {error}.") from error
-
-    def radius(self, group: Group) -> float:
-        """u_1 is in grid steps already."""
-        del group
-        return 1.0
+    def steps(self, group: Group) -> Distribution:
+        """u_1. A u that is rounded once is drawn rounded: the same distribution, at a sixth of the cost."""
+        once = noise.rounded_gaussian(group["eps"])
+        return once if self.roundings == 1 else RoundedGaussian(group["eps"])
 
     def derivative(self, plus: float, minus: float, group: Group) -> float:
         """mu / eps, the factor of u_2."""

@@ -8,13 +8,13 @@ from typing import Any
 
 from gradless import noise
 from gradless.errors import GradlessError
-from gradless.methods.base import Closure, Group, ZerothOrderOptimizer
-from gradless.noise import Distribution, Signs
+from gradless.methods.base import Closure, GridOptimizer, Group
+from gradless.noise import Integers, Signs
 from gradless.spaces import Space
 from gradless.tensor import Move
 
 
-class ZOQO(ZerothOrderOptimizer):
+class ZOQO(GridOptimizer):
     """Sign steps that never leave the grid.
 
         m   = max(floor(mu / s), 1)
@@ -68,19 +68,11 @@ class ZOQO(ZerothOrderOptimizer):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian", span=span)
 
-    def distribution(self, group: Group) -> Distribution:
-        """Of u, in grid steps."""
+    def steps(self, group: Group) -> Integers:
+        """u."""
         mu = group["eps"]
         m = max(math.floor(mu), 1)
-        try:
-            return noise.uniform_grid(m) if self.shape == "uniform" else noise.discretized_gaussian(m, mu)
-        except ValueError as error:
-            raise GradlessError(f"eps (mu) {mu} in grid steps: {error}.") from error
-
-    def radius(self, group: Group) -> float:
-        """u is in grid steps already."""
-        del group
-        return 1.0
+        return noise.uniform_grid(m) if self.shape == "uniform" else noise.discretized_gaussian(m, mu)
 
     def query(self, closure: Closure) -> list[tuple[float, float]]:
         """See `ZerothOrderOptimizer.query`; with `hold`, a query that finds nothing better than x counts as a tie."""

@@ -12,8 +12,8 @@ WINDOW = 50
 
 
 def plot_run(journal_path: Path, picture: Path) -> None:
-    """Draw the training loss (a mean over 50 steps), the held-out loss and accuracy where they were measured, and the share of
-    the integer codes that each update changed where there are codes."""
+    """Draw the training loss (a mean over 50 steps), the held-out loss and accuracy where they were measured, and where there
+    are codes the share of them that a query moves and that each update changed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,6 +22,7 @@ def plot_run(journal_path: Path, picture: Path) -> None:
     journal = Journal.open(journal_path)
     losses = [estimate.loss for estimate in journal.estimates()]
     measured, moves = journal.evaluations(), journal.moves()
+    queried = sorted(set(journal.header["query_shares"]))
     journal.close()
     finite = [loss if math.isfinite(loss) else math.nan for loss in losses]
     means = [sum(finite[max(0, i - WINDOW) : i]) / min(i, WINDOW) for i in range(1, len(finite) + 1)]
@@ -35,7 +36,9 @@ def plot_run(journal_path: Path, picture: Path) -> None:
     axis.set(ylabel="loss")
     if moves:
         axes[1, 0].plot(*zip(*moves, strict=True), color="C3", linewidth=0.8, label="share of codes moved")
-        axes[1, 0].set(ylabel="moved")
+        for share in queried:
+            axes[1, 0].axhline(share, color="C4", linewidth=0.8, linestyle="--", label="share that a query moves")
+        axes[1, 0].set(ylabel="moved", yscale="log")
     axes[-1, 0].set(xlabel="step")
     if measured:
         steps = [row["step"] for row in measured]

@@ -35,7 +35,9 @@ class MethodOptions:
         "QZO: which value of a block is tuned; types without an offset tune their scale.",
         choices=("scale", "offset", "both"),
     )
-    absolute: bool = option(False, "QZO: perturb by eps itself, as in the paper, not relative to each scale.")
+    absolute: bool = option(
+        False, "Perturb by eps itself (qzo, as in the paper: not relative to each scale; quzo, zoqo: not in grid steps)."
+    )
     train_unquantized: bool = option(False, "QZO: search the unquantized tensors (norms, biases) in the same step.")
     unquantized_lr: float | None = option(None, "Step size of the unquantized tensors.")
     unquantized_eps: float | None = option(None, "Size of the unquantized tensors' perturbation.")
@@ -49,6 +51,7 @@ class MethodOptions:
     span: int = option(1, "quzo, zoqo: neighbouring codes that share one coordinate of a direction.")
     whole_steps: bool = option(False, "ZOQO: move by a whole grid step at least, as in the paper.")
     hold: bool = option(False, "ZOQO: a third forward a step, at x itself; move only where a side of it is lower.")
+    stride: int | None = option(None, "quzo, zoqo: tune every n-th row of a weight only (default: 16; 1 of an adapter).")
     stateless: bool = option(
         False, "quzo, zoqo: round every update at once, as in the papers, and keep no residual (a byte a code)."
     )
@@ -62,12 +65,15 @@ POSITIVE = {
     "q",
     "share",
     "span",
+    "stride",
     "clip",
     "unquantized_lr",
     "unquantized_eps",
     "train_rows",
     "eval_rows",
     "max_length",
+    "lora",
+    "lora_alpha",
 }
 POSITIVE |= {
     "train_rows",
@@ -108,6 +114,14 @@ class RunOptions(MethodOptions):
     )
     group_size: str = option("64", "Weights of a row that share a range, or channel: a range a row.", metavar="N|channel")
     search: bool = option(False, "Choose ranges by squared error.")
+    lora: int | None = option(None, "quzo, zoqo: tune LoRA adapters of this rank, on a grid, instead of the weights.")
+    lora_alpha: float = option(64.0, "An adapter's update is alpha / rank times B A.")
+    lora_bits: int = option(8, "Bits of the adapters' grid (2 to 8).")
+    activations: str = option(
+        "bf16",
+        "What linear layers multiply: bf16 with unpacked weights, or int8, token by token, with integer codes.",
+        choices=("bf16", "int8"),
+    )
     schedule: str = option("linear", "How lr falls.", choices=("linear", "constant", "cosine"))
     eval_every: int = option(200, "Steps between measurements on --eval.")
     seed: int = option(0, "Decides directions and the order of the data.")
@@ -133,6 +147,12 @@ class RunOptions(MethodOptions):
             raise GradlessError(f"bits is {self.bits}; codes have 2 to 8.")
         if not (self.group_size == "channel" or (self.group_size.isdigit() and int(self.group_size) > 0)):
             raise GradlessError(f"group_size is {self.group_size!r}; it is a number of weights, or channel.")
+        if not 2 <= self.lora_bits <= 8:
+            raise GradlessError(f"lora_bits is {self.lora_bits}; codes have 2 to 8.")
+        if self.lora is not None and self.method not in ("quzo", "zoqo"):
+            raise GradlessError(
+                f"lora is for quzo and zoqo, whose adapters live on a grid; {self.method} tunes the model's own."
+            )
         if not 0 <= self.seed < 2**63:
             raise GradlessError(f"seed is {self.seed}; it must be a whole number from 0 on.")
 
@@ -145,12 +165,20 @@ MAY_CHANGE |= {"max_minutes", "threads"}
 DEFAULTS = {
     "qzo": (4e-4, 2e-2),
     "qzo, absolute": (1e-7, 1e-3),
-    "quzo": (1e-4, 1e-2),
-    "zoqo": (0.1, 0.3),
+    "quzo": (0.2, 0.35),
+    "zoqo": (0.06, 0.53),
+    "quzo, lora": (0.2, 1.6),
+    "zoqo, lora": (0.18, 2.4),
     "mezo": (1e-5, 1e-3),
     "mezo, floats of a GGUF": (1e-3, 3e-2),
 }
 """(lr, eps) that learn where a user gives none; docs/results.md has the runs behind them."""
+
+
+DEFAULT_GRID = 15.0
+"""Steps of the grid that the defaults of quzo and zoqo are for; along longer and shorter ones they reach as far."""
+DEFAULT_STRIDE = 16
+"""Of the rows whose codes quzo and zoqo tune."""
 
 
 def grid_name(options: RunOptions) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,13 +26,14 @@ from transformers.trainer_utils import speed_metrics
 import gradless
 from gradless import kernels, noise, objectives
 from gradless.errors import GradlessError
+from gradless.formats.adapter import AdaptedModel
 from gradless.formats.dense import DenseModel
 from gradless.journal import Journal
 from gradless.methods import METHODS, Estimate, ZerothOrderOptimizer
 from gradless.methods.quzo import eps_of_share
 from gradless.methods.zoqo import mu_of_share
 from gradless.objectives import TokenizedExample
-from gradless.training.options import DEFAULTS, MethodOptions
+from gradless.training.options import DEFAULT_GRID, DEFAULT_STRIDE, DEFAULTS, MethodOptions
 
 NAN_STEPS = 5
 """Steps in a row without a finite loss after which a run stops."""
@@ -169,9 +171,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             case "mezo":
                 return [{**self._group("parameters", "mezo", "this model has no linear layer"), "master": args.master}]
             case "quzo" | "zoqo":
-                missing = f"{args.method} tunes integer codes, and this model has none; use --method mezo, or a GGUF"
-                residual = not (args.stateless or args.whole_steps)
-                return [{**self._group("codes", args.method, missing), "clamp": args.clamp, "residual": residual}]
+                return self._code_groups()
         missing = "qzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
         blocks = self._group("blocks", "qzo, absolute" if args.absolute else "qzo", missing)
         groups = [{**blocks, "part": args.part, "relative": not args.absolute, "clip": args.clip}]
@@ -180,6 +180,31 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             vectors = self._group("floats", "qzo", "this model has no unquantized vector", names="vectors")
             more = {"lr": args.unquantized_lr or lr, "eps": args.unquantized_eps or eps, "weight_decay": 0.0, "clip": args.clip}
             groups.append({**vectors, **more})
+        return groups
+
+    def _code_groups(self) -> list[dict[str, Any]]:
+        """A group for each length of grid. Defaults reach as far along a long grid as along a short one; what a user gives is
+        in grid steps, or, where it is absolute, in units of the weights."""
+        args, adapted = self.args, isinstance(self.checkpoint, AdaptedModel)
+        missing = f"{args.method} tunes integer codes, and this model has none; use --method mezo, or a GGUF"
+        group = self._group("codes", args.method + ", lora" * adapted, missing)
+        if args.absolute and (args.eps is None or args.lr is None):
+            raise GradlessError(f"{args.method} has no defaults in units of the weights; give --eps and --lr with --absolute.")
+        by_steps: dict[float, list[str]] = {}
+        for name in group["names"]:
+            by_steps.setdefault(self.checkpoint.steps(name), []).append(name)
+        space = {
+            "stride": args.stride or (1 if adapted else DEFAULT_STRIDE),
+            "clamp": args.clamp,
+            "residual": not (args.stateless or args.whole_steps),
+        }
+        power = 2 if args.method == "quzo" else 1  # QuZO's update is in steps, and so is what its gradient is taken by
+        groups = []
+        for steps, names in by_steps.items():
+            unit = 1 / statistics.mean(map(self.checkpoint.step_size, names)) if args.absolute else steps / DEFAULT_GRID
+            eps = group["eps"] * (unit if args.absolute or not (args.eps or args.share) else 1)
+            lr = group["lr"] * (unit**power if args.absolute or args.lr is None else 1)
+            groups.append({**group, "names": names, "lr": lr, "eps": eps, **space})
         return groups
 
     def _group(self, kind: str, default: str, missing: str, names: str | None = None) -> dict[str, Any]:
@@ -277,10 +302,13 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     def header(self) -> dict[str, Any]:
         """What the run is, as the journal keeps it."""
         options = {field.name for field in fields(MethodOptions)}
+        optimizer = self.create_optimizer()
         return {
             "method": self.header_method(),
             "groups": self.header_groups(),
             "base": self.checkpoint.fingerprint(),
+            "lora": asdict(self.checkpoint.lora) if isinstance(self.checkpoint, AdaptedModel) else None,
+            "query_shares": [optimizer.distribution(group).share for group in optimizer.param_groups],
             "config": {
                 **{name: value for name, value in asdict(self.args).items() if name in options},
                 "batch_size": self.args.per_device_train_batch_size,
@@ -296,7 +324,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     def _check_resume(self, journal: Journal) -> None:
         mine = self.header()
-        for part in ("base", "method", "groups", "config", *self.about):
+        for part in ("base", "lora", "method", "groups", "config", *self.about):
             theirs: Any = journal.header.get(part)
             ours: Any = mine[part]
             if part == "options":  # another version may know more options, or fewer
@@ -390,7 +418,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
 
-SPACE_OPTIONS = ("kind", "names", "part", "relative", "master", "clamp", "residual")
+SPACE_OPTIONS = ("kind", "names", "part", "relative", "master", "clamp", "residual", "stride")
 """What a parameter group says of its spaces, not of the method."""
 
 

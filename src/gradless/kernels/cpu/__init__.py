@@ -68,6 +68,7 @@ class _Blocks(ctypes.Structure):
         ("levels", ctypes.c_void_p),
         ("pieces", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
     )
 
 
@@ -84,11 +85,21 @@ def _load() -> ctypes.CDLL:
 _library = _load()
 
 
-def coordinates(direction: Direction | Signs, name: str, start: int, count: int) -> Tensor:
-    """`Direction.values` on the CPU: fp32, (count,)."""
-    out = torch.empty(count)
-    _library.gradless_coordinates(
-        ctypes.byref(_direction(direction, name)), ctypes.c_int64(start), ctypes.c_int64(count), _at(out)
+def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.device) -> Tensor:
+    """See `reference.coordinates`."""
+    out = torch.empty(n, device=device)
+    _library.gradless_coordinates(ctypes.byref(_direction(direction, name)), ctypes.c_int64(n), _at(out))
+    return out
+
+
+def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: Tensor | None) -> Tensor:
+    """See `reference.whole_steps`."""
+    out = torch.empty(n, device=device)
+    _library.gradless_whole_steps(
+        ctypes.byref(_move(move, name)),
+        ctypes.c_int64(n),
+        None if residual is None else _at(residual),
+        _at(out),
     )
     return out
 
@@ -103,6 +114,24 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
         None if view is None else ctypes.byref(view),
         ctypes.c_int64(len(rows)),
         ctypes.c_int32(dtype is torch.bfloat16),
+        _at(out),
+    )
+    return out
+
+
+def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """See `reference.linear_int8`."""
+    assert tensor.block.levels is None
+    x, rows = x.contiguous(), rows.contiguous()
+    out = torch.empty(len(x), len(rows))
+    view = None if tensor.view is None or tensor.part is None else _move(tensor.view, tensor.name)
+    _library.gradless_linear_int8(
+        ctypes.byref(_blocks(tensor, rows)),
+        None if view is None else ctypes.byref(view),
+        ctypes.c_int64(len(rows)),
+        ctypes.c_int64(len(x)),
+        ctypes.c_int32(x.dtype is torch.bfloat16),
+        _at(x),
         _at(out),
     )
     return out
@@ -216,4 +245,5 @@ def _blocks(tensor: QuantTensor, rows: Tensor | None = None) -> _Blocks:
         None if levels is None else levels.data_ptr(),
         pieces.data_ptr(),
         None if tensor.residual is None else tensor.residual.data_ptr(),
+        tensor.stride,
     )

@@ -36,22 +36,24 @@ INLINE Bytes load_bytes(const uint8_t *p) {
     std::memcpy(&v, p, 16);
     return v;
 }
-INLINE void store_codes(int8_t *code, Bytes v) { std::memcpy(code, &v, 16); }
-
+// Stored at once: a wider load of two stores would have to wait for both.
+INLINE void store_codes(int8_t *code, Bytes low, Bytes high) {
+    typedef uint8_t Pair __attribute__((vector_size(32)));
+    Pair v = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+    std::memcpy(code, &v, 32);
+}
 // Per type: constants, and unpack(bytes, codes, multiplier, offset_multiplier).
 template <uint8_t ZERO> struct Nibbles {
     INLINE void unpack(const uint8_t *q, int8_t *code) {
         Bytes v = load_bytes(q);
-        store_codes(code, (v & 15) - ZERO);
-        store_codes(code + 16, (v >> 4) - ZERO);
+        store_codes(code, (v & 15) - ZERO, (v >> 4) - ZERO);
     }
     INLINE void unpack_fifth(const uint8_t *qh, const uint8_t *q, int8_t *code) {
         const Bytes bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
         const Bytes low = {qh[0], qh[0], qh[0], qh[0], qh[0], qh[0], qh[0], qh[0], qh[1], qh[1], qh[1], qh[1], qh[1], qh[1], qh[1], qh[1]};
         const Bytes high = {qh[2], qh[2], qh[2], qh[2], qh[2], qh[2], qh[2], qh[2], qh[3], qh[3], qh[3], qh[3], qh[3], qh[3], qh[3], qh[3]};
         Bytes v = load_bytes(q);
-        store_codes(code, ((v & 15) | ((Bytes)((low & bit) != 0) & 16)) - ZERO);
-        store_codes(code + 16, ((v >> 4) | ((Bytes)((high & bit) != 0) & 16)) - ZERO);
+        store_codes(code, ((v & 15) | ((Bytes)((low & bit) != 0) & 16)) - ZERO, ((v >> 4) | ((Bytes)((high & bit) != 0) & 16)) - ZERO);
     }
 };
 

@@ -5,8 +5,10 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 #include "blocks.hpp"
+#include "int8.hpp"
 #include "noise.hpp"
 
 enum Part { NOTHING = 0, SCALE = 1, OFFSET = 2, BOTH = 3, CODE = 4 };
@@ -28,7 +30,8 @@ struct Blocks {
     int32_t zero;                    // the code that all-zero bits stand for
     const float *levels;             // what each code stands for, from the lowest on; null: itself
     const int32_t *pieces;           // blocks.Pieces: byte, low, code_low, width, each (2, size)
-    int8_t *residual;                // one a code, in 1/256 steps; null: none
+    int8_t *residual;                // one a tuned code, in 1/256 steps; null: none
+    int64_t stride;                  // codes are tuned in rows 0, stride, 2 * stride, ...
 };
 
 INLINE uint16_t to_bf16(float f) {
@@ -65,9 +68,15 @@ template <class T> INLINE float moved(const Blocks &t, const Move &move, const u
     return y;
 }
 
-// What a forward reads of one row: each block's scale and offset, under the view.
-template <class T>
-INLINE void row_fields(const Blocks &t, const Move *view, const uint8_t *b, const float *master, const float *z, float *scale, float *offset) {
+// What a forward reads of one row, into `z`: for each block its coordinate, its scale and its offset under the view; and, where the
+// row's codes are moved, which it returns, their coordinates behind these.
+template <class T> INLINE bool read_row(const Blocks &t, const Move *view, Coordinates *u, int64_t row, float *z) {
+    const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
+    const float *master = t.master ? t.master + row * t.blocks : nullptr;
+    float *scale = z + t.blocks, *offset = z + 2 * t.blocks;
+    const bool moves_codes = view && t.part == CODE && row % t.stride == 0;
+    if (moves_codes) Coordinates::read(*u, row * t.blocks * T::size, t.blocks * T::size, z + 3 * t.blocks);
+    else if (view && t.part != CODE) Coordinates::read(*u, row * t.blocks, t.blocks, z);
     for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes) {
         float d = half_to_float(b + T::scale_at), m = T::offset_at < 0 ? 0 : half_to_float(b + T::offset_at);
         if (master) {
@@ -80,42 +89,47 @@ INLINE void row_fields(const Blocks &t, const Move *view, const uint8_t *b, cons
         }
         scale[k] = d, offset[k] = m;
     }
+    return moves_codes;
 }
 
-// One row. `z` holds three values a block, and, where codes are moved, one value a weight behind them.
+// One block, of codes as they are packed or of levels.
+template <class T, class Level, class Out>
+INLINE void write_block(const Level *level, float scale, float offset, const float *multiplier, const float *offset_multiplier, Out *out) {
+    constexpr int group = T::size / T::groups;
+    for (int g = 0; g < T::groups; g++) {
+        float s = T::groups == 1 ? scale : scale * multiplier[g];
+        float o = T::groups == 1 ? offset : offset * offset_multiplier[g];
+        for (int i = g * group; i < (g + 1) * group; i++) {
+            float w = s * (float)level[i];
+            if (T::offset_at >= 0) w = w + o;
+            store(out + i, w);
+        }
+    }
+}
+
 template <class T, class Out>
 INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, int64_t row, float *z, Out *out) {
     const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
-    float *scale = z + t.blocks, *offset = z + 2 * t.blocks, *step = z + 3 * t.blocks;
-    const bool moves_codes = view && t.part == CODE;
-    if (moves_codes) Coordinates::read(*u, row * t.blocks * T::size, t.blocks * T::size, step);
-    else if (view) Coordinates::read(*u, row * t.blocks, t.blocks, z);
-    row_fields<T>(t, view, b, t.master ? t.master + row * t.blocks : nullptr, z, scale, offset);
-    constexpr int group = T::size / T::groups;
+    const float *scale = z + t.blocks, *offset = z + 2 * t.blocks, *step = z + 3 * t.blocks;
+    const bool moves_codes = read_row<T>(t, view, u, row, z);
     for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes, out += T::size, step += T::size) {
         alignas(64) int8_t packed_code[T::size];
         alignas(64) float code[T::size];
         float multiplier[T::groups], offset_multiplier[T::groups];
         T::unpack(b, packed_code, multiplier, offset_multiplier);
-        for (int i = 0; i < T::size; i++) code[i] = (float)packed_code[i];
-        if (moves_codes)
-            for (int i = 0; i < T::size; i++) code[i] = code[i] + step[i] * view->coefficient;
+        if (!moves_codes && !t.levels) {
+            write_block<T>(packed_code, scale[k], offset[k], multiplier, offset_multiplier, out);
+            continue;
+        }
+        for (int i = 0; i < T::size; i++) code[i] = moves_codes ? (float)packed_code[i] + step[i] * view->coefficient : (float)packed_code[i];
         if ((moves_codes && t.clamp) || t.levels)
             for (int i = 0; i < T::size; i++) {
                 code[i] = code[i] < (float)t.lowest ? (float)t.lowest : code[i];
                 code[i] = code[i] > (float)t.highest ? (float)t.highest : code[i];
             }
         if (t.levels)
-            for (int i = 0; i < T::size; i++) code[i] = t.levels[(int)code[i] - t.lowest];
-        for (int g = 0; g < T::groups; g++) {
-            float s = T::groups == 1 ? scale[k] : scale[k] * multiplier[g];
-            float o = T::groups == 1 ? offset[k] : offset[k] * offset_multiplier[g];
-            for (int i = 0; i < group; i++) {
-                float w = s * code[g * group + i];
-                if (T::offset_at >= 0) w = w + o;
-                store(out + g * group + i, w);
-            }
-        }
+            for (int i = 0; i < T::size; i++) code[i] = t.levels[(int)(code[i] - (float)t.lowest)];
+        write_block<T>(code, scale[k], offset[k], multiplier, offset_multiplier, out);
     }
 }
 
@@ -145,6 +159,13 @@ static int64_t block_size(const Blocks &t) {
     EACH_TYPE(SIZE_OF)
     return size;
 }
+#define GROUPS_OF(T) groups = T::groups;
+static int64_t block_groups(const Blocks &t) {
+    int64_t groups = 0;
+    EACH_TYPE(GROUPS_OF)
+    return groups;
+}
+// Of what read_row fills.
 static size_t buffer_size(const Blocks &t, const Move *view) {
     return t.blocks * (3 + (view && t.part == CODE ? block_size(t) : 0));
 }
@@ -162,6 +183,114 @@ static size_t buffer_size(const Blocks &t, const Move *view) {
     }
 WORKER(dequantize_f32, float)
 WORKER(dequantize_bf16, uint16_t)
+
+// One row of a panel.
+template <class T> INLINE void pack_row(const Blocks &t, const Move *view, Coordinates *u, int64_t row, float *z, Panel &p, int r) {
+    const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
+    const float *scale = z + t.blocks, *offset = z + 2 * t.blocks, *step = z + 3 * t.blocks;
+    const float lowest = t.clamp ? (float)t.lowest : -32639, highest = t.clamp ? (float)t.highest : 32639;
+    const bool moves_codes = read_row<T>(t, view, u, row, z);
+    constexpr int group = T::size / T::groups;
+    for (int64_t k = 0, g = 0; k < t.blocks; k++, b += T::nbytes, step += T::size) {
+        alignas(64) int8_t code[T::size];
+        alignas(64) uint8_t low[T::size], high[T::size];
+        float multiplier[T::groups], offset_multiplier[T::groups];
+        T::unpack(b, code, multiplier, offset_multiplier);
+        if (moves_codes)
+            for (int i = 0; i < T::size; i++) {
+                float moved = (float)code[i] + step[i] * view->coefficient;
+                moved = moved < lowest ? lowest : moved;
+                moved = moved > highest ? highest : moved;
+                int bytes = (int)moved + 32896;
+                low[i] = (uint8_t)bytes, high[i] = (uint8_t)(bytes >> 8);
+            }
+        else
+            for (int i = 0; i < T::size; i++) low[i] = (uint8_t)(code[i] + 128);
+        for (int j = 0; j < T::size; j += group, g++) {
+            p.scale[g * PANEL + r] = T::groups == 1 ? scale[k] : scale[k] * multiplier[j / group];
+            if (T::offset_at >= 0) p.offset[g * PANEL + r] = T::groups == 1 ? offset[k] : offset[k] * offset_multiplier[j / group];
+            uint32_t *at[2] = {&p.code[0][g * group / 4 * PANEL], &p.code[1][g * group / 4 * PANEL]};
+            for (int i = 0; i < group; i += 4) std::memcpy(at[0] + i / 4 * PANEL + r, low + j + i, 4);
+            int wide = 0;
+            if (moves_codes)
+                for (int i = 0; i < group; i++) wide |= high[j + i] ^ 128;
+            if (!wide) continue;
+            if (!p.wide[g]) std::memset(at[1], 128, group * PANEL);
+            p.wide[g] = 1;
+            for (int i = 0; i < group; i += 4) std::memcpy(at[1] + i / 4 * PANEL + r, high + j + i, 4);
+        }
+    }
+}
+
+// Rows [begin, end) as a panel; the last one stands in for those that are missing.
+#define PACK(T) \
+    { \
+        Panel p(t.blocks * T::groups, T::size / T::groups / 4, T::offset_at >= 0); \
+        for (int r = 0; r < PANEL; r++) { \
+            int64_t i = std::min(begin + r, end - 1); \
+            pack_row<T>(t, view, &u, t.rows ? t.rows[i] : i, z.data(), p, r); \
+        } \
+        return p; \
+    }
+CLONES static Panel panel_of(const Blocks &t, const Move *view, int64_t begin, int64_t end) {
+    Coordinates u;
+    std::vector<float> z(buffer_size(t, view));
+    if (view) u.u = view->direction;
+    EACH_TYPE(PACK)
+    __builtin_unreachable();
+}
+
+// Quantized activations, in tiles of tokens.
+struct Tokens {
+    int64_t columns, groups;
+    std::unique_ptr<uint32_t[]> x;
+    std::unique_ptr<float[]> sum, scale;  // scale: (tokens,)
+    std::unique_ptr<int32_t[]> bias;
+
+    Tokens(int64_t tiles, int64_t columns, int64_t groups)
+        : columns(columns), groups(groups), x(new uint32_t[tiles * columns / 4 * TILE]), sum(new float[tiles * groups * TILE]),
+          scale(new float[tiles * TILE]), bias(new int32_t[tiles * groups * TILE]) {}
+    Tile tile(int64_t k) const { return {&x[k * columns / 4 * TILE], &sum[k * groups * TILE], &bias[k * groups * TILE]}; }
+};
+
+// The i-th token, from its activations.
+template <class In> INLINE void quantize(const In *in, int64_t i, Tokens &tokens, int8_t *quantized) {
+    uint32_t top = 0;  // the bits of the largest magnitude: a NaN is larger than any number
+    for (int64_t j = 0; j < tokens.columns; j++) {
+        float value = load(in + j);
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        top = std::max(top, bits & 0x7FFFFFFF);
+    }
+    float scale;
+    std::memcpy(&scale, &top, 4);
+    scale = scale / 127;
+    scale = scale == 0 ? 1 : scale;
+    tokens.scale[i] = scale;
+    for (int64_t j = 0; j < tokens.columns; j++) {
+        float q = __builtin_rintf(load(in + j) / scale);
+        q = q < -127 ? -127 : q;
+        q = q > 127 ? 127 : q;
+        quantized[j] = (int8_t)(int)q;
+    }
+    const int64_t tile = i / TILE, slot = i % TILE, group = tokens.columns / tokens.groups;
+    uint32_t *x = &tokens.x[tile * tokens.columns / 4 * TILE + slot];
+    for (int64_t j = 0; j < tokens.columns; j += 4, x += TILE) std::memcpy(x, quantized + j, 4);
+    for (int64_t g = 0; g < tokens.groups; g++, quantized += group) {
+        int32_t sum = 0;
+        for (int64_t j = 0; j < group; j++) sum += quantized[j];
+        const int64_t at = (tile * tokens.groups + g) * TILE + slot;
+        tokens.sum[at] = (float)sum, tokens.bias[at] = -128 * sum;
+    }
+}
+// Tokens [begin, end) of m; the last one stands in for those that are missing.
+#define QUANTIZE(NAME, IN) \
+    CLONES void NAME(const IN *x, int64_t m, int64_t begin, int64_t end, Tokens &tokens) { \
+        std::vector<int8_t> row(tokens.columns); \
+        for (int64_t i = begin; i < end; i++) quantize(x + std::min(i, m - 1) * tokens.columns, i, tokens, row.data()); \
+    }
+QUANTIZE(quantize_f32, float)
+QUANTIZE(quantize_bf16, uint16_t)
 
 #define MOVE(T) \
     for (int64_t i = begin; i < end; i++) { \
@@ -186,13 +315,14 @@ INLINE void write_code(const Blocks &t, int size, uint8_t *b, int i, int code) {
     }
 }
 
-// reference.whole_steps for one run of 128 codes, the last of n; whether any is not zero.
-CLONES static bool steps_of(const Move &move, Coordinates &u, uint64_t run, int8_t *residual, int64_t n, float step[128]) {
+// reference.whole_steps for codes [first, last) of a run of 128, zero for its others; whether any is not zero. `residual` is
+// that of the first one, or null.
+CLONES static bool steps_of(const Move &move, Coordinates &u, uint64_t run, int first, int last, int8_t *residual, float step[128]) {
     const float coefficient = residual ? move.coefficient * 256 : move.coefficient;
     Coordinates::read(u, run * 128, 128, step);
     int any = 0;
     for (int i = 0; i < 128; i++) {
-        step[i] = step[i] * coefficient;
+        step[i] = i >= first && i < last ? step[i] * coefficient : 0;
         any |= step[i] != 0;
     }
     if (!any) return false;
@@ -207,8 +337,7 @@ CLONES static bool steps_of(const Move &move, Coordinates &u, uint64_t run, int8
     }
     if (!residual || !any) return any;
     int8_t left[128] = {0};
-    residual += run * 128, n = std::min<int64_t>(128, n - (int64_t)run * 128);
-    std::memcpy(left, residual, n);
+    std::memcpy(left + first, residual, last - first);
     any = 0;
     for (int i = 0; i < 128; i++) {
         float owed = (float)left[i] + step[i];
@@ -216,25 +345,34 @@ CLONES static bool steps_of(const Move &move, Coordinates &u, uint64_t run, int8
         left[i] = (int8_t)(owed - step[i] * 256.0f);
         any |= step[i] != 0;
     }
-    std::memcpy(residual, left, n);
+    std::memcpy(residual, left + first, last - first);
     return any;
 }
 
-// reference.move_codes for runs [begin, end) of 128 codes: how many changed. Most steps of a sparse move are zero.
+// Codes are updated in stretches: a tuned row, or, where every row is tuned, so many codes that noise is drawn once.
+INLINE int64_t stretch_length(const Blocks &t, int size) { return t.stride == 1 ? 1 << 15 : t.blocks * size; }
+
+// reference.move_codes for stretches [begin, end): how many codes changed. Most steps of a sparse move are zero.
 template <class T> INLINE int64_t move_codes_range(const Blocks &t, const Move &move, int64_t begin, int64_t end) {
     constexpr int part = T::size < 128 ? T::size : 128;  // a run holds several blocks, or is half of one
-    int64_t moved = 0, blocks = t.all_blocks;
+    const int64_t length = stretch_length(t, T::size), runs_in = length / 128 + 2;
+    int64_t moved = 0;
     Coordinates u;
     u.u = move.direction;
-    for (int64_t run = begin; run < end; run++) {
+    for (int64_t i = begin * runs_in; i < end * runs_in; i++) {
+        const int64_t stretch = i / runs_in, from_code = stretch * t.stride * length;
+        const int64_t to_code = std::min(from_code + length, t.all_blocks * T::size), run = from_code / 128 + i % runs_in;
+        const int64_t lowest = std::max(from_code, run * 128), highest = std::min(to_code, run * 128 + 128);
+        if (lowest >= highest) continue;
+        int8_t *residual = t.residual ? t.residual + stretch * length + (lowest - from_code) : nullptr;
         float step[128];
-        if (!steps_of(move, u, run, t.residual, blocks * T::size, step)) continue;
+        if (!steps_of(move, u, run, lowest - run * 128, highest - run * 128, residual, step)) continue;
         for (int from = 0; from < 128; from += part) {
             const float *s = step + from;
             int any = 0;
             for (int i = 0; i < part; i++) any |= s[i] != 0;
+            if (!any) continue;
             int64_t at = run * 128 + from, k = at / T::size, first = at % T::size;
-            if (!any || k >= blocks) continue;
             int8_t code[T::size];
             float multiplier[T::groups], offset_multiplier[T::groups];
             uint8_t *b = t.packed + k * T::nbytes;
@@ -300,11 +438,25 @@ template <class Worker> static void in_shares(int64_t n, int64_t grain, Worker w
 extern "C" {
 void gradless_set_normal_table(const uint16_t *table) { set_normal_table(table); }
 
-void gradless_coordinates(const Direction *direction, int64_t start, int64_t count, float *out) {
-    in_shares(count, 1 << 14, [&](int64_t begin, int64_t end) {
+void gradless_coordinates(const Direction *direction, int64_t n, float *out) {
+    in_shares(n, 1 << 14, [&](int64_t begin, int64_t end) {
         Coordinates u;
         u.u = *direction;
-        Coordinates::read(u, start + begin, end - begin, out + begin);
+        Coordinates::read(u, begin, end - begin, out + begin);
+    });
+}
+
+void gradless_whole_steps(const Move *move, int64_t n, int8_t *residual, float *out) {
+    in_shares((n + 127) / 128, 1 << 8, [&](int64_t begin, int64_t end) {
+        Coordinates u;
+        u.u = move->direction;
+        for (int64_t run = begin; run < end; run++) {
+            float step[128];
+            const size_t bytes = sizeof(float) * std::min<int64_t>(128, n - run * 128);
+            int8_t *left = residual ? residual + run * 128 : nullptr;
+            if (steps_of(*move, u, run, 0, (int)std::min<int64_t>(128, n - run * 128), left, step)) std::memcpy(out + run * 128, step, bytes);
+            else std::memset(out + run * 128, 0, bytes);
+        }
     });
 }
 
@@ -315,14 +467,33 @@ void gradless_dequantize(const Blocks *t, const Move *view, int64_t n, int32_t b
     });
 }
 
+void gradless_linear_int8(const Blocks *t, const Move *view, int64_t n, int64_t m, int32_t bf16, const void *x, float *out) {
+    const int64_t tiles = (m + TILE - 1) / TILE;
+    Tokens tokens(tiles, t->blocks * block_size(*t), t->blocks * block_groups(*t));
+    in_shares(tiles * TILE, TILE, [&](int64_t begin, int64_t end) {
+        if (bf16) quantize_bf16((const uint16_t *)x, m, begin, end, tokens);
+        else quantize_f32((const float *)x, m, begin, end, tokens);
+    });
+    in_shares(n, PANEL, [&](int64_t begin, int64_t end) {
+        const Panel panel = panel_of(*t, view, begin, end);
+        for (int64_t i = 0; i < m; i += TILE) {
+            float y[TILE][PANEL];
+            product(panel, tokens.tile(i / TILE), y);
+            for (int64_t k = i; k < std::min(i + TILE, m); k++)
+                for (int64_t r = begin; r < end; r++) out[k * n + r] = y[k - i][r - begin] * tokens.scale[k];
+        }
+    });
+}
+
 void gradless_move_blocks(const Blocks *t, const Move *move, int64_t n) {
     in_shares(n, 1 << 13, [&](int64_t begin, int64_t end) { move_range(*t, *move, begin, end); });
 }
 
 int64_t gradless_move_codes(const Blocks *t, const Move *move) {
     std::atomic<int64_t> moved{0};
-    const int64_t runs = (t->all_blocks * block_size(*t) + 127) / 128;
-    in_shares(runs, 1 << 8, [&](int64_t begin, int64_t end) { moved += move_codes(*t, *move, begin, end); });
+    const int64_t size = block_size(*t), apart = stretch_length(*t, size) * t->stride;
+    const int64_t stretches = (t->all_blocks * size + apart - 1) / apart;
+    in_shares(stretches, t->stride == 1 ? 1 : 8, [&](int64_t begin, int64_t end) { moved += move_codes(*t, *move, begin, end); });
     return moved;
 }
 
