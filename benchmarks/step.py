@@ -22,9 +22,10 @@ from timing import medians
 
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
-from gradless.layers import reading_at
+from gradless.layers import reading_at, set_activations
 from gradless.methods import QZO, ZOQO, MeZO, QuZO
 from gradless.spaces import parameters
+from gradless.training.options import DEFAULT_STRIDE
 
 
 def default_model() -> Path:
@@ -74,16 +75,28 @@ def main() -> None:
         return torch.nn.functional.cross_entropy(logits.float(), rows)
 
     plain = load_gguf(arguments.model, tokenizer=loaded.tokenizer).model
-    for_codes = load_gguf(arguments.model, tokenizer=loaded.tokenizer)
     linear = loaded.file.linear_layers()
     qzo = QZO(loaded.spaces("blocks", linear), lr=1e-7)
-    quzo, zoqo = (method(for_codes.spaces("codes", linear), lr=lr) for method, lr in ((QuZO, 1e-7), (ZOQO, 1e-4)))
+
+    def over_codes(method, activations="bf16", **options):
+        """A step on the codes of one row in `stride`, with residuals, at the method's default eps."""
+        own = load_gguf(arguments.model, tokenizer=loaded.tokenizer)
+        set_activations(own.model, activations)
+        optimizer = method(own.spaces("codes", linear, residual=True, **options), lr=1e-6)
+        return lambda: optimizer.step(lambda: forward(own.model))
+
+    in_integers = load_gguf(arguments.model, tokenizer=loaded.tokenizer).model
+    set_activations(in_integers, "int8")
     mezo = MeZO(parameters(dense), lr=1e-9)
     variants = {
         "qzo_step": lambda: qzo.step(lambda: forward(loaded.model)),
-        "quzo_step": lambda: quzo.step(lambda: forward(for_codes.model)),
-        "zoqo_step": lambda: zoqo.step(lambda: forward(for_codes.model)),
+        "quzo_step": over_codes(QuZO, stride=DEFAULT_STRIDE),
+        "zoqo_step": over_codes(ZOQO, stride=DEFAULT_STRIDE),
+        "quzo_step_every_row": over_codes(QuZO),
+        "zoqo_step_every_row": over_codes(ZOQO),
         "two_forwards": lambda: (forward(plain), forward(plain)),
+        "quzo_step_int8": over_codes(QuZO, "int8", stride=DEFAULT_STRIDE),
+        "two_int8_forwards": lambda: (forward(in_integers), forward(in_integers)),
         "two_bf16_forwards": lambda: (forward(for_mezo), forward(for_mezo)),
         "our_mezo_step": lambda: mezo.step(lambda: forward(dense)),
         "textbook_mezo_step": lambda: textbook_mezo_step(for_mezo, lambda: forward(for_mezo), lr=1e-9),
@@ -94,6 +107,10 @@ def main() -> None:
         "qzo_step_over_two_forwards": median["qzo_step"] / median["two_forwards"],
         "quzo_step_over_two_forwards": median["quzo_step"] / median["two_forwards"],
         "zoqo_step_over_two_forwards": median["zoqo_step"] / median["two_forwards"],
+        "quzo_step_every_row_over_two_forwards": median["quzo_step_every_row"] / median["two_forwards"],
+        "zoqo_step_every_row_over_two_forwards": median["zoqo_step_every_row"] / median["two_forwards"],
+        "quzo_step_int8_over_two_int8_forwards": median["quzo_step_int8"] / median["two_int8_forwards"],
+        "int8_forward_over_ours": median["two_int8_forwards"] / median["two_forwards"],
         "mezo_step_over_qzo_step": median["textbook_mezo_step"] / median["qzo_step"],
         "our_mezo_step_over_qzo_step": median["our_mezo_step"] / median["qzo_step"],
         "bf16_forward_over_ours": median["two_bf16_forwards"] / median["two_forwards"],
@@ -103,9 +120,9 @@ def main() -> None:
         print(json.dumps({"ratios": rounded, "times": times, "tokens": ids.numel(), "threads": torch.get_num_threads()}))
         return
     for name, row in times.items():
-        print(f"{name:20} {1000 * row['median']:8.0f} ms   ({row['accepted']} undisturbed samples of {row['taken']})")
+        print(f"{name:22} {1000 * row['median']:8.0f} ms   ({row['accepted']} undisturbed samples of {row['taken']})")
     for name, ratio in ratios.items():
-        print(f"{name:30} {ratio:6.3f}")
+        print(f"{name:40} {ratio:6.3f}")
 
 
 if __name__ == "__main__":

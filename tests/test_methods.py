@@ -315,12 +315,14 @@ def test_zoqo_learns_from_comparisons_alone():
 
 
 def test_rge2_is_unbiased_and_rge1_is_longer_by_the_roundings_variance():
-    """On a linear loss over codes: E = g for two roundings, (1 + v / eps^2) g for one; v is the rounding's variance."""
+    """On a linear loss over codes: E = g for two roundings, f g for one, f = 1 + v / eps^2, v being the rounding's variance;
+    and against the square of its mean Q-RGE2's variance is f^2 times Q-RGE1's."""
     n, eps, trials = 64, 0.5, 4000
     g = torch.linspace(-1, 1, n)
     table = noise.rounded_gaussian(eps)
     edges = torch.tensor([0, *table.edges, 2**16], dtype=torch.float64)
     second_moment = float((edges.diff() / 2**16 * torch.arange(-table.m, table.m + 1).square()).sum())
+    variance = {}
     for roundings, factor in ((2, 1.0), (1, second_moment / eps**2)):
         estimates = []
         for seed in range(trials):
@@ -336,6 +338,8 @@ def test_rge2_is_unbiased_and_rge1_is_longer_by_the_roundings_variance():
         # Along g itself the statistical bound is far tighter than coordinate by coordinate.
         along = each @ g / (g @ g)
         assert abs(along.mean() - factor) < 5 * along.std() / trials**0.5
+        variance[roundings] = float(each.var(0).sum()) / factor**2
+    assert variance[2] / variance[1] == pytest.approx((second_moment / eps**2) ** 2, rel=0.1)
 
 
 @settings(deadline=None, max_examples=40)
@@ -365,6 +369,16 @@ def test_shares_say_how_many_codes_a_query_moves():
     for share in (0.001, 0.02, 0.4):
         assert noise.rounded_gaussian(eps_of_share(share)).share == pytest.approx(share, abs=1e-4)
         assert noise.discretized_gaussian(1, mu_of_share(share)).share == pytest.approx(share, abs=1e-4)
+
+
+def test_perturbation_bits_cut_a_query():
+    whole, cut = (QuZO([codes()], eps=3.0, perturbation_bits=bits) for bits in (None, 3))
+    u, v = (method.direction(0, 0, method.param_groups[0]).values("w", 0, 4000) for method in (whole, cut))
+    assert u.abs().max() > 3
+    assert torch.equal(v, u.clamp(-3, 3))
+    for wrong in ({"perturbation_bits": 1}, {"perturbation_bits": 4, "roundings": 2}):
+        with pytest.raises(GradlessError, match="perturbation_bits"):
+            QuZO([codes()], **wrong)
 
 
 @pytest.mark.parametrize("make", [QuZO, ZOQO])

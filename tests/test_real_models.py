@@ -33,7 +33,7 @@ def run(model_and_method, shared_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("real") / "run"
     train = str(shared_data / "sst2" / "train.tsv")
     arguments = ["tune", str(base), train, "--task", "sst2", "--steps", str(STEPS), "--schedule", "constant"]
-    arguments += ["--method", method, "--lr", {"qzo": "1e-3", "quzo": "3e-4"}[method]]
+    arguments += ["--method", method, "--lr", {"qzo": "1e-3", "quzo": "0.2"}[method]]
     assert main([*arguments, "--output", str(output)]) == 0
     return output
 
@@ -64,10 +64,12 @@ def test_the_tuned_file_has_the_bases_size_types_and_metadata(base, run):
 class LlamaCpp:
     """A GGUF file in llama.cpp, through xllamacpp."""
 
-    def __init__(self, path):
+    def __init__(self, path, adapter=None):
         xllamacpp = pytest.importorskip("xllamacpp")
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
+        if adapter is not None:
+            parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         parameters.n_ctx = 1024
         parameters.n_parallel = 1
         parameters.warmup = False
@@ -82,6 +84,14 @@ class LlamaCpp:
         """Which of two single tokens has the larger log-probability: both are raised alike, so that the best is one of them."""
         return self.complete(prompt, 1, logit_bias=[[word, 100.0] for word in words])
 
+    def accuracy(self, dev, tokenizer):
+        """On SST-2's rows, with the prompt and words of the task."""
+        words = ("terrible", "great")
+        ids = [tokenizer(" " + word, add_special_tokens=False).input_ids[0] for word in words]
+        rows = read_rows(str(dev))
+        right = sum(self.likelier(row["text"] + " It was", ids).strip() == words[int(row["label"])] for row in rows)
+        return right / len(rows)
+
 
 def test_llama_cpp_runs_the_tuned_file_and_measures_our_accuracy(base, run, shared_data, capsys):
     from gradless.formats.gguf_model import load_tokenizer
@@ -91,14 +101,24 @@ def test_llama_cpp_runs_the_tuned_file_and_measures_our_accuracy(base, run, shar
     ours = json.loads(capsys.readouterr().out)["accuracy"]
     llama = LlamaCpp(run / "model.gguf")
     assert len(llama.complete("The capital of France is", 8)) > 3
-    tokenizer = load_tokenizer(base)
-    words = [tokenizer(" " + word, add_special_tokens=False).input_ids[0] for word in ("terrible", "great")]
-    rows = read_rows(str(dev))
-    right = sum(
-        llama.likelier(row["text"] + " It was", words).strip() == ("terrible", "great")[int(row["label"])] for row in rows
-    )
-    print(f"accuracy on {len(rows)} rows: ours {ours:.4f}, llama.cpp's {right / len(rows):.4f}")
-    assert abs(right / len(rows) - ours) <= 0.01
+    theirs = llama.accuracy(dev, load_tokenizer(base))
+    print(f"accuracy: ours {ours:.4f}, llama.cpp's {theirs:.4f}")
+    assert abs(theirs - ours) <= 0.01
+
+
+def test_llama_cpp_applies_an_adapter_and_measures_our_accuracy(smollm2, shared_data, tmp_path, capsys):
+    from gradless.formats.gguf_model import load_tokenizer
+
+    train, dev = (str(shared_data / "sst2" / f"{split}.tsv") for split in ("train", "dev"))
+    options = ["--method", "zoqo", "--lora", "8", "--steps", str(STEPS), "--schedule", "constant", "--lr", "10"]
+    assert main(["tune", str(smollm2), train, "--task", "sst2", *options, "--output", str(tmp_path / "run")]) == 0
+    adapter = tmp_path / "run" / "adapter"
+    capsys.readouterr()
+    assert main(["eval", str(smollm2), dev, "--task", "sst2", "--adapter", str(adapter), "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)["accuracy"]
+    theirs = LlamaCpp(smollm2, adapter.with_suffix(".gguf")).accuracy(dev, load_tokenizer(smollm2))
+    print(f"accuracy with the adapter: ours {ours:.4f}, llama.cpp's {theirs:.4f}")
+    assert abs(theirs - ours) <= 0.01
 
 
 def test_memory_stays_within_the_file_and_a_little(smollm2):

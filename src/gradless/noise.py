@@ -167,15 +167,22 @@ def discretized_gaussian(m: int, spread: float) -> Integers:
 
 
 @cache
-def rounded_gaussian(eps: float) -> Integers:
-    """SR(eps * u), u ~ N(0, 1): the distribution of QuZO's u_1 in grid steps, over u and the rounding together."""
+def rounded_gaussian(eps: float, most: int | None = None) -> Integers:
+    """SR(eps * u), u ~ N(0, 1): the distribution of QuZO's u_1 in grid steps, over u and the rounding together.
+
+    Args:
+        eps: in grid steps.
+        most: steps; larger ones are cut to it, where it is given.
+    """
     with localcontext() as context:
         context.prec = 40
         z = normal_table().astype(object) * Fraction(eps) / 2**13
         whole = z // 1
         m = int(whole[-1]) + 1
         up = [sum(z[whole == k - 1] - (k - 1)) + sum(k + 1 - z[whole == k]) for k in range(m, 0, -1)]
-        return _from_probabilities([Decimal(p.numerator) / p.denominator / 65536 for p in map(Fraction, up)])
+        every = [Decimal(p.numerator) / p.denominator / 65536 for p in map(Fraction, up)]
+        cut = 0 if most is None else max(0, m - most)
+        return _from_probabilities([sum(every[: cut + 1], Decimal(0)), *every[cut + 1 :]])
 
 
 def _from_probabilities(lower: Sequence[Decimal]) -> Integers:

@@ -33,6 +33,8 @@ class QuZO(GridOptimizer):
         lr: step size, for a gradient per grid step.
         eps: perturbation in grid steps; well below 1, a share of about 0.8 eps of all codes moves in a query.
         roundings: 1 or 2, as above.
+        perturbation_bits: cut u_1 to the symmetric integers of so many bits, 2 to 8 (the authors' scripts: 4), where given;
+            one rounding only.
         span: this many neighbouring codes of a row share one coordinate of u; 1 in the paper.
         weight_decay: must be 0: a code decays by no fraction.
         q: directions a step (the paper's n).
@@ -40,16 +42,17 @@ class QuZO(GridOptimizer):
         distribution: "gaussian".
 
     Raises:
-        GradlessError: another distribution, a weight decay, or an eps that moves no code, or too far.
+        GradlessError: another distribution, a weight decay, impossible bits, or an eps that moves no code, or too far.
     """
 
     def __init__(
         self,
         spaces: Iterable[Space] | Iterable[Group],
-        lr: float = 1e-4,
-        eps: float = 1e-2,
+        lr: float = 0.2,
+        eps: float = 0.35,
         *,
         roundings: int = 1,
+        perturbation_bits: int | None = None,
         span: int = 1,
         weight_decay: float = 0.0,
         q: int = 1,
@@ -58,14 +61,18 @@ class QuZO(GridOptimizer):
     ) -> None:
         if distribution != "gaussian" or weight_decay:
             raise GradlessError("QuZO rounds Gaussian directions onto whole codes: distribution gaussian, weight_decay 0.")
-        self.roundings = roundings
+        if perturbation_bits is not None and not (2 <= perturbation_bits <= 8 and roundings == 1):
+            raise GradlessError("QuZO's perturbation_bits are 2 to 8, and go with one rounding.")
+        self.roundings, self.perturbation_bits = roundings, perturbation_bits
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution, span=span)
 
     def steps(self, group: Group) -> Distribution:
         """u_1. A u that is rounded once is drawn rounded: the same distribution, at a sixth of the cost."""
-        once = noise.rounded_gaussian(group["eps"])
-        return once if self.roundings == 1 else RoundedGaussian(group["eps"])
+        if self.roundings == 2:
+            return RoundedGaussian(group["eps"])
+        bits = self.perturbation_bits
+        return noise.rounded_gaussian(group["eps"], None if bits is None else 2 ** (bits - 1) - 1)
 
     def derivative(self, plus: float, minus: float, group: Group) -> float:
         """mu / eps, the factor of u_2."""

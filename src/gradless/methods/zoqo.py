@@ -48,8 +48,8 @@ class ZOQO(GridOptimizer):
     def __init__(
         self,
         spaces: Iterable[Space] | Iterable[Group],
-        lr: float = 0.1,
-        eps: float = 0.3,
+        lr: float = 0.06,
+        eps: float = 0.53,
         *,
         whole_steps: bool = False,
         hold: bool = False,

@@ -48,6 +48,7 @@ class MethodOptions:
         choices=("gaussian", "rademacher", "uniform"),
     )
     roundings: int = option(1, "QuZO: round a direction once (Q-RGE1) or twice (Q-RGE2).", choices=(1, 2))
+    perturbation_bits: int | None = option(None, "QuZO: cut a query's steps to the integers of so many bits (one rounding).")
     span: int = option(1, "quzo, zoqo: neighbouring codes that share one coordinate of a direction.")
     whole_steps: bool = option(False, "ZOQO: move by a whole grid step at least, as in the paper.")
     hold: bool = option(False, "ZOQO: a third forward a step, at x itself; move only where a side of it is lower.")

@@ -156,7 +156,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if args.method in ("quzo", "zoqo"):
             method["span"] = args.span
         if args.method == "quzo":
-            method["roundings"] = args.roundings
+            method |= {"roundings": args.roundings, "perturbation_bits": args.perturbation_bits}
         if args.method == "zoqo":
             method |= {"whole_steps": args.whole_steps, "hold": args.hold}
         return method
