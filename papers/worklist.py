@@ -16,7 +16,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data" / "sst2"
+SHARED = ROOT.parent / "shared" / "data"
+DATA = SHARED / "sst2"
 TRAIN_ROWS, BATCH = 1000, 16
 WEAK = {"task": "sst2"}
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -80,8 +81,10 @@ class WorkList:
         with self.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
 
-    def tune(self, row: Row, base: Path, every: int = 250, **more: Any) -> Row:
-        """Tune `base` on SST-2 as the row says, resuming where its journal ends; the measurements on all dev rows."""
+    def tune(
+        self, row: Row, base: Path, every: int = 250, train: Path = DATA / "train.tsv", dev: Path = DATA / "dev.tsv"
+    ) -> Row:
+        """Tune `base` (on SST-2) as the row says, resuming where its journal ends; the measurements on all of `dev`."""
         from gradless import run
         from gradless.journal import Journal
         from gradless.training.options import RunOptions
@@ -89,10 +92,8 @@ class WorkList:
         output = self.runs / "".join(c if c.isalnum() else "-" for c in row["name"])
         names = {field.name for field in fields(RunOptions)}
         chosen = RunOptions(
-            **row.get("prompt", WEAK),
-            **{name: value for name, value in row.items() if name in names},
-            **more,
-            eval=str(DATA / "dev.tsv"),
+            **{**{name: value for name, value in row.items() if name in names}, **row.get("prompt", WEAK)},
+            eval=str(dev),
             train_rows=TRAIN_ROWS,
             batch_size=BATCH,
             eval_every=every,
@@ -100,7 +101,7 @@ class WorkList:
             resume=(output / "journal.db").exists(),
             allow_changes=True,
         )
-        summary = run.tune(str(base), str(DATA / "train.tsv"), chosen)
+        summary = run.tune(str(base), str(train), chosen)
         if not summary["finished"]:
             raise SystemExit(130)
         journal = Journal.open(output / "journal.db")

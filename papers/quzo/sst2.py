@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from worklist import DATA, WEAK, Row, WorkList, model_path
 
-STEPS, LONG, FIRST_ORDER = 400, 2000, 50
+STEPS, LONG, FIRST_ORDER = 400, 1000, 50
 PACKED = {
     "int8": {"bits": 8},
     "int4": {"bits": 4},
@@ -115,7 +115,7 @@ def zero(row: Row) -> Row:
 
 
 def tune(row: Row) -> Row:
-    return WORK.tune(row, base(row["model"]), every=100)
+    return WORK.tune(row, base(row["model"]), every=row["steps"] // 4)
 
 
 def ste(row: Row) -> Row:
