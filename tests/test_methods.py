@@ -14,7 +14,7 @@ from gradless.methods.quzo import eps_of_share
 from gradless.methods.zoqo import mu_of_share
 from gradless.noise import NAMED, Direction, RoundedGaussian, Stream
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, GridSpace, parameters
-from gradless.tensor import Part
+from gradless.tensor import Move, Part
 from tests.test_kernels import quant
 
 
@@ -349,9 +349,12 @@ def test_rge2_is_unbiased_and_rge1_is_longer_by_the_roundings_variance():
     st.integers(0, 2**32),
     st.floats(0.3, 4.0),
     st.booleans(),
+    st.booleans(),
+    st.integers(1, 3),
 )
-def test_codes_are_on_their_grid_after_every_step(name, method_name, seed, eps, clamp):
-    space = CodeSpace(quant(name, 2, 2, seed % 1000), clamp=clamp)
+def test_codes_are_on_their_grid_after_every_step(name, method_name, seed, eps, clamp, residual, stride):
+    space = CodeSpace(quant(name, 4, 2, seed % 1000), clamp=clamp, residual=residual, stride=stride)
+    untuned = torch.arange(4).repeat_interleave(space.tensor.columns) % stride != 0
     lowest, highest = space.tensor.block.codes
     start = held(space)
     method = METHODS[method_name]([space], lr=1.5, eps=eps, seed=seed)
@@ -361,8 +364,32 @@ def test_codes_are_on_their_grid_after_every_step(name, method_name, seed, eps, 
         now = held(space)
         assert torch.equal(now, now.round())
         assert ((now >= lowest) & (now <= highest) | (now == start)).all()
-    if clamp and name in ("Q4_0", "Q4_1", "Q8_0"):
+        assert torch.equal(now[untuned], start[untuned])
+        assert torch.equal(read[-1][untuned], read[0][untuned])
+    if clamp and stride == 1 and name in ("Q4_0", "Q4_1", "Q8_0"):
         assert all((x >= lowest - 1e-2).all() and (x <= highest + 1e-2).all() for x in read if start.min() >= lowest)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32), st.lists(st.floats(-3, 3), min_size=1, max_size=6))
+def test_a_residual_loses_nothing(seed, coefficients):
+    """What codes moved by, and what they are owed, is the sum of all updates, each rounded to 1/256 of a step."""
+    n, residual = 300, kernels.dither("w", torch.Size((300,)))
+    first, moved, asked = residual.clone().int(), torch.zeros(300), torch.zeros(300)
+    for step, coefficient in enumerate(coefficients):
+        move = Move(Direction(seed, step, 0, noise.rounded_gaussian(1.5)), coefficient)
+        moved += kernels.whole_steps("w", move, n, residual.device, residual)
+        u = move.direction.values("w", 0, n) * (torch.tensor(coefficient, dtype=torch.float32) * 256)
+        asked += noise.stochastic_round(u, move.direction.words("w", Stream.ROUNDING))
+    assert torch.equal(256 * moved + residual.int() - first, asked)
+
+
+def test_a_small_update_moves_a_small_share_of_the_codes_at_once():
+    residual = kernels.dither("w", torch.Size((200_000,)))
+    move = Move(Direction(1, 0, 0, NAMED["rademacher"]), 0.01)
+    moved = kernels.whole_steps("w", move, residual.numel(), residual.device, residual)
+    assert moved.abs().mean() == pytest.approx(0.01, rel=0.1)
+    assert residual.float().mean().abs() < 1
 
 
 def test_shares_say_how_many_codes_a_query_moves():

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gradless.errors import GradlessError
+from gradless.formats.adapter import AdaptedModel, LoRA
 from gradless.formats.gguf_model import load_gguf
 from gradless.journal import Journal
 from gradless.objectives import Example, tokenize
@@ -16,8 +17,8 @@ def examples(tokenizer, n=20):
     return [tokenize(example, tokenizer, context=128) for example in made]
 
 
-def trainer(path, output, **options):
-    loaded = load_gguf(path)
+def trainer(path, output, *, lora=None, **options):
+    loaded = load_gguf(path) if lora is None else AdaptedModel(load_gguf(path), LoRA(lora))
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, "part": "scale"}
     config = ZOConfig(output_dir=str(output), **{**defaults, **options})
     return ZOTrainer(loaded.model, config, examples(loaded.tokenizer), checkpoint=loaded, processing_class=loaded.tokenizer)
@@ -48,6 +49,9 @@ def test_a_run_journals_every_step_and_moves_the_weights(tiny, tmp_path):
         {"train_unquantized": True},
         {"method": "quzo", "eps": 0.3, "lr": 1e-2, "q": 2},
         {"method": "zoqo", "lr": 0.5},
+        {"method": "zoqo", "lr": 0.5, "stateless": True, "stride": 1},
+        {"method": "quzo", "lora": 4},
+        {"method": "zoqo", "lora": 4, "q": 2},
     ],
 )
 def test_a_resume_gives_the_bits_of_the_uninterrupted_run(tiny, tmp_path, options):

@@ -28,7 +28,9 @@ METHODS = {
     "ZOQO, sparse, whole steps": (ZOQO, {"whole_steps": True}),
     "ZOQO, sparse, eta falling to 0": (ZOQO, {"falling": True}),
     "ZOQO, sparse, whole steps, hold": (ZOQO, {"whole_steps": True, "hold": True}),
+    "ZOQO, sparse, eta from 0.1 to 0, residual": (ZOQO, {"falling": True, "lr": 0.1, "residual": True}),
     "QuZO, Q-RGE1, lr falling to 0": (QuZO, {"falling": True}),
+    "QuZO, Q-RGE1, lr falling to 0, residual": (QuZO, {"falling": True, "residual": True}),
     "QuZO, Q-RGE2, lr falling to 0": (QuZO, {"falling": True, "roundings": 2}),
 }
 
@@ -45,9 +47,9 @@ def run(bits: int, method: type, options: dict, seed: int) -> tuple[torch.Tensor
     target = torch.rand(N, generator=generator) * 1.6 - 0.8
     h = 0.5 + 1.5 * torch.rand(N, generator=generator)
     grid, s = grids.mid_tread(bits, -1.0, 1.0)
-    space = GridSpace("x", torch.zeros(N, dtype=torch.int16), grid, s)
+    space = GridSpace("x", torch.zeros(N, dtype=torch.int16), grid, s, residual=options.get("residual", False))
     falling = options.get("falling", False)
-    given = {name: value for name, value in options.items() if name != "falling"}
+    given = {name: value for name, value in options.items() if name not in ("falling", "residual")}
     if method is QuZO:
         given |= {"eps": eps_of_share(SHARE[bits]), "lr": learning_rate(SHARE[bits], s)}
     else:
