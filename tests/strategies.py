@@ -9,6 +9,7 @@ INTEGER_DISTRIBUTIONS = [
     noise.uniform_grid(7),
     noise.discretized_gaussian(3, 0.7),
     noise.rounded_gaussian(0.02),
+    noise.rounded_gaussian(0.25),  # its largest step is too rare to be drawn
     noise.rounded_gaussian(1.3),
     RoundedGaussian(0.4),
     RoundedGaussian(2.5, Stream.SECOND),

@@ -28,7 +28,7 @@ METHODS = {
     "ZOQO, sparse, whole steps": (ZOQO, {"whole_steps": True}),
     "ZOQO, sparse, eta falling to 0": (ZOQO, {"falling": True}),
     "ZOQO, sparse, whole steps, hold": (ZOQO, {"whole_steps": True, "hold": True}),
-    "ZOQO, sparse, eta from 0.1 to 0, residual": (ZOQO, {"falling": True, "lr": 0.1, "residual": True}),
+    "ZOQO, sparse, eta falling to 0, residual": (ZOQO, {"falling": True, "residual": True}),
     "QuZO, Q-RGE1, lr falling to 0": (QuZO, {"falling": True}),
     "QuZO, Q-RGE1, lr falling to 0, residual": (QuZO, {"falling": True, "residual": True}),
     "QuZO, Q-RGE2, lr falling to 0": (QuZO, {"falling": True, "roundings": 2}),

@@ -126,7 +126,7 @@ class Integers(Distribution):
     def __post_init__(self) -> None:
         if len(self.tail) > 127:
             raise ValueError(f"noise of {len(self.tail)} grid steps: at most 127 fit; take a smaller perturbation")
-        if self.tail[-1] == 0:
+        if self.tail[0] == 0:
             raise ValueError("noise so small that no code would ever move (fewer than one in 32768); take a larger one")
 
     @property
@@ -186,8 +186,9 @@ def rounded_gaussian(eps: float, most: int | None = None) -> Integers:
 
 
 def _from_probabilities(lower: Sequence[Decimal]) -> Integers:
-    """From P(-m), ..., P(-1)."""
-    return Integers(tuple(round(edge * 2**16) for edge in accumulate(lower)))
+    """From P(-m), ..., P(-1); steps too rare for 16 bits to draw are left out."""
+    tail = [round(edge * 2**16) for edge in accumulate(lower)]
+    return Integers(tuple(filter(None, tail)) or (0,))
 
 
 @dataclass(frozen=True)
