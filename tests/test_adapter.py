@@ -65,7 +65,7 @@ def test_the_gguf_adapter_follows_the_files_rows(tiny, tmp_path):
     held = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     layers = adaptable(model.base)
     assert len(held) == 2 * len(layers)
-    for adapter in model.adapters:
+    for adapter in model.adapters.values():
         tensor = layers[adapter.path].packed
         assert torch.equal(held[f"{tensor.name}.lora_a"], adapter.a.shown())
         assert torch.equal(held[f"{tensor.name}.lora_b"][file_rows(tensor)], adapter.b.shown())
@@ -122,12 +122,52 @@ def test_adapters_that_do_not_fit(tiny, rows, tmp_path, capsys):
     model.save(tmp_path / "adapter", [])
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace("LORA", "IA3"))
-    with pytest.raises(GradlessError, match="holds a IA3 adapter; gradless reads LORA"):
+    with pytest.raises(GradlessError, match="holds a IA3 adapter; gradless reads plain LORA"):
         attach_peft(loaded, tmp_path / "adapter")
-    for letter, space in zip("AB", (model.adapters[0].a, model.adapters[0].b), strict=True):
+    first = next(iter(model.adapters.values()))
+    for letter, space in zip("AB", (first.a, first.b), strict=True):
         space.name = f"model.layers.9.mlp.up_proj.lora_{letter}.weight"
     model.save(tmp_path / "other", [])
-    with pytest.raises(GradlessError, match=r"does not fit this model: it has no layer model\.layers\.9"):
+    with pytest.raises(GradlessError, match=r"does not fit this model: no linear layer model\.layers\.9"):
         attach_peft(loaded, tmp_path / "other")
     assert tune(tiny, rows, tmp_path / "run", "--method", "qzo", "--lora", "4") == 1
     assert "lora is for quzo and zoqo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_dora", True), ("rank_pattern", {"q_proj": 2}), ("bias", "all")])
+def test_adapters_with_more_than_factors_are_refused(tiny, tmp_path, key, value):
+    model, _ = adapted(tiny)
+    model.save(tmp_path / "adapter", [])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(GradlessError, match=f"a LORA adapter with {key}"):
+        attach_peft(load_gguf(tiny), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_shortest_grids_hold_an_adapter_too(tiny, bits):
+    _, spaces = adapted(tiny, bits=bits, moved=False)
+    assert all(a.values.any() for a in spaces[::2])
+
+
+def test_a_replay_never_replaces_what_it_reads(tiny, rows, tmp_path, capsys):
+    base = tmp_path / "base.gguf"
+    base.write_bytes(tiny.read_bytes())
+    run = tmp_path / "run"
+    assert tune(base, rows, run, "--method", "zoqo", "--lora", "2") == 0
+    journal = str(run / "journal.db")
+    for output in ("base", "base.gguf", "run", "run/journal.db", "."):
+        assert main(["replay", str(base), journal, "--output", str(tmp_path / output), "--overwrite"]) == 1
+        assert "is, or holds, what the replay reads" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    assert main(["replay", str(base), journal, "--output", str(tmp_path / "other"), "--overwrite"]) == 1
+    assert "is a folder that holds no model" in capsys.readouterr().err
+    assert base.read_bytes() == tiny.read_bytes()
+
+
+def test_an_overwrite_that_cannot_run_keeps_the_old_run(tiny, rows, tmp_path):
+    output = tmp_path / "run"
+    assert tune(tiny, rows, output, "--method", "quzo") == 0
+    held = {path.name: path.read_bytes() for path in output.iterdir()}
+    assert tune(tiny, rows, output, "--method", "quzo", "--eps", "1e-9", "--overwrite") == 1
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == held

@@ -74,7 +74,7 @@ class BlockType:
         """The mean size of a grid step in blocks (n, nbytes) uint8, in units of the weights."""
         multiplier = self.unpack(packed).multiplier.abs().mean(1)
         span = self.grid.levels[-1] - self.grid.levels[0]
-        return float((self.field(packed, self.scale_at).abs() * multiplier).mean()) * span / self.grid.steps
+        return float((self.field(packed, self.scale_at).abs() * multiplier).mean()) * span / self.grid.length
 
     def level(self, codes: Tensor) -> Tensor:
         """What codes stand for: fp32 of any shape; on a grid that is not uniform, codes beyond its ends are its ends."""

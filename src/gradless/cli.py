@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     tune = _command(commands, "tune", "Tune a model on labelled rows.", TUNE_EXAMPLES)
-    tune.add_argument("model", help="A GGUF file, a packed folder, or a dense one (for mezo, or with --bits).")
+    tune.add_argument("model", help="A GGUF file, a packed folder, or a dense one (for mezo, --bits, --grid or --lora).")
     tune.add_argument("data", help=DATA_HELP)
     tune.add_argument("--config", metavar="FILE", help="YAML with the same names as these options; options given here win.")
     _options(tune, [field.name for field in fields(RunOptions)])
@@ -83,7 +83,12 @@ def parser() -> argparse.ArgumentParser:
     replay = _command(commands, "replay", "Rebuild a tuned model from its base and its journal.", REPLAY_EXAMPLES)
     replay.add_argument("model", help="The base that the run began with.")
     replay.add_argument("journal", help="The run's journal.db.")
-    replay.add_argument("--output", required=True, metavar="FILE", help="The tuned model to write.")
+    replay.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="The tuned model, or adapter, to write: a file for a GGUF, else a folder.",
+    )
     replay.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
 
     info = _command(commands, "info", "Show what a file holds and what each method would tune.", INFO_EXAMPLES)

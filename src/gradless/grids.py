@@ -41,7 +41,7 @@ class Grid:
         return self.levels == tuple(range(self.lowest, self.highest + 1))
 
     @cached_property
-    def steps(self) -> float:
+    def length(self) -> float:
         """How many steps the grid has from end to end, were they all as long as those a third of the way out from zero, where
         most weights lie (the largest of a group of 64 normal values is about three times their standard deviation)."""
         third = next(i for i, level in enumerate(self.levels) if 3 * level >= self.levels[-1])
@@ -205,5 +205,7 @@ def round_trip(x: Tensor, grid: Grid, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def lora_scale(a: Tensor, grid: Grid) -> float:
-    """One scale for both factors of an adapter: B starts at zero and needs room, so the range is twice A's own."""
-    return 2 * float(a.abs().max()) / float(grid.table().abs().max())
+    """One scale for both factors of an adapter: B starts at zero and needs room, so the range is twice A's own; A's own where
+    the grid has one level on each side, or A would round to nothing."""
+    room = 2 if len(grid.levels) > 3 else 1
+    return room * float(a.abs().max()) / float(grid.table().abs().max())

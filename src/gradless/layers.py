@@ -67,14 +67,19 @@ class QuantLinear(_Packed):
             few = kernels.dequantize(self.packed, file_rows(self.packed)[self.only], torch.float32)
             return F.linear(x.float(), few, None if self.bias is None else self.bias[self.only].float())
         rows, bias = file_rows(self.packed), self.bias
-        if self.integer:
-            y = kernels.linear_int8(self.packed, rows, x.flatten(0, -2)).view(*x.shape[:-1], -1)
-            return (y if bias is None else y + bias.float()).to(x.dtype)
         tile = max(1, TILE // self.in_features)
+        product = self._integer_product if self.integer else self._product
         inputs = x.to(self.dtype)
-        outputs = [F.linear(inputs, kernels.dequantize(self.packed, some, self.dtype)) for some in torch.split(rows, tile)]
+        outputs = [product(inputs, some) for some in torch.split(rows, tile)]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+
+    def _product(self, x: Tensor, rows: Tensor) -> Tensor:
+        return F.linear(x, kernels.dequantize(self.packed, rows, self.dtype))
+
+    def _integer_product(self, x: Tensor, rows: Tensor) -> Tensor:
+        y = kernels.linear_int8(self.packed, rows, x.reshape(-1, self.in_features))
+        return y.to(self.dtype).view(*x.shape[:-1], len(rows))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.packed.block.name}, bias={self.bias is not None}"
@@ -86,7 +91,10 @@ def set_activations(model: nn.Module, activations: str) -> None:
     Raises:
         GradlessError: int8, and a layer's codes are no integers (FP8, NF4).
     """
-    for layer in (module for module in model.modules() if isinstance(module, QuantLinear)):
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if activations == "int8" and not layers:
+        raise GradlessError("int8 activations are for packed weights, and this model is dense; quantize it first (--bits 8).")
+    for layer in layers:
         layer.integer = activations == "int8"
         if layer.integer and layer.packed.block.levels is not None:
             raise GradlessError(

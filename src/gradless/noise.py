@@ -205,7 +205,7 @@ class RoundedGaussian(Distribution):
 
     @property
     def share(self) -> float:
-        return rounded_gaussian(self.eps).share
+        return float(np.minimum(1, self.eps * normal_table() * 2.0**-13).mean())
 
     def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
         u = Gaussian().draw(direction, name, start, count, device)

@@ -163,7 +163,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     if options.threads:
         torch.set_num_threads(options.threads)
     say = Console(stderr=True, quiet=quiet).print
-    base = output / "base" if options.bits is not None or options.grid != "int" else None
+    base = output / "base" if options.quantizes else None
     source = base if base is not None and options.resume else Path(model)
     say(f"loading {source}")
     loaded: Model = load_model(source)
@@ -173,8 +173,6 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         if options.eval is None
         else prepare(options.eval, loaded, options, split=options.eval_split, limit=options.eval_rows)
     )
-    if options.overwrite:
-        _clear(output)
     if base is not None and not options.resume:
         say(f"quantizing {model} to {base}")
         quantize(loaded, base, options)
@@ -192,6 +190,9 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         before = resumed or measure(loaded, held_out.examples, options.batch_size, quiet=quiet)
         say(f"before: {_shown(before)}")
     trainer = _make_trainer(loaded, train, held_out, options, steps, output)
+    if options.overwrite:
+        trainer.header()  # what cannot run is refused before anything is removed
+        _clear(output, keep=base)
     line = ProgressLine(trainer, options, before, quiet=quiet)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(line)
@@ -226,7 +227,8 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     from gradless.report.curve import plot_run
 
     plot_run(output / "journal.db", output / "loss.png")
-    say(f"wrote {target}, {output / 'journal.db'} and {output / 'loss.png'}")
+    written = loaded.written(target) if isinstance(loaded, AdaptedModel) else [target]
+    say(f"wrote {', '.join(map(str, written))}, {output / 'journal.db'} and {output / 'loss.png'}")
     return summary
 
 
@@ -236,7 +238,10 @@ def how_it_multiplies(loaded: Model, options: RunOptions) -> str:
         return "linear layers: dense weights"
     types = sorted({loaded.file.quantized[name].block.name for name in loaded.file.linear_layers()})
     if options.activations == "int8":
-        return f"linear layers: int8 activations times the codes of {', '.join(types)}, in integers ({kernels.name()} kernels)"
+        return (
+            f"linear layers: int8 activations times the codes of {', '.join(types)}, in integers ({kernels.name()} kernels); "
+            "a head that scores single words stays in fp32"
+        )
     return f"linear layers: {', '.join(types)} unpacked to bf16 ({kernels.name()} kernels)"
 
 
@@ -268,9 +273,8 @@ def _claim(output: Path, options: RunOptions, inputs: list[str | None]) -> None:
         raise GradlessError(f"{output} holds no run to resume; leave --resume out to start one.")
 
 
-def _clear(output: Path) -> None:
-    for name in WRITTEN:
-        path = output / name
+def _clear(output: Path, keep: Path | None) -> None:
+    for path in (output / name for name in WRITTEN if output / name != keep):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -455,11 +459,11 @@ def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> 
 def replay(model: str, journal_path: str, output: str, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Rebuild a tuned model from its base and its journal, without data or forwards."""
     target, path = Path(output), Path(model)
-    if target.exists() and (not overwrite or target.resolve() == path.resolve()):
-        raise GradlessError(f"{target} exists; give --overwrite to replace it (never the base itself), or another --output.")
     journal = Journal.open(Path(journal_path))
     lora = journal.header.get("lora")
     source = open_model(path) if lora is None else AdaptedModel(load_model(path), LoRA(**lora))
+    for written in source.written(target) if isinstance(source, AdaptedModel) else [target]:
+        _check_free(written, [path, Path(journal_path)], overwrite=overwrite)
     if source.fingerprint() != journal.header["base"]:
         raise GradlessError(
             f"{path} is not the base of {journal_path}: its hash differs; give the model that the run began with."
@@ -478,6 +482,16 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
         "steps_per_second": round(optimizer.t / seconds, 1),
         "output": output,
     }
+
+
+def _check_free(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
+    """Refuse to write where something is, unless it may be replaced; never over an input, nor a folder around one."""
+    if any(target.resolve() in (source.resolve(), *source.resolve().parents) for source in inputs):
+        raise GradlessError(f"{target} is, or holds, what the replay reads; give another --output.")
+    if target.exists() and not overwrite:
+        raise GradlessError(f"{target} exists; give --overwrite to replace it, or another --output.")
+    if target.is_dir() and not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise GradlessError(f"{target} is a folder that holds no model; give another --output.")
 
 
 def _shown(metrics: dict[str, Any]) -> str:

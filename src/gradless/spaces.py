@@ -85,8 +85,10 @@ class CodeSpace(Space):
     def __init__(self, tensor: QuantTensor, *, stride: int = 1, clamp: bool = False, residual: bool = False) -> None:
         tensor.tune(Part.CODE)
         tensor.stride, tensor.clamp = stride, clamp
+        tensor.residual = None
         if residual:
-            tensor.residual = kernels.dither(tensor.name, torch.Size((tensor.tuned_rows, tensor.columns)))
+            shape = torch.Size((tensor.tuned_rows, tensor.columns))
+            tensor.residual = kernels.dither(tensor.name, shape).to(tensor.packed.device)
         self.name, self.values, self.tensor = tensor.name, tensor.packed, tensor
 
     @property
@@ -142,7 +144,8 @@ class GridSpace(Space):
 
     def move(self, move: Move) -> int:
         step = kernels.whole_steps(self.name, move, self.values.numel(), self.values.device, self.residual)
-        after = self.grid.step(self.values, step.view_as(self.values).to(self.values.dtype))
+        far = len(self.grid.levels)  # from end to end, in whatever integers the codes are
+        after = self.grid.step(self.values, step.clamp(-far, far).view_as(self.values).to(self.values.dtype))
         changed = int((after != self.values).sum())
         self.values.copy_(after)
         self._shown = None

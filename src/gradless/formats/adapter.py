@@ -25,6 +25,7 @@ from gradless.errors import GradlessError
 from gradless.files import replacing, replacing_folder
 from gradless.formats.dense import DenseModel
 from gradless.formats.gguf_model import GGUFModel
+from gradless.formats.packed import PackedModel
 from gradless.formats.quantized import QuantizedModel
 from gradless.grids import integers, lora_scale
 from gradless.layers import QuantLinear, file_rows
@@ -89,7 +90,7 @@ class AdaptedModel:
         self.layers = adaptable(base)
         if not self.layers:
             raise GradlessError(f"{type(base.model).__name__} has no linear layer for an adapter.")
-        self.adapters: list[Adapter] = []
+        self.adapters: dict[str, Adapter] = {}
 
     def fingerprint(self) -> str:
         """The base's."""
@@ -99,30 +100,37 @@ class AdaptedModel:
         """The layers that get adapters."""
         return {"codes": list(self.layers)}
 
-    def steps(self, name: str) -> float:
+    def grid_length(self, name: str) -> float:
         """How many steps the factors' grid has from end to end."""
         del name
-        return integers(self.lora.bits).steps
+        return integers(self.lora.bits).length
 
     def step_size(self, name: str) -> float:
         """The size of such a step in a layer's factors."""
-        return new_adapter(name, self.layers[name], self.lora, clamp=False, residual=False).a.scale
+        return new_adapter(name, self.layers[name], self.lora).a.scale
 
-    def spaces(self, kind: str, names: list[str], *, clamp: bool = False, residual: bool = False, **_: Any) -> list[Space]:
-        """Make the named layers' adapters; the spaces of their factors."""
+    def spaces(self, kind: str, names: list[str], *, clamp: bool = False, residual: bool = False) -> list[Space]:
+        """Make the named layers' adapters, once; the spaces of their factors."""
         assert kind == "codes"
+        found: list[Space] = []
         for name in names:
-            adapter = new_adapter(name, self.layers[name], self.lora, clamp=clamp, residual=residual)
+            assert name not in self.adapters, f"{name} has an adapter already"
+            adapter = self.adapters[name] = new_adapter(name, self.layers[name], self.lora, clamp=clamp, residual=residual)
             attach(self.layers[name], adapter.factors, self.lora.factor)
-            self.adapters.append(adapter)
-        return [space for adapter in self.adapters for space in (adapter.a, adapter.b)]
+            found += [adapter.a, adapter.b]
+        return found
+
+    def written(self, path: Path) -> list[Path]:
+        """What `save` writes."""
+        return [path, path.with_name(path.name + ".gguf")] if isinstance(self.base, GGUFModel) else [path]
 
     def save(self, path: Path, spaces: list[Space]) -> None:
         """Write a PEFT folder; for a GGUF base a GGUF adapter beside it, under the folder's name and .gguf."""
         del spaces
-        write_peft(path, self.adapters, self.lora, str(self.path or ""))
+        source = self.path if self.path is None or not isinstance(self.base, PackedModel) else self.path.parent
+        write_peft(path, list(self.adapters.values()), self.lora, str(source or ""))
         if isinstance(self.base, GGUFModel):
-            write_gguf(path.with_name(path.name + ".gguf"), self.base, self.adapters, self.lora)
+            write_gguf(self.written(path)[1], self.base, list(self.adapters.values()), self.lora)
 
 
 def adaptable(base: QuantizedModel | DenseModel) -> dict[str, Any]:
@@ -134,7 +142,7 @@ def adaptable(base: QuantizedModel | DenseModel) -> dict[str, Any]:
     return {path: m for path, m in base.model.named_modules() if chosen(path, m)}
 
 
-def new_adapter(path: str, layer: Any, lora: LoRA, *, clamp: bool, residual: bool) -> Adapter:
+def new_adapter(path: str, layer: Any, lora: LoRA, *, clamp: bool = False, residual: bool = False) -> Adapter:
     """A layer's factors as they begin: one scale for both, twice A's own range, so that B has room to grow from zero."""
     grid, shape = integers(lora.bits), (lora.rank, layer.in_features)
     names = (f"{path}.lora_A.weight", f"{path}.lora_B.weight")
@@ -177,29 +185,40 @@ def write_peft(folder: Path, adapters: list[Adapter], lora: LoRA, base: str) -> 
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
 
 
+UNREAD = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
+"""What PEFT's configuration may ask for and gradless does not do."""
+
+
 def attach_peft(base: QuantizedModel | DenseModel, folder: Path) -> None:
     """Let a loaded model run with the adapter of a PEFT folder.
 
     Raises:
-        GradlessError: the folder holds no LoRA adapter, or one for another model.
+        GradlessError: the folder holds no LoRA adapter, one for another model, or one with more than plain factors.
     """
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise GradlessError(f"{folder} holds no adapter that can be read ({error}); give a PEFT folder.") from error
-    if config.get("peft_type") != "LORA":
-        raise GradlessError(f"{folder} holds a {config.get('peft_type')} adapter; gradless reads LORA.")
-    layers = dict(base.model.named_modules())
-    for name, a in tensors.items():
-        path, is_a, _ = name.removeprefix(_PREFIX).partition(".lora_A.weight")
-        if not is_a:
-            continue
-        b = tensors[name.replace("lora_A", "lora_B")]
+    asked = [name for name in UNREAD if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
+    if config.get("peft_type") != "LORA" or asked or not {"r", "lora_alpha"} <= config.keys():
+        what = f"a LORA adapter with {asked[0]}" if asked else f"a {config.get('peft_type')} adapter"
+        raise GradlessError(f"{folder} holds {what}; gradless reads plain LORA adapters.")
+    layers = adaptable(base)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, values in tensors.items():
+        path, _, factor = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        pairs.setdefault(path, {})[factor] = values.float()
+    for path, pair in pairs.items():
         layer = layers.get(path)
-        if layer is None or a.shape[1] != layer.in_features or b.shape[0] != layer.out_features:
-            raise GradlessError(f"{folder} does not fit this model: it has no layer {path} of {b.shape[0]} x {a.shape[1]}.")
-        attach(layer, partial(tuple, (a.float(), b.float())), config["lora_alpha"] / config["r"])
+        shapes = {"lora_A": (config["r"], layer.in_features), "lora_B": (layer.out_features, config["r"])} if layer else {}
+        if {factor: tuple(values.shape) for factor, values in pair.items()} != shapes:
+            held = ", ".join(f"{factor} {tuple(values.shape)}" for factor, values in pair.items())
+            raise GradlessError(f"{folder} does not fit this model: no linear layer {path or '(none)'} takes {held}.")
+        assert layer is not None
+        attach(layer, partial(tuple, (pair["lora_A"], pair["lora_B"])), config["lora_alpha"] / config["r"])
+    if not pairs:
+        raise GradlessError(f"{folder} holds an adapter without factors; it would change nothing.")
 
 
 def write_gguf(path: Path, base: GGUFModel, adapters: list[Adapter], lora: LoRA) -> None:

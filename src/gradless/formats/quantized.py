@@ -80,9 +80,9 @@ class QuantizedModel:
         linear = self.file.linear_layers()
         return {"blocks": linear, "codes": linear, "floats": floats, "vectors": vectors}
 
-    def steps(self, name: str) -> float:
+    def grid_length(self, name: str) -> float:
         """How many steps the grid of a tensor's codes has from end to end."""
-        return self.file.quantized[name].block.grid.steps
+        return self.file.quantized[name].block.grid.length
 
     def step_size(self, name: str) -> float:
         """The mean size of such a step, in units of the weights (of the first rows)."""
@@ -99,7 +99,6 @@ class QuantizedModel:
         stride: int = 1,
         clamp: bool = False,
         residual: bool = False,
-        **_: Any,
     ) -> list[Space]:
         """Spaces over the named tensors of one kind; float tensors are tuned in fp32 masters of their own."""
         if kind == "blocks":

@@ -199,13 +199,13 @@ class GridOptimizer(ZerothOrderOptimizer):
     """A method over integer codes: x counts grid steps, `eps` and `lr` do too, and a direction is drawn in whole ones."""
 
     @abstractmethod
-    def steps(self, group: Group) -> Distribution:
+    def query_noise(self, group: Group) -> Distribution:
         """What a query moves codes by; raises ValueError where no code would move, or too far."""
 
     def distribution(self, group: Group) -> Distribution:
-        """See `steps`."""
+        """See `query_noise`."""
         try:
-            return self.steps(group)
+            return self.query_noise(group)
         except ValueError as error:
             raise GradlessError(f"eps {group['eps']} in grid steps: {error}.") from error
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from gradless import noise
 from gradless.errors import GradlessError
 from gradless.methods.base import GridOptimizer, Group
@@ -67,7 +65,7 @@ class QuZO(GridOptimizer):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution, span=span)
 
-    def steps(self, group: Group) -> Distribution:
+    def query_noise(self, group: Group) -> Distribution:
         """u_1. A u that is rounded once is drawn rounded: the same distribution, at a sixth of the cost."""
         if self.roundings == 2:
             return RoundedGaussian(group["eps"])
@@ -90,9 +88,8 @@ class QuZO(GridOptimizer):
 
 def eps_of_share(share: float) -> float:
     """The eps with which a query moves this share of all codes: P(SR(eps u) != 0) = E[min(1, eps |u|)]."""
-    z = noise.normal_table() * 2.0**-13
     low, high = 0.0, 1e4
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.minimum(1, middle * z).mean() < share else (low, middle)
+        low, high = (middle, high) if RoundedGaussian(middle).share < share else (low, middle)
     return high

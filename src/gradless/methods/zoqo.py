@@ -68,7 +68,7 @@ class ZOQO(GridOptimizer):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian", span=span)
 
-    def steps(self, group: Group) -> Integers:
+    def query_noise(self, group: Group) -> Integers:
         """u."""
         mu = group["eps"]
         m = max(math.floor(mu), 1)

@@ -35,9 +35,10 @@ def plot_run(journal_path: Path, picture: Path) -> None:
     axis.plot(means, color="C0", label=f"training loss, mean of {WINDOW} steps")
     axis.set(ylabel="loss")
     if moves:
-        axes[1, 0].plot(*zip(*moves, strict=True), color="C3", linewidth=0.8, label="share of codes moved")
+        axes[1, 0].plot(*zip(*moves, strict=True), color="C3", linewidth=0.8, label="share of the tuned codes moved")
         for share in queried:
-            axes[1, 0].axhline(share, color="C4", linewidth=0.8, linestyle="--", label="share that a query moves")
+            label = "share that a query moves" if share == queried[0] else None
+            axes[1, 0].axhline(share, color="C4", linewidth=0.8, linestyle="--", label=label)
         axes[1, 0].set(ylabel="moved", yscale="log")
     axes[-1, 0].set(xlabel="step")
     if measured:

@@ -16,7 +16,7 @@ from gradless.formats.packed import is_packed, open_packed
 from gradless.formats.tensor_file import FLOAT_TYPES
 from gradless.noise import Direction
 from gradless.tensor import Move, Part, QuantTensor
-from gradless.training.options import DEFAULTS
+from gradless.training.options import DEFAULT_STRIDE, DEFAULTS
 
 ENOUGH = 0.9
 """Cosine between an intended perturbation and what is left of it in a bf16 scratch, below which `info` warns."""
@@ -58,7 +58,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         ],
         "tunable": {
             "qzo": {"tensors": len(linear), "values": sum(tensor.packed[..., 0].numel() for tensor in linear)},
-            "quzo, zoqo": {"tensors": len(linear), "values": sum(tensor.rows * tensor.columns for tensor in linear)},
+            "quzo, zoqo": {"tensors": len(linear), "values": sum(-(-t.rows // DEFAULT_STRIDE) * t.columns for t in linear)},
             "mezo": {"tensors": len(floats), "values": sum(math.prod(info.shape) for info in floats)},
         },
         "kernels": kernels.name(),
@@ -102,7 +102,7 @@ def as_text(description: dict[str, Any]) -> str:
     lines += [
         "",
         f"  qzo would tune  {tunable['qzo']['values']:>12,} block values in {tunable['qzo']['tensors']} linear layers",
-        f"  quzo, zoqo would tune {tunable['quzo, zoqo']['values']:>6,} codes of the same layers",
+        f"  quzo, zoqo would tune {tunable['quzo, zoqo']['values']:>6,} codes of the same layers, one row in {DEFAULT_STRIDE}",
         f"  mezo would tune {tunable['mezo']['values']:>12,} values in {tunable['mezo']['tensors']} norms and biases",
         f"  kernels: {description['kernels']}"
         + (f" ({description['why_not_compiled']})" if description["why_not_compiled"] else ""),

@@ -16,6 +16,10 @@ def option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
+CODES = ("quzo", "zoqo")
+"""The methods that tune integer codes."""
+
+
 @dataclass
 class MethodOptions:
     """How a method searches. `None` takes the method's default for the kind of model (see `defaults`)."""
@@ -27,37 +31,68 @@ class MethodOptions:
     )
     lr: float | None = option(None, "Step size at the start (zoqo: eta, in grid steps).")
     eps: float | None = option(None, "Size of a query's perturbation (quzo, and zoqo's mu: in grid steps).")
-    share: float | None = option(None, "quzo, zoqo: share of the codes that a query moves, instead of --eps.")
+    share: float | None = option(
+        None, "quzo, zoqo: share of the tuned codes that a query moves, instead of --eps.", methods=CODES
+    )
     q: int = option(1, "Queries (directions) a step; each costs two forwards.")
     clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.")
     part: str = option(
         "scale",
         "QZO: which value of a block is tuned; types without an offset tune their scale.",
         choices=("scale", "offset", "both"),
+        methods=("qzo",),
     )
     absolute: bool = option(
         False, "Perturb by eps itself (qzo, as in the paper: not relative to each scale; quzo, zoqo: not in grid steps)."
     )
-    train_unquantized: bool = option(False, "QZO: search the unquantized tensors (norms, biases) in the same step.")
+    train_unquantized: bool = option(
+        False, "QZO: search the unquantized tensors (norms, biases) in the same step.", methods=("qzo",)
+    )
     unquantized_lr: float | None = option(None, "Step size of the unquantized tensors.")
     unquantized_eps: float | None = option(None, "Size of the unquantized tensors' perturbation.")
-    master: bool = option(False, "MeZO: keep fp32 masters of bf16 weights instead of rounding updates stochastically.")
+    master: bool = option(
+        False, "MeZO: keep fp32 masters of bf16 weights instead of rounding updates stochastically.", methods=("mezo",)
+    )
     distribution: str = option(
         "gaussian",
-        "Distribution of directions (zoqo: gaussian, discretized, or uniform; quzo: gaussian).",
+        "Distribution of directions (zoqo: gaussian, which is discretized, or uniform; quzo: gaussian).",
         choices=("gaussian", "rademacher", "uniform"),
     )
-    roundings: int = option(1, "QuZO: round a direction once (Q-RGE1) or twice (Q-RGE2).", choices=(1, 2))
-    perturbation_bits: int | None = option(None, "QuZO: cut a query's steps to the integers of so many bits (one rounding).")
-    span: int = option(1, "quzo, zoqo: neighbouring codes that share one coordinate of a direction.")
-    whole_steps: bool = option(False, "ZOQO: move by a whole grid step at least, as in the paper.")
-    hold: bool = option(False, "ZOQO: a third forward a step, at x itself; move only where a side of it is lower.")
-    stride: int | None = option(None, "quzo, zoqo: tune every n-th row of a weight only (default: 16; 1 of an adapter).")
-    stateless: bool = option(
-        False, "quzo, zoqo: round every update at once, as in the papers, and keep no residual (a byte a code)."
+    roundings: int = option(1, "QuZO: round a direction once (Q-RGE1) or twice (Q-RGE2).", choices=(1, 2), methods=("quzo",))
+    perturbation_bits: int | None = option(
+        None, "QuZO: cut a query's steps to the integers of so many bits (one rounding).", methods=("quzo",)
     )
-    clamp: bool = option(False, "quzo, zoqo: stop at the grid's ends in queries too.")
+    span: int = option(1, "quzo, zoqo: neighbouring codes that share one coordinate of a direction.", methods=CODES)
+    whole_steps: bool = option(
+        False, "ZOQO: move by a whole grid step at least, as in the paper; no residual then.", methods=("zoqo",)
+    )
+    hold: bool = option(
+        False, "ZOQO: a third forward a step, at x itself; move only where a side of it is lower.", methods=("zoqo",)
+    )
+    stride: int | None = option(None, "quzo, zoqo: tune every n-th row of a weight only (default: 16).", methods=CODES)
+    stateless: bool = option(
+        False, "quzo, zoqo: round every update at once, as in the papers, and keep no residual (a byte a code).", methods=CODES
+    )
+    clamp: bool = option(False, "quzo, zoqo: stop at the grid's ends in queries too.", methods=CODES)
     weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.")
+
+    def check(self) -> None:
+        """Refuse values that cannot work, or that the method would not read."""
+        for each in fields(MethodOptions):
+            value, choices, methods = getattr(self, each.name), each.metadata.get("choices"), each.metadata.get("methods")
+            if choices and value not in choices:
+                raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
+            if methods and value != each.default and self.method not in methods:
+                raise GradlessError(f"{each.name} is for {' and '.join(methods)}; {self.method} does not read it.")
+        if self.share is not None and self.share > 0.5:
+            raise GradlessError(f"share is {self.share}; at most 0.5 of the codes can move in a query (--eps goes further).")
+        if self.share is not None and (self.eps is not None or self.distribution == "uniform"):
+            raise GradlessError("share stands for eps, with gaussian noise; leave --eps and --distribution out, or --share.")
+        if self.absolute and self.method in CODES and (self.eps is None or self.lr is None):
+            raise GradlessError(f"{self.method} has no defaults in units of the weights; give --eps and --lr with --absolute.")
+        bits = self.perturbation_bits
+        if bits is not None and not (2 <= bits <= 8 and self.roundings == 1):
+            raise GradlessError(f"perturbation_bits is {bits}; it can be 2 to 8, and goes with one rounding.")
 
 
 POSITIVE = {
@@ -70,13 +105,8 @@ POSITIVE = {
     "clip",
     "unquantized_lr",
     "unquantized_eps",
-    "train_rows",
-    "eval_rows",
-    "max_length",
     "lora",
     "lora_alpha",
-}
-POSITIVE |= {
     "train_rows",
     "eval_rows",
     "max_length",
@@ -116,8 +146,8 @@ class RunOptions(MethodOptions):
     group_size: str = option("64", "Weights of a row that share a range, or channel: a range a row.", metavar="N|channel")
     search: bool = option(False, "Choose ranges by squared error.")
     lora: int | None = option(None, "quzo, zoqo: tune LoRA adapters of this rank, on a grid, instead of the weights.")
-    lora_alpha: float = option(64.0, "An adapter's update is alpha / rank times B A.")
-    lora_bits: int = option(8, "Bits of the adapters' grid (2 to 8).")
+    lora_alpha: float = option(64.0, "An adapter's update is alpha / rank times B A.", needs="lora")
+    lora_bits: int = option(8, "Bits of the adapters' grid (2 to 8).", needs="lora")
     activations: str = option(
         "bf16",
         "What linear layers multiply: bf16 with unpacked weights, or int8, token by token, with integer codes.",
@@ -132,28 +162,36 @@ class RunOptions(MethodOptions):
     overwrite: bool = option(False, "Replace the run that --output holds.")
     allow_changes: bool = option(False, "Resume although versions, kernels or threads differ; bits may then differ too.")
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether a dense folder is quantized first."""
+        return self.bits is not None or self.grid != "int"
+
     def __post_init__(self) -> None:
         """Refuse values that cannot work, wherever they came from."""
+        self.check()
         for each in fields(self):
-            value, choices = getattr(self, each.name), each.metadata.get("choices")
+            value, choices, needs = (getattr(self, each.name), each.metadata.get("choices"), each.metadata.get("needs"))
             if choices and value not in choices:
                 raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
+            if needs and value != each.default and getattr(self, needs) is None:
+                raise GradlessError(f"{each.name} goes with --{needs}; give it too, or leave {each.name} out.")
             if each.name in POSITIVE and value is not None and not (isinstance(value, int | float) and value > 0):
                 raise GradlessError(f"{each.name} is {value!r}; it must be a number above zero.")
-        if self.share is not None and self.method not in ("quzo", "zoqo"):
-            raise GradlessError(f"share is for quzo and zoqo, which move codes; {self.method} has --eps.")
-        if self.share is not None and self.share > 0.5:
-            raise GradlessError(f"share is {self.share}; at most 0.5 of the codes can move in a query (--eps goes further).")
         if self.bits is not None and not 2 <= self.bits <= 8:
             raise GradlessError(f"bits is {self.bits}; codes have 2 to 8.")
         if not (self.group_size == "channel" or (self.group_size.isdigit() and int(self.group_size) > 0)):
             raise GradlessError(f"group_size is {self.group_size!r}; it is a number of weights, or channel.")
         if not 2 <= self.lora_bits <= 8:
             raise GradlessError(f"lora_bits is {self.lora_bits}; codes have 2 to 8.")
-        if self.lora is not None and self.method not in ("quzo", "zoqo"):
+        if self.lora is not None and self.method not in CODES:
             raise GradlessError(
                 f"lora is for quzo and zoqo, whose adapters live on a grid; {self.method} tunes the model's own."
             )
+        if self.lora is not None and self.stride is not None:
+            raise GradlessError("stride is for a model's own codes; adapters are tuned whole: leave it out with --lora.")
+        if self.quantizes and self.activations == "int8" and not grid_name(self).startswith(("int", "uint")):
+            raise GradlessError(f"{self.grid}'s codes are no integers; int8 activations need --grid int or uint.")
         if not 0 <= self.seed < 2**63:
             raise GradlessError(f"seed is {self.seed}; it must be a whole number from 0 on.")
 

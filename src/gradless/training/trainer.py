@@ -32,6 +32,7 @@ from gradless.journal import Journal
 from gradless.methods import METHODS, Estimate, ZerothOrderOptimizer
 from gradless.methods.quzo import eps_of_share
 from gradless.methods.zoqo import mu_of_share
+from gradless.noise import discretized_gaussian
 from gradless.objectives import TokenizedExample
 from gradless.training.options import DEFAULT_GRID, DEFAULT_STRIDE, DEFAULTS, MethodOptions
 
@@ -52,6 +53,7 @@ class ZOConfig(MethodOptions, TrainingArguments):  # type: ignore[misc]
     learning_rate: float = 5e-5
 
     def __post_init__(self) -> None:
+        self.check()
         if self.lr is None and self.learning_rate != ZOConfig.learning_rate:
             self.lr = self.learning_rate
         if self.lr is not None:
@@ -166,8 +168,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         args = self.args
         match args.method:
             case "mezo" if self.checkpoint.quantized:
-                group = self._group("floats", "mezo, floats of a GGUF", "mezo tunes a GGUF's float tensors, and this has none")
-                return [{**group, "master": args.master}]
+                missing = "mezo tunes a GGUF's float tensors, and this has none"
+                return [self._group("floats", "mezo, floats of a GGUF", missing)]
             case "mezo":
                 return [{**self._group("parameters", "mezo", "this model has no linear layer"), "master": args.master}]
             case "quzo" | "zoqo":
@@ -186,23 +188,23 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """A group for each length of grid. Defaults reach as far along a long grid as along a short one; what a user gives is
         in grid steps, or, where it is absolute, in units of the weights."""
         args, adapted = self.args, isinstance(self.checkpoint, AdaptedModel)
-        missing = f"{args.method} tunes integer codes, and this model has none; use --method mezo, or a GGUF"
+        missing = f"{args.method} tunes integer codes, and this model has none; quantize it first (--bits 8), or give --lora 8"
         group = self._group("codes", args.method + ", lora" * adapted, missing)
-        if args.absolute and (args.eps is None or args.lr is None):
-            raise GradlessError(f"{args.method} has no defaults in units of the weights; give --eps and --lr with --absolute.")
-        by_steps: dict[float, list[str]] = {}
+        by_length: dict[float, list[str]] = {}
         for name in group["names"]:
-            by_steps.setdefault(self.checkpoint.steps(name), []).append(name)
-        space = {
-            "stride": args.stride or (1 if adapted else DEFAULT_STRIDE),
-            "clamp": args.clamp,
-            "residual": not (args.stateless or args.whole_steps),
-        }
+            by_length.setdefault(self.checkpoint.grid_length(name), []).append(name)
+        space = {"clamp": args.clamp, "residual": not (args.stateless or args.whole_steps)}
+        if not adapted:
+            space["stride"] = args.stride or DEFAULT_STRIDE
         power = 2 if args.method == "quzo" else 1  # QuZO's update is in steps, and so is what its gradient is taken by
         groups = []
-        for steps, names in by_steps.items():
-            unit = 1 / statistics.mean(map(self.checkpoint.step_size, names)) if args.absolute else steps / DEFAULT_GRID
+        for length, names in by_length.items():
+            unit = 1 / statistics.mean(map(self.checkpoint.step_size, names)) if args.absolute else length / DEFAULT_GRID
             eps = group["eps"] * (unit if args.absolute or not (args.eps or args.share) else 1)
+            if (
+                args.method == "zoqo" and eps < group["eps"] < 1
+            ):  # below a step mu is no standard deviation, its share's root is
+                eps = mu_of_share(discretized_gaussian(1, group["eps"]).share * unit**2)
             lr = group["lr"] * (unit**power if args.absolute or args.lr is None else 1)
             groups.append({**group, "names": names, "lr": lr, "eps": eps, **space})
         return groups
