@@ -13,6 +13,7 @@ from gradless.errors import GradlessError
 from gradless.formats.packed import WEIGHTS, open_packed, packed_rows, quantize
 from gradless.grids import GRIDS
 from gradless.tensor import QuantTensor
+from gradless.training.options import DEFAULT_STRIDE
 from tests.test_cli import TASK
 
 

@@ -127,8 +127,8 @@ class AdaptedModel:
     def save(self, path: Path, spaces: list[Space]) -> None:
         """Write a PEFT folder; for a GGUF base a GGUF adapter beside it, under the folder's name and .gguf."""
         del spaces
-        source = self.path if self.path is None or not isinstance(self.base, PackedModel) else self.path.parent
-        write_peft(path, list(self.adapters.values()), self.lora, str(source or ""))
+        source = self.base.path.parent if isinstance(self.base, PackedModel) else self.base.path
+        write_peft(path, list(self.adapters.values()), self.lora, "" if source is None else str(source.resolve()))
         if isinstance(self.base, GGUFModel):
             write_gguf(self.written(path)[1], self.base, list(self.adapters.values()), self.lora)
 
