@@ -37,14 +37,16 @@ def rows() -> dict[str, Row]:
         made[f"zero-shot, {name}, int8 activations"] = {"kind": "zero", "model": name, "activations": "int8"}
     main = {
         "QuZO, int8": {"model": "int8", "method": "quzo"},
-        "ZOQO, int8, LoRA": {"model": "int8", "method": "zoqo", "lora": 8},
+        "ZOQO, int8, LoRA": {"model": "int8", "method": "zoqo", "lora": 8, "lr": 3.048, "eps": 40.64},
         "QuZO, int4": {"model": "int4", "method": "quzo"},
-        "ZOQO, int8": {"model": "int8", "method": "zoqo"},
+        "ZOQO, int8": {"model": "int8", "method": "zoqo", "lr": 1.016, "eps": 8.975},
         "ZOQO, int4": {"model": "int4", "method": "zoqo"},
     }
     other = {
         "QZO, Q4_1": {"model": "q4_1", "method": "qzo"},
         "MeZO, bf16": {"model": "dense", "method": "mezo", "eps": 5e-3, "lr": 2.5e-5},
+        "ZOQO, int8, LoRA, eta 1.7": {"model": "int8", "method": "zoqo", "lora": 8},
+        "QuZO, int4, single codes": {"model": "int4", "method": "quzo", "span": 1, "lr": 0.17422, "eps": 0.32667},
         "QuZO, Q4_1": {"model": "q4_1", "method": "quzo"},
         "ZOQO, Q4_1": {"model": "q4_1", "method": "zoqo"},
         "QuZO, int4, int8 activations (W4A8)": {"model": "int4", "method": "quzo", "activations": "int8"},

@@ -60,7 +60,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         q: queries (directions) a step; each costs two forwards.
         seed: of the run; directions follow from (seed, step, query, tensor name, offset).
         distribution: of the directions' coordinates, or its name.
-        span: how many consecutive elements of a tensor share one coordinate of a direction.
 
     Attributes:
         moved: the share of all integer codes that the last update changed; None where none are searched.
@@ -74,7 +73,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         q: int,
         seed: int,
         distribution: Distribution | str,
-        span: int = 1,
     ) -> None:
         listed = list(spaces)
         groups: list[Group] = cast(list[Group], listed) if isinstance(listed[0], dict) else [{"spaces": listed}]
@@ -84,7 +82,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if distribution not in NAMED:
                 raise GradlessError(f"directions over continuous values are {' or '.join(NAMED)}, not {distribution}.")
             distribution = NAMED[distribution]
-        self.q, self.seed, self.span, self._distribution = q, seed, span, distribution
+        self.q, self.seed, self._distribution = q, seed, distribution
         self.t = 0
         self.moved: float | None = None
         self.pending: Estimate | None = None
@@ -107,7 +105,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def direction(self, step: int, query: int, group: Group) -> Direction:
         """The direction u of one query, for a group's tensors."""
-        return Direction(self.seed, step, query, self.distribution(group), self.span)
+        return Direction(self.seed, step, query, self.distribution(group), group.get("span", 1))
 
     def radius(self, group: Group) -> float:
         """What multiplies u in a query."""

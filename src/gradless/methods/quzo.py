@@ -62,8 +62,8 @@ class QuZO(GridOptimizer):
         if perturbation_bits is not None and not (2 <= perturbation_bits <= 8 and roundings == 1):
             raise GradlessError("QuZO's perturbation_bits are 2 to 8, and go with one rounding.")
         self.roundings, self.perturbation_bits = roundings, perturbation_bits
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution, span=span)
+        defaults = {"lr": lr, "eps": eps, "span": span, "weight_decay": weight_decay}
+        super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
 
     def query_noise(self, group: Group) -> Distribution:
         """u_1. A u that is rounded once is drawn rounded: the same distribution, at a sixth of the cost."""

@@ -65,8 +65,8 @@ class ZOQO(GridOptimizer):
         if hold and compare:
             raise GradlessError("hold needs losses, which a comparison does not give; leave one of the two out.")
         self.whole_steps, self.hold, self.compare, self.shape = whole_steps, hold, compare, distribution
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian", span=span)
+        defaults = {"lr": lr, "eps": eps, "span": span, "weight_decay": weight_decay}
+        super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian")
 
     def query_noise(self, group: Group) -> Integers:
         """u."""

@@ -62,7 +62,11 @@ class MethodOptions:
     perturbation_bits: int | None = option(
         None, "QuZO: cut a query's steps to the integers of so many bits (one rounding).", methods=("quzo",)
     )
-    span: int = option(1, "quzo, zoqo: neighbouring codes that share one coordinate of a direction.", methods=CODES)
+    span: int | None = option(
+        None,
+        "quzo, zoqo: neighbouring codes that share one coordinate of a direction (default: 32 on up to 16 levels, else 1).",
+        methods=CODES,
+    )
     whole_steps: bool = option(
         False, "ZOQO: move by a whole grid step at least, as in the paper; no residual then.", methods=("zoqo",)
     )
@@ -205,9 +209,11 @@ DEFAULTS = {
     "qzo": (4e-4, 2e-2),
     "qzo, absolute": (1e-7, 1e-3),
     "quzo": (0.2, 0.35),
-    "zoqo": (0.06, 0.53),
+    "quzo, few levels": (0.3, 0.5),
     "quzo, lora": (0.2, 1.6),
-    "zoqo, lora": (0.18, 2.4),
+    "zoqo": (0.04, 0.53),
+    "zoqo, few levels": (0.04, 0.53),
+    "zoqo, lora": (0.1, 2.4),
     "mezo": (1e-5, 1e-3),
     "mezo, floats of a GGUF": (1e-3, 3e-2),
 }
@@ -216,6 +222,8 @@ DEFAULTS = {
 
 DEFAULT_GRID = 15.0
 """Steps of the grid that the defaults of quzo and zoqo are for; along longer and shorter ones they reach as far."""
+FEW_LEVELS, DEFAULT_SPAN = 16, 32
+"""On grids of so few levels neighbouring codes move together: a finer change of what a layer computes than single ones make."""
 DEFAULT_STRIDE = 16
 """Of the rows whose codes quzo and zoqo tune."""
 

@@ -34,7 +34,7 @@ from gradless.methods.quzo import eps_of_share
 from gradless.methods.zoqo import mu_of_share
 from gradless.noise import discretized_gaussian
 from gradless.objectives import TokenizedExample
-from gradless.training.options import DEFAULT_GRID, DEFAULT_STRIDE, DEFAULTS, MethodOptions
+from gradless.training.options import DEFAULT_GRID, DEFAULT_SPAN, DEFAULT_STRIDE, DEFAULTS, FEW_LEVELS, MethodOptions
 
 NAN_STEPS = 5
 """Steps in a row without a finite loss after which a run stops."""
@@ -155,8 +155,6 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """The method's name and the options that a replay needs."""
         args = self.args
         method = {"name": args.method, "q": args.q, "seed": args.seed, "distribution": args.distribution}
-        if args.method in ("quzo", "zoqo"):
-            method["span"] = args.span
         if args.method == "quzo":
             method |= {"roundings": args.roundings, "perturbation_bits": args.perturbation_bits}
         if args.method == "zoqo":
@@ -189,9 +187,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         in grid steps, or, where it is absolute, in units of the weights."""
         args, adapted = self.args, isinstance(self.checkpoint, AdaptedModel)
         missing = f"{args.method} tunes integer codes, and this model has none; quantize it first (--bits 8), or give --lora 8"
-        group = self._group("codes", args.method + ", lora" * adapted, missing)
         by_length: dict[float, list[str]] = {}
-        for name in group["names"]:
+        for name in self._group("codes", args.method, missing)["names"]:
             by_length.setdefault(self.checkpoint.grid_length(name), []).append(name)
         space = {"clamp": args.clamp, "residual": not (args.stateless or args.whole_steps)}
         if not adapted:
@@ -199,11 +196,12 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         power = 2 if args.method == "quzo" else 1  # QuZO's update is in steps, and so is what its gradient is taken by
         groups = []
         for length, names in by_length.items():
+            few = length < FEW_LEVELS and not adapted
+            group = self._group("codes", args.method + (", lora" * adapted or ", few levels" * few), missing)
+            space["span"] = args.span or (DEFAULT_SPAN if few else 1)
             unit = 1 / statistics.mean(map(self.checkpoint.step_size, names)) if args.absolute else length / DEFAULT_GRID
             eps = group["eps"] * (unit if args.absolute or not (args.eps or args.share) else 1)
-            if (
-                args.method == "zoqo" and eps < group["eps"] < 1
-            ):  # below a step mu is no standard deviation, its share's root is
+            if args.method == "zoqo" and eps < group["eps"] < 1:  # there mu is no standard deviation: the share's root is
                 eps = mu_of_share(discretized_gaussian(1, group["eps"]).share * unit**2)
             lr = group["lr"] * (unit**power if args.absolute or args.lr is None else 1)
             groups.append({**group, "names": names, "lr": lr, "eps": eps, **space})
