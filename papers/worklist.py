@@ -81,6 +81,17 @@ class WorkList:
         with self.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
 
+    def table(self, done: dict[str, Row], columns: dict[str, Callable[[Row], str]]) -> list[str]:
+        """The list as lines of Markdown: what each column shows of a finished row, and which rows are still to run."""
+        lines = [f"| row | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+        for name in self.rows:
+            row = done.get(name)
+            cells = (
+                ["–", "still to run", *[""] * (len(columns) - 2)] if row is None else [cell(row) for cell in columns.values()]
+            )
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        return lines
+
     def tune(
         self, row: Row, base: Path, every: int = 250, train: Path = DATA / "train.tsv", dev: Path = DATA / "dev.tsv"
     ) -> Row:
@@ -158,6 +169,11 @@ class WorkList:
         if not folder.exists() and main(["dequantize", str(model_path()), "--output", str(folder)]):
             raise SystemExit("could not dequantize the model")
         return folder
+
+
+def figure(key: str, form: str = ".4f") -> Callable[[Row], str]:
+    """A column that shows one figure of a row, or a dash where the row has none."""
+    return lambda row: "–" if row.get(key) is None else format(row[key], form)
 
 
 def model_path() -> Path:

@@ -98,8 +98,9 @@ def test_overwriting_a_run_that_quantizes_keeps_its_new_base(dense, rows, tmp_pa
 
 def test_the_input_is_never_replaced(dense, capsys):
     held = sorted(file.name for file in dense.iterdir())
-    assert main(["quantize", str(dense), "--bits", "4", "--output", str(dense), "--overwrite"]) == 1
-    assert "never the model itself" in capsys.readouterr().err
+    for output in (dense, dense.parent):
+        assert main(["quantize", str(dense), "--bits", "4", "--output", str(output), "--overwrite"]) == 1
+        assert "never the model itself" in capsys.readouterr().err
     assert sorted(file.name for file in dense.iterdir()) == held
 
 

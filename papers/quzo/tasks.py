@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sst2 import base
-from worklist import SHARED, Row, WorkList
+from worklist import SHARED, Row, WorkList, figure
 
 STEPS = 400
 AGNEWS = {
@@ -58,15 +58,8 @@ def tune(row: Row) -> Row:
 
 
 def table(done: dict[str, Row]) -> str:
-    lines = ["| row | n | accuracy | F1 | loss | s a step |", "|---|---|---|---|---|---|"]
-    for name in WORK.rows:
-        row = done.get(name)
-        if row is None:
-            lines.append(f"| {name} | – | still to run | | | |")
-            continue
-        figures = (f"{row[key]:.4f}" if key in row else "–" for key in ("accuracy", "f1", "loss", "seconds_a_step"))
-        lines.append(f"| {name} | {row['examples']} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+    columns = {"n": figure("examples", ""), "accuracy": figure("accuracy"), "F1": figure("f1"), "loss": figure("loss")}
+    return "\n".join(WORK.table(done, {**columns, "s a step": figure("seconds_a_step")}))
 
 
 WORK = WorkList(Path(__file__).resolve(), rows(), {"zero": zero, "tune": tune})

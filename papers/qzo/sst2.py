@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from worklist import DATA, ROOT, TRAIN_ROWS, WEAK, Row, WorkList, model_path
+from worklist import DATA, ROOT, TRAIN_ROWS, WEAK, Row, WorkList, figure, model_path
 
 STRONG = {"template": "Review: {text}\nSentiment:", "labels": "0=negative,1=positive"}
 
@@ -105,14 +105,8 @@ def adamw(row: Row) -> Row:
 
 def table(finished: dict[str, Row]) -> str:
     draw(finished)
-    lines = ["| row | n | accuracy | loss | seconds |", "|---|---|---|---|---|"]
-    for name in WORK.rows:
-        row = finished.get(name)
-        if row is None:
-            lines.append(f"| {name} | – | still to run | | |")
-            continue
-        loss = f"{row['loss']:.4f}" if "loss" in row else "–"
-        lines.append(f"| {name} | {row['examples']} | {row['accuracy']:.4f} | {loss} | {row.get('seconds', 0):.0f} |")
+    columns = {"n": figure("examples", ""), "accuracy": figure("accuracy"), "loss": figure("loss")}
+    lines = WORK.table(finished, {**columns, "seconds": lambda row: f"{row.get('seconds', 0):.0f}"})
     three = [finished[name]["accuracy"] for name in (f"QZO, 1000 steps, seed {s}" for s in range(3)) if name in finished]
     if len(three) > 1:
         mean, spread = statistics.mean(three), statistics.stdev(three)

@@ -13,6 +13,7 @@ from typing import Any
 
 from gradless import __version__
 from gradless.errors import GradlessError
+from gradless.files import covers
 from gradless.training.options import RunOptions
 
 TUNE_EXAMPLES = """\
@@ -305,7 +306,7 @@ def _quantize(parsed: argparse.Namespace) -> int:
 def _free_output(parsed: argparse.Namespace) -> Path:
     """The folder to write, unless it exists; with --overwrite it may, but never the model itself."""
     output = Path(parsed.output)
-    if output.exists() and (not parsed.overwrite or output.resolve() == Path(parsed.model).resolve()):
+    if output.exists() and (not parsed.overwrite or covers(output, Path(parsed.model))):
         raise GradlessError(f"{output} exists; give --overwrite to replace it (never the model itself), or another --output.")
     return output
 

@@ -66,6 +66,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
+def covers(target: Path, source: Path) -> bool:
+    """Whether writing `target` would replace `source`: it is that path, or a folder around it."""
+    return target.resolve() in (source.resolve(), *source.resolve().parents)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file whole."""
     with replacing(path) as temporary:

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from gradless import kernels, noise, objectives
 from gradless.errors import GradlessError
+from gradless.files import covers
 from gradless.formats import packed
 from gradless.formats.adapter import AdaptedModel, LoRA, attach_peft
 from gradless.formats.dense import DenseModel
@@ -227,8 +228,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     from gradless.report.curve import plot_run
 
     plot_run(output / "journal.db", output / "loss.png")
-    written = loaded.written(target) if isinstance(loaded, AdaptedModel) else [target]
-    say(f"wrote {', '.join(map(str, written))}, {output / 'journal.db'} and {output / 'loss.png'}")
+    say(f"wrote {', '.join(map(str, _written(loaded, target)))}, {output / 'journal.db'} and {output / 'loss.png'}")
     return summary
 
 
@@ -462,7 +462,7 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
     journal = Journal.open(Path(journal_path))
     lora = journal.header.get("lora")
     source = open_model(path) if lora is None else AdaptedModel(load_model(path), LoRA(**lora))
-    for written in source.written(target) if isinstance(source, AdaptedModel) else [target]:
+    for written in _written(source, target):
         _check_free(written, [path, Path(journal_path)], overwrite=overwrite)
     if source.fingerprint() != journal.header["base"]:
         raise GradlessError(
@@ -484,9 +484,14 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
     }
 
 
+def _written(model: Model, target: Path) -> list[Path]:
+    """What saving a model to `target` writes."""
+    return model.written(target) if isinstance(model, AdaptedModel) else [target]
+
+
 def _check_free(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
     """Refuse to write where something is, unless it may be replaced; never over an input, nor a folder around one."""
-    if any(target.resolve() in (source.resolve(), *source.resolve().parents) for source in inputs):
+    if any(covers(target, source) for source in inputs):
         raise GradlessError(f"{target} is, or holds, what the replay reads; give another --output.")
     if target.exists() and not overwrite:
         raise GradlessError(f"{target} exists; give --overwrite to replace it, or another --output.")

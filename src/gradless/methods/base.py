@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -105,7 +105,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def direction(self, step: int, query: int, group: Group) -> Direction:
         """The direction u of one query, for a group's tensors."""
-        return Direction(self.seed, step, query, self.distribution(group), group.get("span", 1))
+        return Direction(self.seed, step, query, self.distribution(group))
 
     def radius(self, group: Group) -> float:
         """What multiplies u in a query."""
@@ -206,6 +206,10 @@ class GridOptimizer(ZerothOrderOptimizer):
             return self.query_noise(group)
         except ValueError as error:
             raise GradlessError(f"eps {group['eps']} in grid steps: {error}.") from error
+
+    def direction(self, step: int, query: int, group: Group) -> Direction:
+        """See `ZerothOrderOptimizer.direction`; `span` neighbouring codes share a coordinate."""
+        return replace(super().direction(step, query, group), span=group["span"])
 
     def radius(self, group: Group) -> float:
         """u is in grid steps already."""

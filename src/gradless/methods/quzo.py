@@ -21,10 +21,11 @@ class QuZO(GridOptimizer):
         mu  = [L(x + u_1) - L(x - u_1)] / (2 eps)
         x  <- x - SR((lr mu / q) u_2 / eps),  stopped at the grid's ends
 
-    summed over q directions. x counts grid steps, so that eps and lr do too. With two independent roundings (Q-RGE2,
-    `roundings` 2, section 3) E[u_1 u_2^T] = eps^2 I and the estimate is unbiased. With one (Q-RGE1, `roundings` 1: u_2 = u_1)
-    E[u_1 u_1^T] = (eps^2 + v) I, v being the rounding's variance: the same direction, longer. Where eps is far below a step,
-    v is about 0.8 eps, and Q-RGE2's two roundings hardly ever move the same code; Q-RGE1 is the default.
+    summed over q directions; a space with a residual saves up what SR would decide at random. x counts grid steps, so that
+    eps and lr do too. With two independent roundings (Q-RGE2, `roundings` 2, section 3) E[u_1 u_2^T] = eps^2 I and the
+    estimate is unbiased. With one (Q-RGE1, `roundings` 1: u_2 = u_1) E[u_1 u_1^T] = (eps^2 + v) I, v being the rounding's
+    variance: the same direction, longer. Where eps is far below a step, v is about 0.8 eps, and Q-RGE2's two roundings
+    hardly ever move the same code; Q-RGE1 is the default.
 
     Args:
         spaces: of integer codes; see `ZerothOrderOptimizer`.

@@ -24,7 +24,8 @@ class ZOQO(GridOptimizer):
 
     Here x counts grid steps: s = 1, `eps` is mu and `lr` is eta. The paper's eta_q = max(floor(eta / s), 1) s is
     `whole_steps`. Without it, an eta below one step moves each code by a whole step with probability eta: the same update
-    on average, in sparser moves, and a schedule can let it fall to zero. Losses that tie (c = 0) move nothing.
+    on average, in sparser moves, and a schedule can let it fall to zero; in a space with a residual the eta steps are saved up
+    to a whole one. Losses that tie (c = 0) move nothing.
 
     Args:
         spaces: of integer codes; see `ZerothOrderOptimizer`.
