@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from gradless import kernels, run
 from gradless.blocks import block_type
@@ -12,7 +13,9 @@ from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.packed import WEIGHTS, open_packed, packed_rows, quantize
 from gradless.grids import GRIDS
-from gradless.tensor import QuantTensor
+from gradless.layers import QuantLinear, set_activations
+from gradless.noise import Direction, uniform_grid
+from gradless.tensor import Move, Part, QuantTensor
 from gradless.training.options import DEFAULT_STRIDE
 from tests.test_cli import TASK
 
@@ -72,6 +75,67 @@ def test_a_packed_folder_is_tuned_and_replays_to_the_byte(dense, rows, tmp_path,
     assert tuned.stat().st_size == before.stat().st_size
     assert sorted(f.name for f in (tmp_path / "run" / "model").iterdir()) == sorted(f.name for f in base.iterdir())
     assert run.load_model(tmp_path / "run" / "model").file.tensors.keys() == run.load_model(base).file.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("activations", "grid"),
+    [("int8", ["--bits", "8"]), ("int8", ["--bits", "4"]), ("fp8", ["--grid", "fp8"]), ("fp8", ["--grid", "fp8-e5m2"])],
+)
+@pytest.mark.parametrize("method", ["quzo", "zoqo"])
+def test_tuning_with_quantized_activations(dense, rows, tmp_path, capsys, activations, grid, method):
+    arguments = [str(rows), *TASK, "--batch-size", "4", "--steps", "2", "--method", method, "--eval", str(rows)]
+    arguments += [
+        *grid,
+        "--group-size",
+        "channel",
+        "--activations",
+        activations,
+        "--share",
+        "0.2",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert main(["tune", str(dense), *arguments]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert {"int8": "in integers", "fp8": "as 8-bit floats"}[activations] in said
+    journal = str(tmp_path / "run" / "journal.db")
+    assert main(["replay", str(tmp_path / "run" / "base"), journal, "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "run" / "model" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("grid", ["fp8-e4m3", "fp8-e5m2"])
+def test_8_bit_floats_are_multiplied_as_they_are_stored(grid):
+    """The product with inputs that E4M3 holds exactly is the dense one, but for bf16's rounding of the result."""
+    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(1)) * 0.05
+    name, packed = packed_rows(weight, "w", grid, None, search=False)
+    layer = QuantLinear(QuantTensor("w", block_type(name), packed), None, torch.float32)
+    layer.packed.tune(Part.CODE)
+    layer.packed.view = Move(Direction(3, 1, 0, uniform_grid(2)), 1.0)
+    x = torch.randint(-8, 9, (5, 128), generator=torch.Generator().manual_seed(2)).float()
+    x[:, 0], x[4] = 448.0, 0.0  # so that a token's scale is 1; a token of zeros
+    expected = F.linear(x.double(), kernels.dequantize(layer.packed, torch.arange(48), torch.float32).double())
+    set_activations(layer, "fp8")
+    assert torch.allclose(layer(x).double(), expected, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "activations", "message"),
+    [
+        (["--grid", "fp8"], "fp8", "--group-size channel"),
+        (["--bits", "8"], "fp8", "need --grid fp8"),
+        (["--grid", "nf4"], "int8", "whose codes are no integers"),
+    ],
+)
+def test_activations_that_do_not_suit_the_weights(dense, rows, tmp_path, capsys, options, activations, message):
+    base = quantized(dense, tmp_path / "base", *options)
+    assert main(["eval", str(base), str(rows), *TASK, "--activations", activations]) == 1
+    assert message in capsys.readouterr().err
+    assert main(["eval", str(dense), str(rows), *TASK, "--activations", activations]) == 1
+    assert "this model is dense" in capsys.readouterr().err
+    arguments = ["tune", str(dense), str(rows), *TASK, "--method", "quzo", *options, "--activations", activations]
+    assert main([*arguments, "--output", str(tmp_path / "run")]) == 1
+    assert "activations need" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_bits_quantize_a_dense_folder_first(dense, rows, tmp_path):

@@ -22,6 +22,7 @@ PACKED = {
     "int8": {"bits": 8},
     "int4": {"bits": 4},
     "fp8": {"grid": "fp8"},
+    "fp8 a row": {"grid": "fp8", "group_size": "channel"},
     "fp8-e5m2": {"grid": "fp8-e5m2"},
     "nf4": {"grid": "nf4"},
 }
@@ -33,9 +34,8 @@ ZOQO_PAPER = {"method": "zoqo", "eps": 1.0, "lr": 1.0, "distribution": "uniform"
 def rows() -> dict[str, Row]:
     """Every row of the table, in the order of its importance: three seeds for the main ones."""
     made: dict[str, Row] = {f"zero-shot, {name}": {"kind": "zero", "model": name} for name in ("dense", "q4_1", *PACKED)}
-    for bits in (8, 4):
-        name = f"int{bits}"
-        made[f"zero-shot, {name}, int8 activations"] = {"kind": "zero", "model": name, "activations": "int8"}
+    for name, activations in (("int8", "int8"), ("int4", "int8"), ("fp8 a row", "fp8")):
+        made[f"zero-shot, {name}, {activations} activations"] = {"kind": "zero", "model": name, "activations": activations}
     main = {
         "QuZO, int8": {"model": "int8", "method": "quzo"},
         "ZOQO, int8, LoRA": {"model": "int8", "method": "zoqo", "lora": 8, "lr": 3.048, "eps": 40.64},
@@ -53,6 +53,7 @@ def rows() -> dict[str, Row]:
         "QuZO, int4, int8 activations (W4A8)": {"model": "int4", "method": "quzo", "activations": "int8"},
         "QuZO, int8, int8 activations": {"model": "int8", "method": "quzo", "activations": "int8"},
         "QuZO, fp8": {"model": "fp8", "method": "quzo"},
+        "QuZO, fp8, fp8 activations": {"model": "fp8 a row", "method": "quzo", "activations": "fp8"},
         "ZOQO, int4, LoRA of 4 bits": {"model": "int4", "method": "zoqo", "lora": 8, "lora_bits": 4},
         "QuZO, int8, LoRA": {"model": "int8", "method": "quzo", "lora": 8},
         "QuZO, int8, Q-RGE2": {"model": "int8", "method": "quzo", "roundings": 2},

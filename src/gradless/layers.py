@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from gradless import kernels
 from gradless.errors import GradlessError
+from gradless.grids import floating
 from gradless.tensor import QuantTensor
 
 # oneDNN keeps a compiled kernel for each of the last 1024 shapes that it saw; with batches of every length that is 100 MB.
@@ -42,7 +43,7 @@ class QuantLinear(_Packed):
         packed: the packed (out_features, in_features) weight; an embedding's, where the head is tied to it.
         bias: (out_features,) or None.
         only: int64 (n,), the outputs to compute instead of all, or None (see `restricted_to`).
-        integer: quantize the inputs to int8, token by token, and multiply integers (see `set_activations`).
+        activations: what is multiplied (see `set_activations`).
     """
 
     def __init__(self, weight: QuantTensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
@@ -51,7 +52,7 @@ class QuantLinear(_Packed):
         self.bias = bias
         self.dtype = dtype
         self.only: Tensor | None = None
-        self.integer = False
+        self.activations = "bf16"
 
     @property
     def in_features(self) -> int:
@@ -67,8 +68,8 @@ class QuantLinear(_Packed):
             few = kernels.dequantize(self.packed, file_rows(self.packed)[self.only], torch.float32)
             return F.linear(x.float(), few, None if self.bias is None else self.bias[self.only].float())
         rows, bias = file_rows(self.packed), self.bias
-        tile = max(1, TILE // self.in_features)
-        product = self._integer_product if self.integer else self._product
+        tile = max(16, TILE // self.in_features // 16 * 16)
+        product = {"bf16": self._product, "int8": self._integer_product, "fp8": self._float8_product}[self.activations]
         inputs = x.to(self.dtype)
         outputs = [product(inputs, some) for some in torch.split(rows, tile)]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -81,26 +82,62 @@ class QuantLinear(_Packed):
         y = kernels.linear_int8(self.packed, rows, x.reshape(-1, self.in_features))
         return y.to(self.dtype).view(*x.shape[:-1], len(rows))
 
+    def _float8_product(self, x: Tensor, rows: Tensor) -> Tensor:
+        """E4M3 inputs, scaled token by token, times the weight's own 8-bit floats, scaled row by row."""
+        float8, scale = _float8(self.packed)
+        levels = (kernels.dequantize(self.packed, rows, torch.float32) / scale[rows]).to(float8)  # exact: no bit is rounded
+        flat = x.reshape(-1, self.in_features).float()
+        reach = flat.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        reach = torch.where(reach == 0, 1.0, reach)
+        inputs = (flat / reach).to(torch.float8_e4m3fn)
+        y = torch._scaled_mm(inputs, levels.T, scale_a=reach, scale_b=scale[rows].T, out_dtype=torch.bfloat16)
+        return y.to(self.dtype).view(*x.shape[:-1], len(rows))
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.packed.block.name}, bias={self.bias is not None}"
 
 
 def set_activations(model: nn.Module, activations: str) -> None:
-    """What packed layers multiply: "bf16" weights with bf16 inputs, or "int8" inputs with the integer codes themselves.
+    """What packed layers multiply: "bf16" weights with bf16 inputs, or "int8" inputs with the integer codes themselves, or
+    "fp8" (E4M3) inputs with weights that are 8-bit floats.
 
     Raises:
-        GradlessError: int8, and a layer's codes are no integers (FP8, NF4).
+        GradlessError: int8, and a layer's codes are no integers; fp8, and they are no 8-bit floats with one scale a row.
     """
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    if activations == "int8" and not layers:
-        raise GradlessError("int8 activations are for packed weights, and this model is dense; quantize it first (--bits 8).")
+    if activations != "bf16" and not layers:
+        raise GradlessError(
+            f"{activations} activations are for packed weights, and this model is dense; quantize it first (--bits 8)."
+        )
     for layer in layers:
-        layer.integer = activations == "int8"
-        if layer.integer and layer.packed.block.levels is not None:
+        layer.activations = activations
+        block = layer.packed.block
+        if activations == "int8" and block.levels is not None:
             raise GradlessError(
-                f"{layer.packed.name} is {layer.packed.block.name}, whose codes are no integers; "
+                f"{layer.packed.name} is {block.name}, whose codes are no integers; "
                 "int8 activations need an integer grid: leave --activations out."
             )
+        if activations == "fp8":
+            _float8(layer.packed)
+
+
+def _float8(tensor: QuantTensor) -> tuple[torch.dtype, Tensor]:
+    """The 8-bit float type of a weight's codes, and what each file row's floats are multiplied by: fp32, (rows, 1).
+
+    Raises:
+        GradlessError: they are no 8-bit floats, or a row has several scales.
+    """
+    grid = tensor.block.name.partition("/")[0]
+    float8 = next((each for each in (torch.float8_e4m3fn, torch.float8_e5m2) if floating(each).name == grid), None)
+    if float8 is None or tensor.block.levels is None:
+        raise GradlessError(f"{tensor.name} is {tensor.block.name}; fp8 activations need --grid fp8 or fp8-e5m2.")
+    scale = tensor.base() if tensor.master is None else tensor.master
+    if not torch.equal(scale, scale[:, :1].expand_as(scale)):
+        raise GradlessError(
+            f"{tensor.name} has a scale for each of its groups, and fp8 activations need one for each row; "
+            "quantize with --group-size channel."
+        )
+    return float8, scale[:, :1] * (tensor.block.levels[-1] / torch.finfo(float8).max)
 
 
 class QuantEmbedding(_Packed):

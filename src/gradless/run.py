@@ -160,6 +160,10 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         `rounding` (losses before and after scales were rounded to the file's type), `finished`.
     """
     output = Path(options.output)
+    if options.activations == "fp8" and options.method == "qzo":
+        raise GradlessError(
+            "qzo moves the scale of every group, and fp8 activations need one scale a row; leave --activations out."
+        )
     _claim(output, options, [model, data, options.eval])
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -242,6 +246,8 @@ def how_it_multiplies(loaded: Model, options: RunOptions) -> str:
             f"linear layers: int8 activations times the codes of {', '.join(types)}, in integers ({kernels.name()} kernels); "
             "a head that scores single words stays in fp32"
         )
+    if options.activations == "fp8":
+        return f"linear layers: fp8 activations times the floats of {', '.join(types)}, as 8-bit floats (torch._scaled_mm)"
     return f"linear layers: {', '.join(types)} unpacked to bf16 ({kernels.name()} kernels)"
 
 

@@ -154,8 +154,8 @@ class RunOptions(MethodOptions):
     lora_bits: int = option(8, "Bits of the adapters' grid (2 to 8).", needs="lora")
     activations: str = option(
         "bf16",
-        "What linear layers multiply: bf16 with unpacked weights, or int8, token by token, with integer codes.",
-        choices=("bf16", "int8"),
+        "What linear layers multiply: bf16 with unpacked weights; int8, token by token, with integer codes; or fp8 with fp8.",
+        choices=("bf16", "int8", "fp8"),
     )
     schedule: str = option("linear", "How lr falls.", choices=("linear", "constant", "cosine"))
     eval_every: int = option(200, "Steps between measurements on --eval.")
@@ -196,6 +196,8 @@ class RunOptions(MethodOptions):
             raise GradlessError("stride is for a model's own codes; adapters are tuned whole: leave it out with --lora.")
         if self.quantizes and self.activations == "int8" and not grid_name(self).startswith(("int", "uint")):
             raise GradlessError(f"{self.grid}'s codes are no integers; int8 activations need --grid int or uint.")
+        if self.quantizes and self.activations == "fp8" and (not self.grid.startswith("fp8") or self.group_size != "channel"):
+            raise GradlessError("fp8 activations need weights of --grid fp8 or fp8-e5m2 with --group-size channel.")
         if not 0 <= self.seed < 2**63:
             raise GradlessError(f"seed is {self.seed}; it must be a whole number from 0 on.")
 
