@@ -210,12 +210,12 @@ MAY_CHANGE |= {"max_minutes", "threads"}
 DEFAULTS = {
     "qzo": (4e-4, 2e-2),
     "qzo, absolute": (1e-7, 1e-3),
-    "quzo": (0.2, 0.35),
-    "quzo, few levels": (0.3, 0.5),
+    "quzo": (0.1, 0.35),
+    "quzo, few levels": (0.15, 0.5),
     "quzo, lora": (0.2, 1.6),
     "zoqo": (0.04, 0.53),
     "zoqo, few levels": (0.04, 0.53),
-    "zoqo, lora": (0.1, 2.4),
+    "zoqo, lora": (0.05, 2.4),
     "mezo": (1e-5, 1e-3),
     "mezo, floats of a GGUF": (1e-3, 3e-2),
 }
