@@ -1,6 +1,7 @@
 """The compiled kernels against the reference: the same bits on random shapes, types, parts and moves."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -242,6 +243,8 @@ READ = st.one_of(
     st.tuples(st.sampled_from(VALUE_PARTS), st.none() | MOVES),
     st.tuples(st.just(Part.CODE), st.none() | CODE_VIEWS),
 )
+PATHS = [slower for slower in range(8) if cpu.choose_path(slower)]
+cpu.choose_path()
 SIZES = [0.0, 1e-44, 1e-38, 1e-3, 1.0, 1e30]
 
 
@@ -263,8 +266,9 @@ def activations(m: int, columns: int, seed: int = 0) -> torch.Tensor:
     st.integers(1, 3),
     DTYPES,
     st.integers(0, 99),
+    st.sampled_from(PATHS),
 )
-def test_linear_int8_has_the_references_bits(name, rows, blocks, m, read, clamp, stride, dtype, seed):
+def test_linear_int8_has_the_references_bits_on_every_path(name, rows, blocks, m, read, clamp, stride, dtype, seed, slower):
     tensor = quant(name, rows, blocks, seed)
     part, view = read
     if part is not None:
@@ -273,9 +277,28 @@ def test_linear_int8_has_the_references_bits(name, rows, blocks, m, read, clamp,
         tensor.stride = 1 if clamp else stride  # random bytes hold codes off a short grid, which a clamp brings back
     some = torch.randint(rows, (1 + seed % 40,), generator=torch.Generator().manual_seed(seed))
     x = activations(m, tensor.columns, seed).to(dtype)
+    cpu.choose_path(slower)
     ours, theirs = (ops.linear_int8(tensor, some, x) for ops in (cpu, reference))
+    cpu.choose_path()
+    assert ours.dtype is dtype
     assert ours.shape == (m, len(some))
     assert torch.equal(ours, theirs)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=3))
+def test_a_fused_product_and_sum_is_rounded_once(values):
+    a, b, c = (torch.tensor([value]) for value in values)
+    exact = Fraction(values[0]) * Fraction(values[1]) + Fraction(values[2])
+    got = reference.fused(a, b, c)
+    if not got.isfinite():
+        assert abs(exact) >= Fraction(2) ** 128 - Fraction(2) ** 103
+        return
+    neighbours = [torch.nextafter(got, torch.tensor([far])) for far in (-torch.inf, torch.inf)]
+    away = [abs(Fraction(float(value)) - exact) for value in (got, *neighbours) if value.isfinite()]
+    assert away[0] == min(away)
+    if away.count(away[0]) > 1:
+        assert int(got.view(torch.int32)) % 2 == 0
 
 
 @settings(deadline=None, max_examples=60)

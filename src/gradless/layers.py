@@ -79,8 +79,7 @@ class QuantLinear(_Packed):
         return F.linear(x, kernels.dequantize(self.packed, rows, self.dtype))
 
     def _integer_product(self, x: Tensor, rows: Tensor) -> Tensor:
-        y = kernels.linear_int8(self.packed, rows, x.reshape(-1, self.in_features))
-        return y.to(self.dtype).view(*x.shape[:-1], len(rows))
+        return kernels.linear_int8(self.packed, rows, x.reshape(-1, self.in_features)).view(*x.shape[:-1], len(rows))
 
     def _float8_product(self, x: Tensor, rows: Tensor) -> Tensor:
         """E4M3 inputs, scaled token by token, times the weight's own 8-bit floats, scaled row by row."""

@@ -26,6 +26,7 @@ __all__ = [
     "dequantize",
     "dither",
     "exported_offset",
+    "integer_products",
     "linear_int8",
     "move_blocks",
     "move_codes",
@@ -97,6 +98,12 @@ def name(device: torch.device | str = "cpu") -> str:
 def why_not_compiled() -> str | None:
     """Why the compiled kernels are not in use on this CPU, in one phrase; None where they are."""
     return _compiled()[1]
+
+
+def integer_products() -> str:
+    """Which instructions multiply integers on this CPU."""
+    compiled, _ = _compiled()
+    return reference.NAME if compiled is None else str(compiled.choose_path())
 
 
 def _ops(tensor: Tensor) -> ModuleType:

@@ -37,13 +37,14 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """x @ W.T of integer activations and the integer codes of the weight under `tensor.view`.
 
-    A token i is quantized by itself: s = max_j |x_ij| / 127, or 1 where that is zero, and xq_j = x_ij / s, rounded to nearest
-    even within -127 .. 127. For an output, each group of the weight's columns has a scale and, in some types, an offset. Group
+    A token i is quantized by itself: s = max_j |x_ij| / 127, or 1 where that is no normal number, and xq_j = x_ij * (1 / s),
+    rounded to nearest even. For an output, each group of the weight's columns has a scale and, in some types, an offset. Group
     after group, from y = 0 on,
 
-        acc = sum of xq * code,  sum = sum of xq,  y <- y + (scale * acc + offset * sum)
+        acc = sum of xq * code,  sum = sum of xq,  y <- scale * acc + y,  y <- offset * sum + y
 
-    without the offset's term where there is none. acc and sum are exact integers, rounded to fp32 once; the result is s * y.
+    without the offset's term where there is none. acc and sum are exact integers, rounded to fp32 once, and each product is
+    added to y before it is rounded, as a fused multiply-add does; the result is s * y.
 
     Args:
         tensor: the packed weight, of a type whose codes are their own levels; a view of its codes moves them by whole numbers.
@@ -51,24 +52,39 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
         x: fp32 or bf16, (m, columns).
 
     Returns:
-        fp32, (m, n).
+        (m, n), in x's dtype.
     """
     assert tensor.block.levels is None
-    x = x.float()
+    dtype, x = x.dtype, x.float()
     s = x.abs().amax(1, keepdim=True) / 127
-    s = torch.where(s == 0, 1.0, s)
-    xq = (x / s).round().clamp(-127, 127).double()  # sums of integers far below 2**53: exact in any order
+    s = torch.where(s < torch.finfo(torch.float32).tiny, 1.0, s)
+    xq = (x * (1 / s)).round().double()  # sums of integers far below 2**53: exact in any order
     codes, scale, offset = _read(tensor, rows)
     groups = tensor.columns // codes.shape[-1]
     codes = codes.double().view(len(rows), groups, codes.shape[-1])
     xq = xq.view(len(x), groups, codes.shape[-1])
     y = torch.zeros(len(x), len(rows), device=x.device)
     for g in range(groups):
-        term = scale.view(len(rows), groups)[:, g] * (xq[:, g] @ codes[:, g].T).float()
+        y = fused(scale.view(len(rows), groups)[:, g], (xq[:, g] @ codes[:, g].T).float(), y)
         if offset is not None:
-            term = term + offset.view(len(rows), groups)[:, g] * xq[:, g].sum(1, keepdim=True).float()
-        y = y + term
-    return y * s
+            y = fused(offset.view(len(rows), groups)[:, g], xq[:, g].sum(1, keepdim=True).float(), y)
+    return (y * s).to(dtype)
+
+
+def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c, rounded to fp32 once.
+
+    The product of two fp32 is exact in fp64. Where the sum is not, it is set to the odd one of its two fp64 neighbours: then
+    rounding it once more, to fp32, gives what rounding the exact sum gives (Boldo and Melquiond, 2008).
+    """
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    virtual = total - product
+    error = (product - (total - virtual)) + (c - virtual)
+    even = total.view(torch.int64) % 2 == 0
+    towards = torch.where((error > 0) == (total > 0), 1, -1)
+    odd = (total.view(torch.int64) + towards).view(torch.float64)
+    return torch.where((error != 0) & even & error.isfinite(), odd, total).float()
 
 
 def _read(tensor: QuantTensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -77,6 +77,7 @@ def _load() -> ctypes.CDLL:
     for path in Path(__file__).parent.glob("_native*.so"):
         library = ctypes.CDLL(str(path))
         library.gradless_move_codes.restype = ctypes.c_int64
+        library.gradless_choose_path.restype = ctypes.c_char_p
         library.gradless_set_normal_table(normal_table().ctypes.data_as(ctypes.c_void_p))
         return library
     raise OSError("the C++ kernels were not built (no compiler when gradless was installed)")
@@ -123,7 +124,7 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """See `reference.linear_int8`."""
     assert tensor.block.levels is None
     x, rows = x.contiguous(), rows.contiguous()
-    out = torch.empty(len(x), len(rows))
+    out = torch.empty(len(x), len(rows), dtype=x.dtype)
     view = None if tensor.view is None or tensor.part is None else _move(tensor.view, tensor.name)
     _library.gradless_linear_int8(
         ctypes.byref(_blocks(tensor, rows)),
@@ -135,6 +136,12 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
         _at(out),
     )
     return out
+
+
+def choose_path(slower: int = 0) -> str | None:
+    """Multiply integers by the fastest instructions of this processor, once `slower` of them are passed over; their name."""
+    name: bytes | None = _library.gradless_choose_path(ctypes.c_int32(slower))
+    return None if name is None else name.decode()
 
 
 def move_blocks(tensor: QuantTensor, move: Move) -> None:

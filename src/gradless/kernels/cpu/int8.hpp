@@ -1,5 +1,5 @@
-// The integer product behind reference.linear_int8: a panel of sixteen rows of codes by a tile of tokens. A lane of a vector is a
-// row, so no sum runs across lanes.
+// The integer product behind reference.linear_int8: a panel of 32 rows of codes by a tile of tokens. A lane of a vector is a row,
+// so no sum runs across lanes.
 //
 // A code c, of -32639 .. 32639, is held as the two bytes of c + 32896, each of them 128 too large. Wherever c fits a byte the high one
 // is just 128: a group of such codes is multiplied by its low bytes alone. What the 128 add to a sum is taken off where it begins.
@@ -9,7 +9,7 @@
 #include <memory>
 #include "noise.hpp"
 
-constexpr int PANEL = 16, TILE = 12;  // rows, tokens
+constexpr int PANEL = 32, TILE = 6;  // rows, tokens: 2 * TILE accumulators and as many sums, in 32 registers of 16 lanes
 
 struct Panel {
     int64_t groups, quads;                // quads: of columns, in a group
@@ -47,12 +47,8 @@ static void product_portable(const Panel &p, const Tile &t, float y[TILE][PANEL]
                 }
             }
             for (int r = 0; r < PANEL; r++) {
-                float term = p.scale[g * PANEL + r] * (float)(int32_t)acc[r];
-                if (p.offset) {
-                    float shift = p.offset[g * PANEL + r] * t.sum[g * TILE + i];
-                    term = term + shift;
-                }
-                y[i][r] = y[i][r] + term;
+                y[i][r] = __builtin_fmaf(p.scale[g * PANEL + r], (float)(int32_t)acc[r], y[i][r]);
+                if (p.offset) y[i][r] = __builtin_fmaf(p.offset[g * PANEL + r], t.sum[g * TILE + i], y[i][r]);
             }
         }
 }
@@ -60,86 +56,130 @@ static void product_portable(const Panel &p, const Tile &t, float y[TILE][PANEL]
 #if defined(__x86_64__) && defined(__GNUC__)
 // acc += a group's codes by its activations. In assembly, since GCC 12 copies every accumulator around the intrinsic, which costs a
 // third of the speed.
-__attribute__((target("avx512f,avx512vnni"))) INLINE void dots_vnni(__m512i acc[TILE], const uint32_t *code, const uint32_t *x, int64_t quads) {
+__attribute__((target("avx512f,avx512vnni"))) INLINE void dots_vnni(__m512i acc[TILE][2], const uint32_t *code, const uint32_t *x, int64_t quads) {
     for (; quads > 0; quads--, code += PANEL, x += TILE) {
-        const __m512i c = _mm512_loadu_si512(code);
-        for (int i = 0; i < TILE; i++) asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc[i]) : "v"(c), "m"(x[i]));
+        const __m512i first = _mm512_loadu_si512(code), second = _mm512_loadu_si512(code + 16);
+        for (int i = 0; i < TILE; i++) {
+            const __m512i token = _mm512_set1_epi32((int)x[i]);
+            asm("vpdpbusd %2, %1, %0" : "+v"(acc[i][0]) : "v"(first), "v"(token));
+            asm("vpdpbusd %2, %1, %0" : "+v"(acc[i][1]) : "v"(second), "v"(token));
+        }
     }
 }
 __attribute__((target("avx512f,avx512vnni"))) static void product_vnni(const Panel &p, const Tile &t, float out[TILE][PANEL]) {
-    __m512 y[TILE];
-    for (int i = 0; i < TILE; i++) y[i] = _mm512_setzero_ps();
+    __m512 y[TILE][2];
+    for (int i = 0; i < TILE; i++) y[i][0] = y[i][1] = _mm512_setzero_ps();
     for (int64_t g = 0, q = 0; g < p.groups; g++, q += p.quads) {
         const int32_t *bias = t.bias + g * TILE;
-        __m512i acc[TILE];
-        for (int i = 0; i < TILE; i++) acc[i] = _mm512_set1_epi32(bias[i]);
+        __m512i acc[TILE][2];
+        for (int i = 0; i < TILE; i++) acc[i][0] = acc[i][1] = _mm512_set1_epi32(bias[i]);
         if (p.wide[g]) {
             dots_vnni(acc, &p.code[1][q * PANEL], t.x + q * TILE, p.quads);
-            for (int i = 0; i < TILE; i++) acc[i] = _mm512_add_epi32(_mm512_slli_epi32(acc[i], 8), _mm512_set1_epi32(bias[i]));
+            for (int i = 0; i < TILE; i++)
+                for (int half = 0; half < 2; half++) acc[i][half] = _mm512_add_epi32(_mm512_slli_epi32(acc[i][half], 8), _mm512_set1_epi32(bias[i]));
         }
         dots_vnni(acc, &p.code[0][q * PANEL], t.x + q * TILE, p.quads);
-        const __m512 scale = _mm512_loadu_ps(&p.scale[g * PANEL]);
-        const __m512 offset = p.offset ? _mm512_loadu_ps(&p.offset[g * PANEL]) : _mm512_setzero_ps();
-        for (int i = 0; i < TILE; i++) {
-            __m512 term = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(acc[i]));
-            if (p.offset) term = _mm512_add_ps(term, _mm512_mul_ps(offset, _mm512_set1_ps(t.sum[g * TILE + i])));
-            y[i] = _mm512_add_ps(y[i], term);
+        for (int half = 0; half < 2; half++) {
+            const __m512 scale = _mm512_loadu_ps(&p.scale[g * PANEL + 16 * half]);
+            for (int i = 0; i < TILE; i++) y[i][half] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(acc[i][half]), y[i][half]);
+            if (!p.offset) continue;
+            const __m512 offset = _mm512_loadu_ps(&p.offset[g * PANEL + 16 * half]);
+            for (int i = 0; i < TILE; i++) y[i][half] = _mm512_fmadd_ps(offset, _mm512_set1_ps(t.sum[g * TILE + i]), y[i][half]);
         }
     }
-    for (int i = 0; i < TILE; i++) _mm512_storeu_ps(out[i], y[i]);
+    for (int i = 0; i < TILE; i++)
+        for (int half = 0; half < 2; half++) _mm512_storeu_ps(out[i] + 16 * half, y[i][half]);
 }
 
-// Pairs of products of bytes would overflow 16 bits: even and odd columns are widened and multiplied apart. Four tokens at a time.
-__attribute__((target("avx2"))) static void product_avx2(const Panel &p, const Tile &t, float out[TILE][PANEL]) {
-    const __m256i low = _mm256_set1_epi16(255);
-    for (int first = 0; first < TILE; first += 4) {
-        __m256 y[4][2];
-        for (int i = 0; i < 8; i++) y[i / 2][i % 2] = _mm256_setzero_ps();
-        for (int64_t g = 0; g < p.groups; g++) {
-            __m256i acc[4][2];
-            for (int i = 0; i < 8; i++) acc[i / 2][i % 2] = _mm256_setzero_si256();
-            for (int byte = p.wide[g]; byte >= 0; byte--) {
-                for (int i = 0; i < 8; i++) {
-                    const __m256i bias = _mm256_set1_epi32(t.bias[g * TILE + first + i / 2]);
-                    acc[i / 2][i % 2] = _mm256_add_epi32(_mm256_slli_epi32(acc[i / 2][i % 2], 8), bias);
-                }
-                for (int64_t q = g * p.quads; q < (g + 1) * p.quads; q++) {
-                    __m256i even[2], odd[2];
-                    for (int half = 0; half < 2; half++) {
-                        const __m256i code = _mm256_loadu_si256((const __m256i *)&p.code[byte][q * PANEL + 8 * half]);
-                        even[half] = _mm256_and_si256(code, low), odd[half] = _mm256_srli_epi16(code, 8);
-                    }
-                    for (int i = 0; i < 4; i++) {
-                        const __m256i x = _mm256_set1_epi32((int)t.x[q * TILE + first + i]);
-                        const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
-                        for (int half = 0; half < 2; half++) {
-                            acc[i][half] = _mm256_add_epi32(acc[i][half], _mm256_madd_epi16(even[half], x_even));
-                            acc[i][half] = _mm256_add_epi32(acc[i][half], _mm256_madd_epi16(odd[half], x_odd));
-                        }
-                    }
-                }
-            }
-            for (int i = 0; i < 8; i++) {
-                const int64_t at = g * PANEL + 8 * (i % 2);
-                __m256 term = _mm256_mul_ps(_mm256_loadu_ps(&p.scale[at]), _mm256_cvtepi32_ps(acc[i / 2][i % 2]));
-                if (p.offset) {
-                    const __m256 sum = _mm256_set1_ps(t.sum[g * TILE + first + i / 2]);
-                    term = _mm256_add_ps(term, _mm256_mul_ps(_mm256_loadu_ps(&p.offset[at]), sum));
-                }
-                y[i / 2][i % 2] = _mm256_add_ps(y[i / 2][i % 2], term);
+// Sixteen rows by three tokens at a time, for 256-bit vectors; `dots` adds a group's products to its accumulators.
+constexpr int HALVES = PANEL / 16, TOKENS = 3;
+#define PRODUCT_256(NAME, TARGET, DOTS) \
+    __attribute__((target(TARGET))) static void NAME(const Panel &p, const Tile &t, float out[TILE][PANEL]) { \
+        for (int part = 0; part < TILE / TOKENS * HALVES; part++) { \
+            const int first = part / HALVES * TOKENS, row = part % HALVES * 16; \
+            __m256 y[TOKENS][2]; \
+            for (int i = 0; i < TOKENS; i++) y[i][0] = y[i][1] = _mm256_setzero_ps(); \
+            for (int64_t g = 0; g < p.groups; g++) { \
+                __m256i acc[TOKENS][2]; \
+                for (int i = 0; i < TOKENS; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256(); \
+                for (int byte = p.wide[g]; byte >= 0; byte--) { \
+                    for (int i = 0; i < TOKENS; i++) \
+                        for (int half = 0; half < 2; half++) { \
+                            const __m256i bias = _mm256_set1_epi32(t.bias[g * TILE + first + i]); \
+                            acc[i][half] = _mm256_add_epi32(_mm256_slli_epi32(acc[i][half], 8), bias); \
+                        } \
+                    const int64_t q = g * p.quads; \
+                    DOTS(acc, &p.code[byte][q * PANEL + row], t.x + q * TILE + first, p.quads); \
+                } \
+                for (int i = 0; i < TOKENS; i++) \
+                    for (int half = 0; half < 2; half++) { \
+                        const int64_t at = g * PANEL + row + 8 * half; \
+                        y[i][half] = _mm256_fmadd_ps(_mm256_loadu_ps(&p.scale[at]), _mm256_cvtepi32_ps(acc[i][half]), y[i][half]); \
+                        if (!p.offset) continue; \
+                        const __m256 sum = _mm256_set1_ps(t.sum[g * TILE + first + i]); \
+                        y[i][half] = _mm256_fmadd_ps(_mm256_loadu_ps(&p.offset[at]), sum, y[i][half]); \
+                    } \
+            } \
+            for (int i = 0; i < TOKENS; i++) \
+                for (int half = 0; half < 2; half++) _mm256_storeu_ps(out[first + i] + row + 8 * half, y[i][half]); \
+        } \
+    }
+
+__attribute__((target("avx2,fma,avxvnni"))) INLINE void dots_avx_vnni(__m256i acc[TOKENS][2], const uint32_t *code, const uint32_t *x, int64_t quads) {
+    for (; quads > 0; quads--, code += PANEL, x += TILE)
+        for (int i = 0; i < TOKENS; i++)
+            for (int half = 0; half < 2; half++)
+                acc[i][half] = _mm256_dpbusd_avx_epi32(acc[i][half], _mm256_loadu_si256((const __m256i *)(code + 8 * half)), _mm256_set1_epi32((int)x[i]));
+}
+PRODUCT_256(product_avx_vnni, "avx2,fma,avxvnni", dots_avx_vnni)
+
+// Pairs of products of bytes would overflow 16 bits: even and odd columns are widened and multiplied apart.
+__attribute__((target("avx2,fma"))) INLINE void dots_avx2(__m256i acc[TOKENS][2], const uint32_t *code, const uint32_t *x, int64_t quads) {
+    for (; quads > 0; quads--, code += PANEL, x += TILE) {
+        __m256i even[2], odd[2];
+        for (int half = 0; half < 2; half++) {
+            const __m256i four = _mm256_loadu_si256((const __m256i *)(code + 8 * half));
+            even[half] = _mm256_and_si256(four, _mm256_set1_epi16(255)), odd[half] = _mm256_srli_epi16(four, 8);
+        }
+        for (int i = 0; i < TOKENS; i++) {
+            const __m256i token = _mm256_set1_epi32((int)x[i]);
+            const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(token, 8), 8), x_odd = _mm256_srai_epi16(token, 8);
+            for (int half = 0; half < 2; half++) {
+                acc[i][half] = _mm256_add_epi32(acc[i][half], _mm256_madd_epi16(even[half], x_even));
+                acc[i][half] = _mm256_add_epi32(acc[i][half], _mm256_madd_epi16(odd[half], x_odd));
             }
         }
-        for (int i = 0; i < 8; i++) _mm256_storeu_ps(out[first + i / 2] + 8 * (i % 2), y[i / 2][i % 2]);
     }
 }
+PRODUCT_256(product_avx2, "avx2,fma", dots_avx2)
 #endif
 
-static Product fastest_product() {
+struct Path {
+    const char *name;
+    Product product;
+    bool runs;
+};
+// Fastest first.
+static const Path *paths() {
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni")) return product_vnni;
-    if (__builtin_cpu_supports("avx2")) return product_avx2;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    static const Path all[] = {
+        {"AVX-512 VNNI", product_vnni, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni")},
+        {"AVX-VNNI", product_avx_vnni, avx2 && __builtin_cpu_supports("avxvnni")},
+        {"AVX2", product_avx2, avx2},
+        {"portable", product_portable, true},
+        {nullptr, nullptr, true},
+    };
+#else
+    static const Path all[] = {{"portable", product_portable, true}, {nullptr, nullptr, true}};
 #endif
-    return product_portable;
+    return all;
 }
-static const Product product = fastest_product();
+// The fastest that runs here, once `slower` of them are passed over; the end of the list where there is none.
+static const Path *path(int slower) {
+    const Path *each = paths();
+    while (each->name && (!each->runs || slower-- > 0)) each++;
+    return each;
+}
+static Product product = path(0)->product;

@@ -265,13 +265,14 @@ template <class In> INLINE void quantize(const In *in, int64_t i, Tokens &tokens
     float scale;
     std::memcpy(&scale, &top, 4);
     scale = scale / 127;
-    scale = scale == 0 ? 1 : scale;
+    scale = scale < 0x1p-126f ? 1 : scale;
     tokens.scale[i] = scale;
+    const float per_step = 1 / scale;
     for (int64_t j = 0; j < tokens.columns; j++) {
-        float q = __builtin_rintf(load(in + j) / scale);
-        q = q < -127 ? -127 : q;
-        q = q > 127 ? 127 : q;
-        quantized[j] = (int8_t)(int)q;
+        float rounded = load(in + j) * per_step + 0x1.8p23f;  // to nearest even: its lowest bits are the integer's
+        uint32_t bits;
+        std::memcpy(&bits, &rounded, 4);
+        quantized[j] = (int8_t)bits;
     }
     const int64_t tile = i / TILE, slot = i % TILE, group = tokens.columns / tokens.groups;
     uint32_t *x = &tokens.x[tile * tokens.columns / 4 * TILE + slot];
@@ -291,6 +292,19 @@ template <class In> INLINE void quantize(const In *in, int64_t i, Tokens &tokens
     }
 QUANTIZE(quantize_f32, float)
 QUANTIZE(quantize_bf16, uint16_t)
+
+// Rows [begin, end) of the product, for all of m tokens: out is (m, n).
+#define MULTIPLY(NAME, OUT) \
+    CLONES void NAME(const Panel &panel, const Tokens &tokens, int64_t m, int64_t n, int64_t begin, int64_t end, OUT *out) { \
+        for (int64_t i = 0; i < m; i += TILE) { \
+            float y[TILE][PANEL]; \
+            product(panel, tokens.tile(i / TILE), y); \
+            for (int64_t k = i; k < std::min(i + TILE, m); k++) \
+                for (int64_t r = begin; r < end; r++) store(out + k * n + r, y[k - i][r - begin] * tokens.scale[k]); \
+        } \
+    }
+MULTIPLY(multiply_f32, float)
+MULTIPLY(multiply_bf16, uint16_t)
 
 #define MOVE(T) \
     for (int64_t i = begin; i < end; i++) { \
@@ -467,7 +481,7 @@ void gradless_dequantize(const Blocks *t, const Move *view, int64_t n, int32_t b
     });
 }
 
-void gradless_linear_int8(const Blocks *t, const Move *view, int64_t n, int64_t m, int32_t bf16, const void *x, float *out) {
+void gradless_linear_int8(const Blocks *t, const Move *view, int64_t n, int64_t m, int32_t bf16, const void *x, void *out) {
     const int64_t tiles = (m + TILE - 1) / TILE;
     Tokens tokens(tiles, t->blocks * block_size(*t), t->blocks * block_groups(*t));
     in_shares(tiles * TILE, TILE, [&](int64_t begin, int64_t end) {
@@ -476,13 +490,16 @@ void gradless_linear_int8(const Blocks *t, const Move *view, int64_t n, int64_t 
     });
     in_shares(n, PANEL, [&](int64_t begin, int64_t end) {
         const Panel panel = panel_of(*t, view, begin, end);
-        for (int64_t i = 0; i < m; i += TILE) {
-            float y[TILE][PANEL];
-            product(panel, tokens.tile(i / TILE), y);
-            for (int64_t k = i; k < std::min(i + TILE, m); k++)
-                for (int64_t r = begin; r < end; r++) out[k * n + r] = y[k - i][r - begin] * tokens.scale[k];
-        }
+        if (bf16) multiply_bf16(panel, tokens, m, n, begin, end, (uint16_t *)out);
+        else multiply_f32(panel, tokens, m, n, begin, end, (float *)out);
     });
+}
+
+// Multiply by the fastest path of this processor, once `slower` of them are passed over; its name, or null: there is none.
+const char *gradless_choose_path(int32_t slower) {
+    const Path *chosen = path(slower);
+    if (chosen->name) product = chosen->product;
+    return chosen->name;
 }
 
 void gradless_move_blocks(const Blocks *t, const Move *move, int64_t n) {
