@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gradless.errors import GradlessError
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer, place_float, restore_buffers, tie
+from gradless.fusing import fuse
 
 IGNORED = ("rope_freqs",)
 """Tensors that transformers derives from the configuration instead."""
@@ -66,7 +67,7 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenize
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise _unsupported(file, f"its file has no tensor for {missing[0]}")
-    model.requires_grad_(False).eval()
+    fuse(model.requires_grad_(False).eval())
     return GGUFModel(file, model, tokenizer or load_tokenizer(path), floats)
 
 

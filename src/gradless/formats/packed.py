@@ -23,6 +23,7 @@ from gradless.errors import GradlessError
 from gradless.files import replacing_folder
 from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer, place_float, restore_buffers
 from gradless.formats.tensor_file import TensorFile, TensorInfo
+from gradless.fusing import fuse
 from gradless.grids import GRIDS, scale_and_offset
 from gradless.spaces import DenseSpace, Space, linear_layers
 
@@ -121,7 +122,7 @@ def load_packed(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> PackedM
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise GradlessError(f"{file.path} has no tensor for {missing[0]}; it does not fit its config.json.")
-    model.requires_grad_(False).eval()
+    fuse(model.requires_grad_(False).eval())
     return PackedModel(file, model, AutoTokenizer.from_pretrained(folder, local_files_only=True), floats)
 
 

@@ -6,6 +6,7 @@ float tensors get memory of their own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,8 @@ def dequantized(loaded: QuantizedModel) -> Any:
     """A dense bf16 model with the values of a packed one."""
     from transformers import AutoModelForCausalLM
 
-    dense = AutoModelForCausalLM.from_config(loaded.model.config, dtype=torch.bfloat16)
+    config = copy.deepcopy(loaded.model.config)  # from_config writes into it
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     for path, module in loaded.model.named_modules():
         target = dense.get_submodule(path)
         if isinstance(module, QuantLinear | QuantEmbedding):

@@ -22,16 +22,19 @@ from gradless.noise import Direction, Signs
 from gradless.tensor import Move, Part, QuantTensor
 
 __all__ = [
+    "attention",
     "coordinates",
     "dequantize",
     "dither",
     "exported_offset",
+    "gate",
     "integer_products",
     "linear_int8",
     "move_blocks",
     "move_codes",
     "moved",
     "name",
+    "rms_norm",
     "whole_steps",
     "why_not_compiled",
 ]
@@ -100,6 +103,24 @@ def why_not_compiled() -> str | None:
     return _compiled()[1]
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    result: Tensor = _ops(x).rms_norm(x, weight, eps, plus)
+    return result
+
+
+def gate(gates: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
+    """See `reference.gate`."""
+    result: Tensor = _ops(up).gate(gates, up, gelu=gelu)
+    return result
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """See `reference.attention`."""
+    result: Tensor = _ops(q).attention(q, k, v, mask, scale)
+    return result
+
+
 def integer_products() -> str:
     """Which instructions multiply integers on this CPU."""
     compiled, _ = _compiled()
@@ -127,7 +148,7 @@ def _compiled() -> tuple[ModuleType | None, str | None]:
 
 
 def self_test(ops: ModuleType) -> str | None:
-    """Run every kernel of `ops` on small tensors against the reference; the first that differs in a bit, or None."""
+    """Run every kernel of `ops` on small tensors against the reference; the first that differs (in a bit, where bits count)."""
     value_move = Move(Direction(7, 1, 2), -0.03, 0.99)
     code_move = Move(Direction(7, 1, 2, noise.uniform_grid(2)), -0.3)
     rows = torch.tensor([2, 0, 1])
@@ -167,7 +188,16 @@ def self_test(ops: ModuleType) -> str | None:
                 arguments = (values, "self-test", move, dtype)
                 if not torch.equal(ops.moved(*arguments, stochastic=True), reference.moved(*arguments, stochastic=True)):
                     return f"moved by {distribution}, {source} to {dtype}"
-    return None
+    return None if torch.allclose(_fused(ops), _fused(reference), rtol=2.0**-7, atol=2.0**-7) else "the fused passes"
+
+
+def _fused(ops: ModuleType) -> Tensor:
+    """What the passes between linear layers make of some numbers: fp32, (n,)."""
+    q = Direction(9, 0).values("q", 0, 4 * 40 * 32).bfloat16().view(1, 4, 40, 32)
+    norm: Tensor = ops.rms_norm(q, q[0, 0, 0], 1e-5, 1.0)
+    gated: Tensor = ops.gate(q, q, gelu=True)
+    attended: Tensor = ops.attention(q, q[:, :2], q[:, 2:], None, 0.2)
+    return torch.cat([norm.flatten(), gated.flatten(), attended.flatten()]).float()
 
 
 def _some_bytes(shape: tuple[int, ...]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradless import noise
 from gradless.noise import Direction, Signs, Stream
@@ -244,3 +245,42 @@ def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochast
 
 def _f32(value: float) -> float:
     return float(np.float32(value))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (plus + weight) over the last dimension; the compiled one agrees within bf16's rounding.
+
+    Args:
+        x: bf16, (..., d).
+        weight: bf16, (d,).
+        eps: added to the mean square.
+        plus: added to the weight: 1 in Gemma's models, else 0.
+    """
+    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (y * (plus + weight.float())).to(x.dtype)
+
+
+def gate(gates: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
+    """act(gates) * up, act being SiLU or GELU's tanh form; the compiled one agrees within bf16's rounding. bf16, any shape."""
+    x = gates.float()
+    return ((F.gelu(x, approximate="tanh") if gelu else F.silu(x)) * up.float()).to(up.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k^T) v, head by head; the compiled one rounds weights to bf16 before their sum is divided out.
+
+    Args:
+        q: bf16, (batch, heads, length, size).
+        k: bf16, (batch, heads that are shared by as many queries' each, length, size).
+        v: the same.
+        mask: bool, broadcastable to (batch, 1, length, length): who sees whom; None for causal.
+        scale: of the scores.
+
+    Returns:
+        bf16, (batch, length, heads, size).
+    """
+    shared = q.shape[1] // k.shape[1]
+    k, v = (x.float().repeat_interleave(shared, 1) for x in (k, v))
+    score = scale * q.float() @ k.transpose(2, 3)
+    sees = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    return (score.masked_fill(~sees, -1e30).softmax(-1) @ v).to(q.dtype).transpose(1, 2).contiguous()

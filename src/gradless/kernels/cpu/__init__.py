@@ -72,6 +72,24 @@ class _Blocks(ctypes.Structure):
     )
 
 
+class _Heads(ctypes.Structure):
+    _fields_ = (("row", ctypes.c_int64), ("head", ctypes.c_int64), ("batch", ctypes.c_int64))
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("shared", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("q", _Heads),
+        ("k", _Heads),
+        ("v", _Heads),
+        ("out", _Heads),
+        ("mask", _Heads),
+        ("scale", ctypes.c_float),
+    )
+
+
 def _load() -> ctypes.CDLL:
     """Load the library beside this file; raises OSError where it was not built or cannot run here."""
     for path in Path(__file__).parent.glob("_native*.so"):
@@ -133,6 +151,46 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
         ctypes.c_int64(len(x)),
         ctypes.c_int32(x.dtype is torch.bfloat16),
         _at(x),
+        _at(out),
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    x = x.contiguous()
+    out, d = torch.empty_like(x), x.shape[-1]
+    sizes = (ctypes.c_int64(x.numel() // d), ctypes.c_int64(d))
+    _library.gradless_rms_norm(_at(x), _at(weight), *sizes, ctypes.c_float(eps), ctypes.c_float(plus), _at(out))
+    return out
+
+
+def gate(gates: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
+    """See `reference.gate`."""
+    gates, up = gates.contiguous(), up.contiguous()
+    out = torch.empty_like(up)
+    _library.gradless_gate(_at(gates), _at(up), ctypes.c_int32(gelu), ctypes.c_int64(up.numel()), _at(out))
+    return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """See `reference.attention`."""
+    batch, heads, length, size = q.shape
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = torch.empty(batch, length, heads, size, dtype=q.dtype)
+    places = [_Heads(x.stride(2), x.stride(1), x.stride(0)) for x in (q, k, v, out.transpose(1, 2))]
+    if mask is not None:
+        mask = mask.expand(batch, 1, length, length)
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        places.append(_Heads(mask.stride(2), 0, mask.stride(0)))
+    how = _Attention(heads // k.shape[1], length, size, *places)
+    how.scale = scale
+    _library.gradless_attention(
+        ctypes.byref(how),
+        ctypes.c_int64(batch),
+        ctypes.c_int64(k.shape[1]),
+        *map(_at, (q, k, v)),
+        None if mask is None else _at(mask),
         _at(out),
     )
     return out

@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 #include "blocks.hpp"
+#include "fused.hpp"
 #include "int8.hpp"
 #include "noise.hpp"
 
@@ -34,18 +35,6 @@ struct Blocks {
     int64_t stride;                  // codes are tuned in rows 0, stride, 2 * stride, ...
 };
 
-INLINE uint16_t to_bf16(float f) {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16 | 0x40) : rounded);
-}
-INLINE float from_bf16(uint16_t h) {
-    uint32_t bits = (uint32_t)h << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
 INLINE void store(float *out, float value) { *out = value; }
 INLINE void store(uint16_t *out, float value) { *out = to_bf16(value); }
 INLINE float load(const float *in) { return *in; }
@@ -500,6 +489,24 @@ const char *gradless_choose_path(int32_t slower) {
     const Path *chosen = path(slower);
     if (chosen->name) product = chosen->product;
     return chosen->name;
+}
+
+void gradless_rms_norm(const uint16_t *x, const uint16_t *weight, int64_t n, int64_t d, float eps, float plus, uint16_t *out) {
+    in_shares(n, 16, [&](int64_t begin, int64_t end) { rms_norm(x, weight, d, eps, plus, begin, end, out); });
+}
+
+void gradless_gate(const uint16_t *gates, const uint16_t *up, int32_t gelu, int64_t n, uint16_t *out) {
+    in_shares(n, 1 << 14, [&](int64_t begin, int64_t end) { gate(gates, up, gelu, begin, end, out); });
+}
+
+void gradless_attention(const Attention *a, int64_t batch, int64_t heads, const uint16_t *q, const uint16_t *k, const uint16_t *v, const uint8_t *mask, uint16_t *out) {
+    in_shares(batch * heads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            const int64_t b = i / heads, h = i % heads, first = h * a->shared;
+            attend(*a, q + b * a->q.batch + first * a->q.head, k + b * a->k.batch + h * a->k.head, v + b * a->v.batch + h * a->v.head,
+                   mask ? mask + b * a->mask.batch : nullptr, out + b * a->out.batch + first * a->out.head);
+        }
+    });
 }
 
 void gradless_move_blocks(const Blocks *t, const Move *move, int64_t n) {

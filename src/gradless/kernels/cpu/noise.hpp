@@ -14,6 +14,19 @@
 #define CLONES
 #endif
 
+INLINE uint16_t to_bf16(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16 | 0x40) : rounded);
+}
+INLINE float from_bf16(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
 enum Distribution { GAUSSIAN = 0, RADEMACHER = 1, INTEGERS = 2, ROUNDED = 3 };
 
 // Which direction, and what its coordinates are drawn from.

@@ -1,0 +1,109 @@
+"""What stands between a model's linear layers, each in one pass: normalization, the gate of an MLP, attention.
+
+A module keeps its place, its class and its parameters; only its forward is another. It falls back to its own wherever the fused
+one does not apply: on a GPU, without compiled kernels, where gradients are wanted, or with a key-value cache.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradless import kernels
+
+ATTENTION = "gradless"
+CLOSE = 2.0**-6
+"""Of the largest output: how far a module that is tried may be from its fused form, both being rounded to bf16."""
+
+
+def fuse(model: Any) -> None:
+    """Fuse what is recognized in a transformers model; of each kind, and each class, one module is tried on random inputs."""
+    if kernels.name() != "cpu" or model.dtype is not torch.bfloat16:
+        return
+    verdicts: dict[type, Any] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind not in verdicts:
+            verdicts[kind] = next((form for form in _forms(module) if _agrees(module, form)), None)
+        if verdicts[kind] is not None:
+            vars(module)["forward"] = partial(verdicts[kind], module)
+    _register_attention()
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)
+
+
+def _forms(module: nn.Module) -> list[Any]:
+    """The fused forwards that a module may have, judged by its face."""
+    if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
+        return [partial(_rms_norm, plus=plus) for plus in (0.0, 1.0)]
+    if all(isinstance(getattr(module, f"{name}_proj", None), nn.Module) for name in ("gate", "up", "down")):
+        form = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "PytorchGELUTanh": True}
+        gelu = form.get(type(getattr(module, "act_fn", None)).__name__)
+        return [] if gelu is None else [partial(_gated, gelu=gelu)]
+    return []
+
+
+def _agrees(module: Any, form: Any) -> bool:
+    """Whether a fused forward gives what the module's own does."""
+    d = module.weight.shape[-1] if hasattr(module, "weight") else module.gate_proj.in_features
+    x = torch.randn(1, 4, d, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.inference_mode():
+        own, fused = module(x).float(), form(module, x).float()
+    return bool((own - fused).abs().max() <= CLOSE * own.abs().max())
+
+
+def _applies(module: nn.Module, *inputs: Tensor) -> bool:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *module.parameters())):
+        return False
+    return all(x.dtype is torch.bfloat16 and x.device.type == "cpu" for x in inputs)
+
+
+def _rms_norm(module: Any, x: Tensor, *, plus: float) -> Tensor:
+    if not _applies(module, x, module.weight):
+        own: Tensor = type(module).forward(module, x)
+        return own
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return kernels.rms_norm(x, module.weight, eps, plus)
+
+
+def _gated(module: Any, x: Tensor, *, gelu: bool) -> Tensor:
+    if not _applies(module, x):
+        own: Tensor = type(module).forward(module, x)
+        return own
+    y: Tensor = module.down_proj(kernels.gate(module.gate_proj(x), module.up_proj(x), gelu=gelu))
+    return y
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (batch, heads, length, size) each -> (batch, length, heads, size)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = more.get("is_causal")
+    fits = (
+        _applies(module, query, key, value)
+        and query.shape[2:] == key.shape[2:] == value.shape[2:]
+        and query.shape[3] % 32 == 0
+        and (getattr(module, "is_causal", True) if causal is None else causal)
+        and (attention_mask is None or (attention_mask.dtype is torch.bool and attention_mask.shape[1] == 1))
+        and not any(more.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache"))
+        and not more.get("dropout")
+    )
+    if not fits:
+        result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+        return result
+    scaling = more.get("scaling")
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return kernels.attention(query, key, value, attention_mask, scale), None
