@@ -125,6 +125,28 @@ def zeroth_order(method: str, path: Path) -> int:
     return peak.bytes
 
 
+def resident(name: str, path: Path) -> int:
+    """The highest resident size, libraries included, of a few forwards ("forward") or steps of QZO ("step"), loading left out."""
+    tokenizer = tokenizer_of(path)
+    import torch
+
+    from gradless.formats.gguf_model import load_gguf
+    from gradless.methods import QZO
+    from gradless.objectives import collate, losses
+
+    loaded = load_gguf(path, tokenizer=tokenizer)
+    optimizer = QZO(loaded.spaces("blocks", loaded.file.linear_layers())) if name == "step" else None
+    batch = collate(examples_of([LENGTH] * BATCH))
+    peak = Peak()
+    with torch.inference_mode():
+        for _ in range(2 * FEW):
+            if optimizer is None:
+                losses(loaded.model, batch)
+            else:
+                optimizer.step(lambda: losses(loaded.model, batch)[0].mean())
+    return peak.zero + peak.bytes
+
+
 def first_order(method: str, path: Path) -> int:
     """A few steps of torch's optimizer: all parameters in fp32, or peft's adapters on a bf16 model."""
     tokenizer_of(path)
@@ -186,6 +208,8 @@ def main() -> None:
         name, path = arguments.only, arguments.model
         if name in ("ours", "dequantized"):
             print({"ours": ours, "dequantized": dequantized}[name](path))
+        elif name in ("forward", "step"):
+            print(resident(name, path))
         else:
             print((zeroth_order if name in (*PACKED, "mezo") else first_order)(name, path))
         return
@@ -195,7 +219,9 @@ def main() -> None:
     size = arguments.model.stat().st_size
     allowed = 1.3 * size + 150e6
     peaks = {name: measured(name, arguments.model) for name in ("ours", "dequantized")}
-    result = {"file": size, **peaks, "allowed_without_activations": allowed}
+    sizes = {name: measured(name, arguments.model) for name in ("forward", "step")}
+    ratios = {"resident memory of a QZO step / of a forward": sizes["step"] / sizes["forward"]}
+    result = {"file": size, **peaks, "allowed_without_activations": allowed, **sizes, "ratios": ratios}
     if chosen:
         result["methods"] = beside_the_plan(arguments.model, chosen)
     if arguments.json:
@@ -205,6 +231,7 @@ def main() -> None:
     print(f"gradless: load, {STEPS} steps of batch {BATCH}, save  {peaks['ours'] / 1e6:8.1f} MB")
     print(f"1.3 x file + 150 MB                         {allowed / 1e6:8.1f} MB, activations not counted")
     print(f"transformers: load in bf16                  {peaks['dequantized'] / 1e6:8.1f} MB")
+    print(f"a QZO step / a forward, libraries included  {ratios['resident memory of a QZO step / of a forward']:8.3f}")
     for name, row in result.get("methods", {}).items():
         print(
             f"{name:6} {FEW} steps of {BATCH} x {LENGTH} tokens            {row['measured'] / 1e6:8.1f} MB, "

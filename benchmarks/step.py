@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from timing import medians
+from timing import medians, ratio, shown
 
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
@@ -55,6 +55,28 @@ def textbook_mezo_step(model, loss, *, lr=1e-6, eps=1e-3, seed=0):
         p.data.add_(-lr * d * torch.normal(0.0, 1.0, p.shape, dtype=p.dtype))
 
 
+RATIOS = {
+    "QZO step / two forwards": ("qzo_step", "two_forwards"),
+    "QuZO step / two forwards": ("quzo_step", "two_forwards"),
+    "ZOQO step / two forwards": ("zoqo_step", "two_forwards"),
+    "QuZO step on every row / two forwards": ("quzo_step_every_row", "two_forwards"),
+    "ZOQO step on every row / two forwards": ("zoqo_step_every_row", "two_forwards"),
+    "QZO step / two forwards, int8 activations": ("qzo_step_int8", "two_int8_forwards"),
+    "QuZO step / two forwards, int8 activations": ("quzo_step_int8", "two_int8_forwards"),
+    "ZOQO step / two forwards, int8 activations": ("zoqo_step_int8", "two_int8_forwards"),
+    "textbook MeZO step / QZO step": ("textbook_mezo_step", "qzo_step"),
+    "textbook MeZO step / QZO step, int8 activations": ("textbook_mezo_step", "qzo_step_int8"),
+    "our MeZO step / QZO step": ("our_mezo_step", "qzo_step"),
+    "transformers' bf16 forward, all logits / our forward": ("two_full_bf16_forwards", "two_forwards"),
+    "transformers' bf16 forward, all logits / our int8 forward": ("two_full_bf16_forwards", "two_int8_forwards"),
+    "transformers' bf16 forward, last logits / our forward": ("two_bf16_forwards", "two_forwards"),
+    "transformers' bf16 forward, last logits / our int8 forward": ("two_bf16_forwards", "two_int8_forwards"),
+    "our forward with all threads / with one": ("two_forwards", "two_forwards_one_thread"),
+    "our int8 forward with all threads / with one": ("two_int8_forwards", "two_int8_forwards_one_thread"),
+}
+"""What each is, and the two variants whose medians it divides."""
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,59 +92,63 @@ def main() -> None:
     rows = torch.arange(len(ids))
 
     def forward(model):
+        """With a loss on the last token of each sequence, whose logits alone are computed."""
         with reading_at(model.get_output_embeddings(), rows, torch.full_like(rows, 63)):
             logits = model(ids, use_cache=False).logits[0]
         return torch.nn.functional.cross_entropy(logits.float(), rows)
 
-    plain = load_gguf(arguments.model, tokenizer=loaded.tokenizer).model
-    linear = loaded.file.linear_layers()
-    qzo = QZO(loaded.spaces("blocks", linear), lr=1e-7)
+    def full_forward(model):
+        """The same loss, as transformers comes to it."""
+        return torch.nn.functional.cross_entropy(model(ids, use_cache=False).logits[:, 63].float(), rows)
 
-    def over_codes(method, activations="bf16", **options):
-        """A step on the codes of one row in `stride`, with residuals, at the method's default eps."""
-        own = load_gguf(arguments.model, tokenizer=loaded.tokenizer)
-        set_activations(own.model, activations)
-        optimizer = method(own.spaces("codes", linear, residual=True, **options), lr=1e-6)
-        return lambda: optimizer.step(lambda: forward(own.model))
+    def with_threads(n, run):
+        before = torch.get_num_threads()
+        torch.set_num_threads(n)
+        run()
+        torch.set_num_threads(before)
 
-    in_integers = load_gguf(arguments.model, tokenizer=loaded.tokenizer).model
-    set_activations(in_integers, "int8")
+    def own(activations):
+        model = load_gguf(arguments.model, tokenizer=loaded.tokenizer)
+        set_activations(model.model, activations)
+        return model
+
+    def step(method, activations="bf16", kind="codes", **options):
+        """A step of a method: on all block scales, or on codes with residuals, at the method's default eps."""
+        searched = own(activations)
+        optimizer = method(searched.spaces(kind, searched.file.linear_layers(), **options), lr=1e-7)
+        return lambda: optimizer.step(lambda: forward(searched.model))
+
+    plain, in_integers = own("bf16").model, own("int8").model
+    sparse = {"stride": DEFAULT_STRIDE, "residual": True}
     mezo = MeZO(parameters(dense), lr=1e-9)
     variants = {
-        "qzo_step": lambda: qzo.step(lambda: forward(loaded.model)),
-        "quzo_step": over_codes(QuZO, stride=DEFAULT_STRIDE),
-        "zoqo_step": over_codes(ZOQO, stride=DEFAULT_STRIDE),
-        "quzo_step_every_row": over_codes(QuZO),
-        "zoqo_step_every_row": over_codes(ZOQO),
+        "qzo_step": step(QZO, kind="blocks"),
+        "quzo_step": step(QuZO, **sparse),
+        "zoqo_step": step(ZOQO, **sparse),
+        "quzo_step_every_row": step(QuZO, residual=True),
+        "zoqo_step_every_row": step(ZOQO, residual=True),
         "two_forwards": lambda: (forward(plain), forward(plain)),
-        "quzo_step_int8": over_codes(QuZO, "int8", stride=DEFAULT_STRIDE),
+        "two_forwards_one_thread": lambda: with_threads(1, lambda: (forward(plain), forward(plain))),
+        "qzo_step_int8": step(QZO, "int8", kind="blocks"),
+        "quzo_step_int8": step(QuZO, "int8", **sparse),
+        "zoqo_step_int8": step(ZOQO, "int8", **sparse),
         "two_int8_forwards": lambda: (forward(in_integers), forward(in_integers)),
+        "two_int8_forwards_one_thread": lambda: with_threads(1, lambda: (forward(in_integers), forward(in_integers))),
         "two_bf16_forwards": lambda: (forward(for_mezo), forward(for_mezo)),
+        "two_full_bf16_forwards": lambda: (full_forward(for_mezo), full_forward(for_mezo)),
         "our_mezo_step": lambda: mezo.step(lambda: forward(dense)),
         "textbook_mezo_step": lambda: textbook_mezo_step(for_mezo, lambda: forward(for_mezo), lr=1e-9),
     }
     times = medians(variants, samples=arguments.samples)
-    median = {name: row["median"] for name, row in times.items()}
-    ratios = {
-        "qzo_step_over_two_forwards": median["qzo_step"] / median["two_forwards"],
-        "quzo_step_over_two_forwards": median["quzo_step"] / median["two_forwards"],
-        "zoqo_step_over_two_forwards": median["zoqo_step"] / median["two_forwards"],
-        "quzo_step_every_row_over_two_forwards": median["quzo_step_every_row"] / median["two_forwards"],
-        "zoqo_step_every_row_over_two_forwards": median["zoqo_step_every_row"] / median["two_forwards"],
-        "quzo_step_int8_over_two_int8_forwards": median["quzo_step_int8"] / median["two_int8_forwards"],
-        "int8_forward_over_ours": median["two_int8_forwards"] / median["two_forwards"],
-        "mezo_step_over_qzo_step": median["textbook_mezo_step"] / median["qzo_step"],
-        "our_mezo_step_over_qzo_step": median["our_mezo_step"] / median["qzo_step"],
-        "bf16_forward_over_ours": median["two_bf16_forwards"] / median["two_forwards"],
-    }
+    ratios = {name: ratio(times, *pair) for name, pair in RATIOS.items()}
     if arguments.json:
-        rounded = {name: round(ratio, 4) for name, ratio in ratios.items()}
-        print(json.dumps({"ratios": rounded, "times": times, "tokens": ids.numel(), "threads": torch.get_num_threads()}))
+        print(json.dumps({"ratios": ratios, "times": times, "tokens": ids.numel(), "threads": torch.get_num_threads()}))
         return
     for name, row in times.items():
-        print(f"{name:22} {1000 * row['median']:8.0f} ms   ({row['accepted']} undisturbed samples of {row['taken']})")
-    for name, ratio in ratios.items():
-        print(f"{name:40} {ratio:6.3f}")
+        spread = f"{1000 * row['median']:8.0f} ms ± {1000 * row['spread']:.0f}"
+        print(f"{name:30} {spread}   ({row['accepted']} undisturbed samples of {row['taken']})")
+    for name, value in ratios.items():
+        print(f"{name:62} {shown(value)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""The integer product against the processor's own limit, and against a bf16 product of the same shape.
+
+    python benchmarks/matmul.py [--json]
+
+The limit is measured beside it, by a loop of vpdpbusd on registers (peak.cpp); without AVX-512 VNNI there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import subprocess
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from timing import medians, ratio, shown
+
+from gradless import kernels
+from gradless.blocks import block_type
+from gradless.formats.packed import packed_rows
+from gradless.tensor import QuantTensor
+
+SHAPES = {"2048x2048x2048": (2048, 2048, 2048), "512x576x1536": (512, 576, 1536), "512x1536x576": (512, 1536, 576)}
+"""Tokens, columns, rows."""
+ROUNDS = 20_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    variants, work = {}, {}
+    if kernels.integer_products() == "AVX-512 VNNI":
+        library = Path(tempfile.mkdtemp()) / "peak.so"
+        command = ["g++", "-O2", "-fopenmp", "-shared", "-fPIC", str(Path(__file__).with_name("peak.cpp")), "-o", str(library)]
+        subprocess.run(command, check=True)
+        peak = ctypes.CDLL(str(library)).int8_peak
+        variants["peak"] = lambda: peak(ctypes.c_int64(ROUNDS))
+        work["peak"] = 128 * 12 * ROUNDS * torch.get_num_threads()
+    for shape, (tokens, columns, rows) in SHAPES.items():
+        x, weight, every = torch.randn(tokens, columns).bfloat16(), torch.randn(rows, columns), torch.arange(rows)
+        variants[f"bf16 {shape}"] = partial(torch.nn.functional.linear, x, weight.bfloat16())
+        for grid in ("int4", "int8"):
+            name, packed = packed_rows(weight, "w", grid, 64, search=False)
+            tensor = QuantTensor("w", block_type(name), packed)
+            variants[f"{grid} {shape}"] = partial(kernels.linear_int8, tensor, every, x)
+        work |= {name: 2 * tokens * columns * rows for name in variants if name.endswith(shape)}
+    times = medians(variants)
+    ratios: dict[str, float | None] = {}
+    for name in variants:
+        if name.startswith("int"):
+            ratios[f"bf16 / {name}"] = ratio(times, "bf16 " + name.split()[1], name)
+            share = ratio(times, "peak", name) if "peak" in times else None
+            ratios[f"{name} / peak"] = None if share is None else share * work[name] / work["peak"]
+    if arguments.json:
+        print(json.dumps({"ratios": ratios, "times": times}))
+        return
+    for name, row in times.items():
+        print(
+            f"{name:24} {work[name] / row['median'] / 1e9:8.0f} GOP/s ({row['accepted']} undisturbed samples of {row['taken']})"
+        )
+    for name, value in ratios.items():
+        print(f"{name:32} {shown(value)}")
+
+
+if __name__ == "__main__":
+    main()
