@@ -126,7 +126,7 @@ def zeroth_order(method: str, path: Path) -> int:
 
 
 def resident(name: str, path: Path) -> int:
-    """The highest resident size, libraries included, of a few forwards ("forward") or steps of QZO ("step"), loading left out."""
+    """The highest resident size, libraries included, of a few forwards ("forward") or of steps of QZO ("step")."""
     tokenizer = tokenizer_of(path)
     import torch
 
