@@ -77,6 +77,7 @@ def rows() -> dict[str, Row]:
         for name in ("QuZO, int4", "ZOQO, int8, LoRA", "QuZO, int8"):
             row = {"kind": "tune", **main[name], "lr": None, "steps": LONG, "seed": seed}
             made[f"{name}, {LONG} steps, seed {seed}"] = row
+    made["ZOQO, int8, LoRA, eta 3, 1000 steps, seed 0"] = {"kind": "tune", **other["ZOQO, int8, LoRA, eta 3"], "steps": 1000}
     for name, row in other.items():
         made[f"{name}, seed 0"] = {"kind": "tune", **row, "steps": STEPS, "seed": 0}
     return made

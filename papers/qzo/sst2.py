@@ -28,6 +28,9 @@ def rows() -> dict[str, Row]:
     made["two-number bias fit"] = {"kind": "bias"}
     for seed in range(3):
         made[f"QZO, 1000 steps, seed {seed}"] = {"kind": "tune", "seed": seed, "steps": 1000}
+    for seed in range(3):
+        row = {"kind": "tune", "seed": seed, "steps": 1000, "activations": "int8"}
+        made[f"QZO, int8 activations, 1000 steps, seed {seed}"] = row
     made["QZO from the strong prompt, 1000 steps"] = {"kind": "tune", "steps": 1000, "prompt": STRONG}
     made["AdamW on the dense model, 50 steps"] = {"kind": "adamw", "steps": 50}
     made["MeZO on the dense model, 1000 steps"] = {"kind": "tune", "method": "mezo", "steps": 1000}
@@ -107,10 +110,11 @@ def table(finished: dict[str, Row]) -> str:
     draw(finished)
     columns = {"n": figure("examples", ""), "accuracy": figure("accuracy"), "loss": figure("loss")}
     lines = WORK.table(finished, {**columns, "seconds": lambda row: f"{row.get('seconds', 0):.0f}"})
-    three = [finished[name]["accuracy"] for name in (f"QZO, 1000 steps, seed {s}" for s in range(3)) if name in finished]
-    if len(three) > 1:
-        mean, spread = statistics.mean(three), statistics.stdev(three)
-        lines.append(f"| **QZO, 1000 steps, mean of {len(three)} seeds** | 872 | {mean:.4f} ± {spread:.4f} | | |")
+    for row in ("QZO, 1000 steps", "QZO, int8 activations, 1000 steps"):
+        seeds = [finished[name]["accuracy"] for name in (f"{row}, seed {s}" for s in range(3)) if name in finished]
+        if len(seeds) > 1:
+            mean, spread = statistics.mean(seeds), statistics.stdev(seeds)
+            lines.append(f"| **{row}, mean of {len(seeds)} seeds** | 872 | {mean:.4f} ± {spread:.4f} | | |")
     return "\n".join(lines)
 
 
