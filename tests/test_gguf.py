@@ -43,7 +43,7 @@ def test_tuned_but_unmoved_is_byte_identical_and_moved_differs_only_in_its_field
     file.export(tmp_path / "b.gguf")
     assert (tmp_path / "b.gguf").read_bytes() == path.read_bytes()
 
-    space.move(Move(Direction(0, 0), 0.05))
+    space.move([Move(Direction(0, 0), 0.05)])
     file.export(tmp_path / "c.gguf")
     before, after = (np.frombuffer(p.read_bytes(), np.uint8) for p in (path, tmp_path / "c.gguf"))
     info, kind = file.tensors[name], BLOCK_TYPES[block]
@@ -59,7 +59,7 @@ def test_tuned_but_unmoved_is_byte_identical_and_moved_differs_only_in_its_field
 def test_the_exported_file_holds_the_tuned_values(tmp_path, tiny):
     file = GGUFFile.open(tiny)
     tensor = file.quantized["blk.1.attn_q.weight"]
-    BlockSpace(tensor, Part.SCALE).move(Move(Direction(0, 0), 0.05))
+    BlockSpace(tensor, Part.SCALE).move([Move(Direction(0, 0), 0.05)])
     file.export(tmp_path / "out.gguf")
     again = GGUFFile.open(tmp_path / "out.gguf").quantized["blk.1.attn_q.weight"]
     assert torch.equal(again.block.field(again.packed, again.block.scale_at), to_fp16(tensor.master).float())
@@ -95,7 +95,7 @@ def test_a_perturbed_forward_equals_a_dense_one_with_the_perturbed_weights(tiny)
             space.view(None)
         assert torch.equal(loaded.model(ids).logits, still)
         for space in spaces:
-            space.move(move)
+            space.move([move])
         assert torch.equal(loaded.model(ids).logits, viewed)
     assert not torch.equal(viewed, still)
 

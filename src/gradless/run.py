@@ -468,8 +468,8 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
     journal = Journal.open(Path(journal_path))
     lora = journal.header.get("lora")
     source = open_model(path) if lora is None else AdaptedModel(load_model(path), LoRA(**lora))
-    for written in _written(source, target):
-        _check_free(written, [path, Path(journal_path)], overwrite=overwrite)
+    for file in _written(source, target):
+        _check_free(file, [path, Path(journal_path)], overwrite=overwrite)
     if source.fingerprint() != journal.header["base"]:
         raise GradlessError(
             f"{path} is not the base of {journal_path}: its hash differs; give the model that the run began with."
@@ -477,8 +477,9 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
     optimizer = build_optimizer(source, journal.header["groups"], journal.header["method"])
     began = time.perf_counter()
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
-        for estimate in progress.track(journal.estimates(), total=journal.steps, description="replaying"):
-            optimizer.apply(estimate)
+        bar = progress.add_task("replaying", total=journal.steps)
+        for written in optimizer.replay(journal.estimates()):
+            progress.advance(bar, len(written))
     seconds = time.perf_counter() - began
     journal.close()
     source.save(target, optimizer.spaces)

@@ -4,7 +4,7 @@ writing anything, `move` is the one way that writes x."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,8 +33,9 @@ class Space(ABC):
         """Let forwards read x under `move`, or x itself for None."""
 
     @abstractmethod
-    def move(self, move: Move) -> int:
-        """Write x <- decay * x + coefficient * u; returns how many integer codes changed (0 where x is continuous)."""
+    def move(self, moves: Sequence[Move]) -> int:
+        """Write x <- decay * x + coefficient * u, once for each move; returns how many changes of integer codes that were
+        (0 where x is continuous)."""
 
     @property
     def codes(self) -> int:
@@ -66,8 +67,8 @@ class BlockSpace(Space):
     def view(self, move: Move | None) -> None:
         self.tensor.view = move
 
-    def move(self, move: Move) -> int:
-        kernels.move_blocks(self.tensor, move)
+    def move(self, moves: Sequence[Move]) -> int:
+        kernels.move_blocks(self.tensor, moves)
         return 0
 
 
@@ -98,8 +99,8 @@ class CodeSpace(Space):
     def view(self, move: Move | None) -> None:
         self.tensor.view = move
 
-    def move(self, move: Move) -> int:
-        return kernels.move_codes(self.tensor, move)
+    def move(self, moves: Sequence[Move]) -> int:
+        return sum(kernels.move_codes(self.tensor, move) for move in moves)
 
 
 class GridSpace(Space):
@@ -142,7 +143,10 @@ class GridSpace(Space):
     def view(self, move: Move | None) -> None:
         self._view, self._shown = move, None
 
-    def move(self, move: Move) -> int:
+    def move(self, moves: Sequence[Move]) -> int:
+        return sum(map(self._moved, moves))
+
+    def _moved(self, move: Move) -> int:
         step = kernels.whole_steps(self.name, move, self.values.numel(), self.values.device, self.residual)
         far = len(self.grid.levels)  # from end to end, in whatever integers the codes are
         after = self.grid.step(self.values, step.clamp(-far, far).view_as(self.values).to(self.values.dtype))
@@ -190,8 +194,9 @@ class DenseSpace(Space):
             if type(site[0]) not in (nn.Linear, nn.Embedding):
                 self._swap(site)
 
-    def move(self, move: Move) -> int:
-        self.values.copy_(kernels.moved(self.values, self.name, move, self.values.dtype, stochastic=True))
+    def move(self, moves: Sequence[Move]) -> int:
+        for move in moves:
+            self.values.copy_(kernels.moved(self.values, self.name, move, self.values.dtype, stochastic=True))
         for parameter in self.parameters.values():
             if parameter.data_ptr() != self.values.data_ptr():
                 parameter.data.copy_(self._shown(self.values))

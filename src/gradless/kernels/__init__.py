@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
@@ -57,9 +58,9 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     return result
 
 
-def move_blocks(tensor: QuantTensor, move: Move) -> None:
+def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
     """Update a weight's tuned values in place; see `reference.move_blocks`."""
-    _ops(tensor.packed).move_blocks(tensor, move)
+    _ops(tensor.packed).move_blocks(tensor, moves)
 
 
 def move_codes(tensor: QuantTensor, move: Move) -> int:
@@ -168,7 +169,7 @@ def self_test(ops: ModuleType) -> str | None:
                     kernels.move_codes(tensor, code_move)
                     tensor.view = code_move._replace(coefficient=-1.0)
                 else:
-                    kernels.move_blocks(tensor, value_move)
+                    kernels.move_blocks(tensor, [value_move, value_move])
                     tensor.view = value_move
             same = torch.equal(ours.packed, theirs.packed)
             for mine, other in ((ours.master, theirs.master), (ours.residual, theirs.residual)):

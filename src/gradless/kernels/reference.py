@@ -5,6 +5,8 @@ One multiplication or addition rounds once (no fused multiply-add), in the order
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -214,10 +216,11 @@ def _moved_blocks(tensor: QuantTensor, move: Move) -> Tensor:
     return moved
 
 
-def move_blocks(tensor: QuantTensor, move: Move) -> None:
-    """Update every tuned block value in place: the only writer of `tensor.master`."""
+def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
+    """Update every tuned block value in place, by one move after the other: the only writer of `tensor.master`."""
     assert tensor.master is not None
-    tensor.master.copy_(_moved_blocks(tensor, move))
+    for move in moves:
+        tensor.master.copy_(_moved_blocks(tensor, move))
 
 
 def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochastic: bool = False) -> Tensor:

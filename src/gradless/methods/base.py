@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,8 @@ from gradless.noise import NAMED, Direction, Distribution
 from gradless.spaces import Space, viewed
 from gradless.tensor import Move
 
+STEPS_AT_ONCE = 64
+"""In a replay: a tensor's part that is at hand goes through so many steps before the next."""
 Closure = Callable[[], Any]
 Group = dict[str, Any]
 
@@ -164,20 +167,26 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return Estimate(self.t, tuple(losses), d, tuple(float(group["lr"]) for group in self.param_groups))
 
     @torch.no_grad()
-    def apply(self, estimate: Estimate) -> None:
-        """Write the update of a step: x <- (1 - lr * weight_decay) * x - lr/q * sum_i d_i * u_i, or what `moves` says.
+    def apply(self, *estimates: Estimate) -> None:
+        """Write the updates of steps: x <- (1 - lr * weight_decay) * x - lr/q * sum_i d_i * u_i, or what `moves` says.
 
         An estimate with a loss that is not finite changes nothing but the step's number.
         """
         changed = 0
-        if estimate.finite:
-            each = zip(self.param_groups, self.spaces_of, estimate.d, estimate.lr, strict=True)
-            for group, spaces, d, lr in each:
-                for move in self.moves(estimate.step, d, lr, group):
-                    changed += sum(space.move(move) for space in spaces)
+        for i, (group, spaces) in enumerate(zip(self.param_groups, self.spaces_of, strict=True)):
+            each = [self.moves(e.step, e.d[i], e.lr[i], group) for e in estimates if e.finite]
+            moves = [move for moves_of_a_step in each for move in moves_of_a_step]
+            changed += sum(space.move(moves) for space in spaces)
         codes = sum(space.codes for space in self.spaces)
         self.moved = changed / codes if codes else None
-        self.t = estimate.step + 1
+        self.t = estimates[-1].step + 1
+
+    def replay(self, estimates: Iterable[Estimate]) -> Iterator[list[Estimate]]:
+        """Write the updates of recorded steps, some of them in one pass; yields those that have just been written."""
+        remaining = iter(estimates)
+        while some := list(islice(remaining, STEPS_AT_ONCE)):
+            self.apply(*some)
+            yield some
 
     def step(self, closure: Closure | None = None) -> Estimate:  # type: ignore[override]
         """One step: `apply(estimate(closure))`; without a closure, `apply` of the `pending` estimate.

@@ -360,11 +360,11 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """Bring weights, step and schedule to where the journal ends."""
         del checkpoint
         assert self.journal is not None
-        for estimate in self.journal.estimates():
-            self.zeroth_order.apply(estimate)
-            self._count(estimate)
-            self.optimizer._opt_called = True  # torch warns of a scheduler that runs ahead of its optimizer
-            self.lr_scheduler.step()
+        self.optimizer._opt_called = True  # torch warns of a scheduler that runs ahead of its optimizer
+        for written in self.zeroth_order.replay(self.journal.estimates()):
+            for estimate in written:
+                self._count(estimate)
+                self.lr_scheduler.step()
         self._began = time.perf_counter()
 
     def _load_rng_state(self, checkpoint: Any) -> None:

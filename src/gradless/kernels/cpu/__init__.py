@@ -7,6 +7,7 @@ resolve to the runtime that torch has loaded, so both share one pool of threads.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -202,12 +203,14 @@ def choose_path(slower: int = 0) -> str | None:
     return None if name is None else name.decode()
 
 
-def move_blocks(tensor: QuantTensor, move: Move) -> None:
+def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
     """See `reference.move_blocks`."""
     assert tensor.master is not None
+    made = [_move(move, tensor.name) for move in moves]
     _library.gradless_move_blocks(
         ctypes.byref(_blocks(tensor)),
-        ctypes.byref(_move(move, tensor.name)),
+        (_Move * len(made))(*made),
+        ctypes.c_int64(len(made)),
         ctypes.c_int64(tensor.master.numel()),
     )
 

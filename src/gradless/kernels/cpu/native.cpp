@@ -40,21 +40,25 @@ INLINE void store(uint16_t *out, float value) { *out = to_bf16(value); }
 INLINE float load(const float *in) { return *in; }
 INLINE float load(const uint16_t *in) { return from_bf16(*in); }
 
+// Of a block: what a move of 1 means for its tuned field, and where the field may lie: a scale keeps its sign, or stays at zero.
+struct Room {
+    float unit, least, most;
+};
+template <class T> INLINE Room room_of(const Blocks &t, const uint8_t *b) {
+    const float d = half_to_float(b + T::scale_at), base = t.part == OFFSET ? half_to_float(b + T::offset_at) : d;
+    const bool by_scale = t.part == OFFSET && T::offset_unit != 0;  // such an offset may cross zero
+    const float unit = by_scale ? __builtin_fabsf(d) * T::offset_unit : __builtin_fabsf(base), far = __builtin_inff();
+    return {t.relative ? unit : 1.0f, by_scale || base < 0 ? -far : 0, by_scale || base > 0 ? far : 0};
+}
+
 // reference._moved_blocks for one block.
-template <class T> INLINE float moved(const Blocks &t, const Move &move, const uint8_t *b, float x, float z) {
-    float d = half_to_float(b + T::scale_at);
-    float base = t.part == OFFSET ? half_to_float(b + T::offset_at) : d;
-    float unit = 1.0f;
-    if (t.relative) unit = t.part == OFFSET && T::offset_unit != 0 ? __builtin_fabsf(d) * T::offset_unit : __builtin_fabsf(base);
-    float step = move.coefficient * z;
-    step = step * unit;
-    float y = x * move.decay + step;
-    if (t.part != OFFSET || T::offset_unit == 0) {
-        if (base > 0) y = y < 0 ? 0 : y;
-        else if (base < 0) y = y > 0 ? 0 : y;
-        else y = 0;
-    }
-    return y;
+INLINE float moved(float coefficient, float decay, Room room, float x, float z) {
+    float step = coefficient * z;
+    step = step * room.unit;
+    float y = x * decay + step;
+    y = y < room.least ? room.least : y;
+    y = y > room.most ? room.most : y;
+    return room.least < room.most ? y : 0;
 }
 
 // What a forward reads of one row, into `z`: for each block its coordinate, its scale and its offset under the view; and, where the
@@ -69,7 +73,7 @@ template <class T> INLINE bool read_row(const Blocks &t, const Move *view, Coord
     for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes) {
         float d = half_to_float(b + T::scale_at), m = T::offset_at < 0 ? 0 : half_to_float(b + T::offset_at);
         if (master) {
-            float x = view ? moved<T>(t, *view, b, master[k], z[k]) : master[k];
+            float x = view ? moved(view->coefficient, view->decay, room_of<T>(t, b), master[k], z[k]) : master[k];
             if (t.part == OFFSET) m = x;
             else {
                 if (t.part == BOTH) m = m * (d == 0 ? 1.0f : x / d);
@@ -295,15 +299,26 @@ QUANTIZE(quantize_bf16, uint16_t)
 MULTIPLY(multiply_f32, float)
 MULTIPLY(multiply_bf16, uint16_t)
 
+// The moves of block values [begin, end), one after the other.
 #define MOVE(T) \
-    for (int64_t i = begin; i < end; i++) { \
-        if (i % 128 == 0 || i == begin) Coordinates::read(u, i, std::min<int64_t>(128 - i % 128, end - i), z + i % 128); \
-        t.master[i] = moved<T>(t, move, t.packed + i * T::nbytes, t.master[i], z[i % 128]); \
+    for (int64_t first = begin; first < end; first = (first / 128 + 1) * 128) { \
+        const int64_t n = std::min(end, (first / 128 + 1) * 128) - first; \
+        float unit[128] = {0}, least[128] = {0}, most[128] = {0}, x[128] = {0}, z[128] = {0}; \
+        for (int64_t i = 0; i < n; i++) { \
+            const Room room = room_of<T>(t, t.packed + (first + i) * T::nbytes); \
+            unit[i] = room.unit, least[i] = room.least, most[i] = room.most; \
+        } \
+        std::memcpy(x, t.master + first, sizeof(float) * n); \
+        for (int64_t k = 0; k < count; k++) { \
+            const float coefficient = moves[k].coefficient, decay = moves[k].decay; \
+            Coordinates u; \
+            u.u = moves[k].direction; \
+            Coordinates::read(u, first, n, z); \
+            for (int i = 0; i < 128; i++) x[i] = moved(coefficient, decay, {unit[i], least[i], most[i]}, x[i], z[i]); \
+        } \
+        std::memcpy(t.master + first, x, sizeof(float) * n); \
     }
-CLONES void move_range(const Blocks &t, const Move &move, int64_t begin, int64_t end) {
-    Coordinates u;
-    u.u = move.direction;
-    float z[128];
+CLONES void move_range(const Blocks &t, const Move *moves, int64_t count, int64_t begin, int64_t end) {
     EACH_TYPE(MOVE)
 }
 
@@ -509,8 +524,8 @@ void gradless_attention(const Attention *a, int64_t batch, int64_t heads, const 
     });
 }
 
-void gradless_move_blocks(const Blocks *t, const Move *move, int64_t n) {
-    in_shares(n, 1 << 13, [&](int64_t begin, int64_t end) { move_range(*t, *move, begin, end); });
+void gradless_move_blocks(const Blocks *t, const Move *moves, int64_t count, int64_t n) {
+    in_shares(n, 1 << 13, [&](int64_t begin, int64_t end) { move_range(*t, moves, count, begin, end); });
 }
 
 int64_t gradless_move_codes(const Blocks *t, const Move *move) {
