@@ -62,6 +62,8 @@ class Grid:
 
     def nearest(self, x: Tensor) -> Tensor:
         """Codes of the nearest levels, ties to even codes, saturating: fp32 of any shape -> int64."""
+        if self.uniform:
+            return x.round().clamp(self.lowest, self.highest).long()
         below, share = self._neighbours(x)
         odd = (below + self.lowest) % 2 == 1
         return below + ((share > 0.5) | ((share == 0.5) & odd)) + self.lowest
