@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from step import default_model
 from timing import medians
 
-SAMPLES = 7
+SAMPLES, THREADS = 7, len(os.sched_getaffinity(0))
 
 
 def theirs(model: Path, tokens: int) -> float:
@@ -30,8 +30,8 @@ def theirs(model: Path, tokens: int) -> float:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(model)
     parameters.n_ctx, parameters.n_parallel, parameters.n_batch, parameters.n_ubatch = tokens + 64, 1, tokens, tokens
-    parameters.cpuparams.n_threads = os.cpu_count()
-    parameters.cpuparams_batch.n_threads = os.cpu_count()
+    parameters.cpuparams.n_threads = THREADS
+    parameters.cpuparams_batch.n_threads = THREADS
     parameters.verbosity = 0
     server = xllamacpp.Server(parameters)
     speeds = []
@@ -46,6 +46,7 @@ def ours(model: Path, tokens: int, activations: str) -> float:
     """Tokens a second of a plain forward over one sequence, with the logits of its last token."""
     import torch
 
+    torch.set_num_threads(THREADS)
     from gradless.formats.gguf_model import load_gguf
     from gradless.layers import reading_at, set_activations
 

@@ -53,8 +53,9 @@ def main() -> None:
     for name in variants:
         if name.startswith("int"):
             ratios[f"bf16 / {name}"] = ratio(times, "bf16 " + name.split()[1], name)
-            share = ratio(times, "peak", name) if "peak" in times else None
-            ratios[f"{name} / peak"] = None if share is None else share * work[name] / work["peak"]
+            if "peak" in times:
+                share = ratio(times, "peak", name)
+                ratios[f"{name} / peak"] = None if share is None else share * work[name] / work["peak"]
     if arguments.json:
         print(json.dumps({"ratios": ratios, "times": times}))
         return

@@ -220,7 +220,7 @@ def main() -> None:
     allowed = 1.3 * size + 150e6
     peaks = {name: measured(name, arguments.model) for name in ("ours", "dequantized")}
     sizes = {name: measured(name, arguments.model) for name in ("forward", "step")}
-    ratios = {"resident memory of a QZO step / of a forward": sizes["step"] / sizes["forward"]}
+    ratios = {"resident memory of a QZO step / of a forward, libraries included": sizes["step"] / sizes["forward"]}
     result = {"file": size, **peaks, "allowed_without_activations": allowed, **sizes, "ratios": ratios}
     if chosen:
         result["methods"] = beside_the_plan(arguments.model, chosen)
@@ -231,7 +231,9 @@ def main() -> None:
     print(f"gradless: load, {STEPS} steps of batch {BATCH}, save  {peaks['ours'] / 1e6:8.1f} MB")
     print(f"1.3 x file + 150 MB                         {allowed / 1e6:8.1f} MB, activations not counted")
     print(f"transformers: load in bf16                  {peaks['dequantized'] / 1e6:8.1f} MB")
-    print(f"a QZO step / a forward, libraries included  {ratios['resident memory of a QZO step / of a forward']:8.3f}")
+    print(
+        f"a QZO step / a forward, libraries included  {ratios['resident memory of a QZO step / of a forward, libraries included']:8.3f}"
+    )
     for name, row in result.get("methods", {}).items():
         print(
             f"{name:6} {FEW} steps of {BATCH} x {LENGTH} tokens            {row['measured'] / 1e6:8.1f} MB, "

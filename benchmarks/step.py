@@ -25,7 +25,7 @@ from gradless.formats.quantized import dequantized
 from gradless.layers import reading_at, set_activations
 from gradless.methods import QZO, ZOQO, MeZO, QuZO
 from gradless.spaces import parameters
-from gradless.training.options import DEFAULT_STRIDE
+from gradless.training.options import DEFAULT_SPAN, DEFAULT_STRIDE, DEFAULTS
 
 
 def default_model() -> Path:
@@ -113,9 +113,12 @@ def main() -> None:
         return model
 
     def step(method, activations="bf16", kind="codes", **options):
-        """A step of a method: on all block scales, or on codes with residuals, at the method's default eps."""
+        """A step of a method: on all block scales, or on codes with residuals, at the method's defaults."""
         searched = own(activations)
-        optimizer = method(searched.spaces(kind, searched.file.linear_layers(), **options), lr=1e-7)
+        name = method.__name__.lower()
+        lr, eps = DEFAULTS[name if kind == "blocks" else f"{name}, few levels"]
+        more = {} if kind == "blocks" else {"span": DEFAULT_SPAN}
+        optimizer = method(searched.spaces(kind, searched.file.linear_layers(), **options), lr=lr, eps=eps, **more)
         return lambda: optimizer.step(lambda: forward(searched.model))
 
     plain, in_integers = own("bf16").model, own("int8").model

@@ -130,11 +130,11 @@ def _float8(tensor: QuantTensor) -> tuple[torch.dtype, Tensor]:
     float8 = next((each for each in (torch.float8_e4m3fn, torch.float8_e5m2) if floating(each).name == grid), None)
     if float8 is None or tensor.block.levels is None:
         raise GradlessError(f"{tensor.name} is {tensor.block.name}; fp8 activations need --grid fp8 or fp8-e5m2.")
-    scale = tensor.base() if tensor.master is None else tensor.master
-    if not torch.equal(scale, scale[:, :1].expand_as(scale)):
+    scale = tensor.base()
+    if tensor.master is not None or not torch.equal(scale, scale[:, :1].expand_as(scale)):
         raise GradlessError(
-            f"{tensor.name} has a scale for each of its groups, and fp8 activations need one for each row; "
-            "quantize with --group-size channel."
+            f"{tensor.name} has, or tunes, a scale for each of its groups, and fp8 activations need one for each row; "
+            "quantize with --group-size channel, and tune the codes."
         )
     return float8, scale[:, :1] * (tensor.block.levels[-1] / torch.finfo(float8).max)
 

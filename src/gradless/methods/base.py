@@ -186,6 +186,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         remaining = iter(estimates)
         while some := list(islice(remaining, STEPS_AT_ONCE)):
             self.apply(*some)
+            self.moved = None
             yield some
 
     def step(self, closure: Closure | None = None) -> Estimate:  # type: ignore[override]

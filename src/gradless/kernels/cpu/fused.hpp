@@ -115,7 +115,7 @@ struct Attention {
 
 // Scores of some queries, the first of which is the i-th -> their weights up to a factor, in bf16; 1 / total is that factor.
 CLONES static void weigh(const uint8_t *mask, int64_t mask_row, int64_t i, int64_t rows, int64_t length, int64_t width, float scale, float *score, uint16_t *weight, float total[QUERIES]) {
-    constexpr float NONE = -1e30f;
+    constexpr float NONE = -1e30f, BEYOND = -2e30f;  // what a query does not see; what is there to fill the width alone
     for (int64_t r = 0; r < rows; r++, score += width, weight += width) {
         const int64_t seen = mask ? length : i + r + 1;
         const uint8_t *sees = mask + r * mask_row;
@@ -123,7 +123,7 @@ CLONES static void weigh(const uint8_t *mask, int64_t mask_row, int64_t i, int64
             for (int64_t j = 0; j < seen; j++) score[j] = sees[j] ? score[j] * scale : NONE;
         else
             for (int64_t j = 0; j < seen; j++) score[j] = score[j] * scale;
-        for (int64_t j = seen; j < width; j++) score[j] = NONE;
+        for (int64_t j = seen; j < width; j++) score[j] = mask ? BEYOND : NONE;
         float top[16], sum[16] = {0};
         for (int l = 0; l < 16; l++) top[l] = NONE;
         for (int64_t j = 0; j < width; j += 16)
