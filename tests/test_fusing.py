@@ -24,7 +24,7 @@ def values(*shape, seed, size=1.0):
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size).bfloat16()
 
 
-def near(ours, theirs, scale, roundings=1.5):
+def near(ours, theirs, scale, roundings=2):
     return bool(((ours.float() - theirs.float()).abs() <= roundings * ROUNDING * scale + 1e-30).all())
 
 
@@ -67,7 +67,14 @@ def test_attention(batch, heads, shared, length, size, masked, spread, seed):
         mask = (owner[..., :, None] == owner[..., None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
     ours, theirs = (ops.attention(q, k, v, mask, size**-0.5) for ops in (cpu, reference))
     assert ours.shape == (batch, length, heads * shared, size)
-    assert near(ours, theirs, v.float().abs().max(), roundings=2)
+    assert near(ours, theirs, v.float().abs().max())
+
+
+def test_a_token_that_sees_none_gets_the_mean():
+    q, k, v = (values(1, 2, 5, 32, seed=i) for i in range(3))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask[0] = False
+    assert near(cpu.attention(q, k, v, mask, 1.0), reference.attention(q, k, v, mask, 1.0), v.float().abs().max())
 
 
 @pytest.mark.parametrize("passes", ["rms_norm", "gate"])
