@@ -68,13 +68,13 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     xq = xq.view(len(x), groups, codes.shape[-1])
     y = torch.zeros(len(x), len(rows), device=x.device)
     for g in range(groups):
-        y = fused(scale.view(len(rows), groups)[:, g], (xq[:, g] @ codes[:, g].T).float(), y)
+        y = fma(scale.view(len(rows), groups)[:, g], (xq[:, g] @ codes[:, g].T).float(), y)
         if offset is not None:
-            y = fused(offset.view(len(rows), groups)[:, g], xq[:, g].sum(1, keepdim=True).float(), y)
+            y = fma(offset.view(len(rows), groups)[:, g], xq[:, g].sum(1, keepdim=True).float(), y)
     return (y * s).to(dtype)
 
 
-def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c, rounded to fp32 once.
 
     The product of two fp32 is exact in fp64. Where the sum is not, it is set to the odd one of its two fp64 neighbours: then

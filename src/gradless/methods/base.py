@@ -172,11 +172,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         An estimate with a loss that is not finite changes nothing but the step's number.
         """
-        changed = 0
-        for i, (group, spaces) in enumerate(zip(self.param_groups, self.spaces_of, strict=True)):
-            each = [self.moves(e.step, e.d[i], e.lr[i], group) for e in estimates if e.finite]
-            moves = [move for moves_of_a_step in each for move in moves_of_a_step]
-            changed += sum(space.move(moves) for space in spaces)
+        moves: list[list[Move]] = [[] for _ in self.param_groups]
+        for estimate in (estimate for estimate in estimates if estimate.finite):
+            for group, d, lr, of_group in zip(self.param_groups, estimate.d, estimate.lr, moves, strict=True):
+                of_group += self.moves(estimate.step, d, lr, group)
+        changed = sum(space.move(of_group) for of_group, spaces in zip(moves, self.spaces_of, strict=True) for space in spaces)
         codes = sum(space.codes for space in self.spaces)
         self.moved = changed / codes if codes else None
         self.t = estimates[-1].step + 1
