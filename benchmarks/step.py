@@ -97,6 +97,12 @@ def main() -> None:
             logits = model(ids, use_cache=False).logits[0]
         return torch.nn.functional.cross_entropy(logits.float(), rows)
 
+    def both_forwards(model):
+        """The losses of a batch and its copy, from one forward."""
+        with reading_at(model.get_output_embeddings(), torch.arange(2 * len(ids)), torch.full((2 * len(ids),), 63)):
+            logits = model(torch.cat([ids, ids]), use_cache=False).logits[0]
+        return torch.nn.functional.cross_entropy(logits.float(), rows.repeat(2), reduction="none").view(2, -1).mean(1)
+
     def full_forward(model):
         """The same loss, as transformers comes to it."""
         return torch.nn.functional.cross_entropy(model(ids, use_cache=False).logits[:, 63].float(), rows)
@@ -119,7 +125,7 @@ def main() -> None:
         lr, eps = DEFAULTS[name if kind == "blocks" else f"{name}, few levels"]
         more = {} if kind == "blocks" else {"span": DEFAULT_SPAN}
         optimizer = method(searched.spaces(kind, searched.file.linear_layers(), **options), lr=lr, eps=eps, **more)
-        return lambda: optimizer.step(lambda: forward(searched.model))
+        return lambda: optimizer.step(lambda: forward(searched.model), lambda: both_forwards(searched.model))
 
     plain, in_integers = own("bf16").model, own("int8").model
     sparse = {"stride": DEFAULT_STRIDE, "residual": True}

@@ -85,6 +85,7 @@ def test_a_perturbed_forward_equals_a_dense_one_with_the_perturbed_weights(tiny)
     loaded = load_gguf(tiny, dtype=torch.float32)
     ids = torch.arange(30).view(1, 30)
     move = Move(Direction(5, 0), 0.03)
+    mirrored = move._replace(coefficient=-0.03)
     spaces = [BlockSpace(loaded.file.quantized[name], Part.SCALE) for name in loaded.file.linear_layers()]
     with torch.inference_mode():
         still = loaded.model(ids).logits
@@ -92,7 +93,13 @@ def test_a_perturbed_forward_equals_a_dense_one_with_the_perturbed_weights(tiny)
             space.view(move)
         viewed = loaded.model(ids).logits
         for space in spaces:
-            space.view(None)
+            space.view(mirrored)
+        from_the_other_side = loaded.model(ids).logits
+        for space in spaces:
+            space.view(move, mirrored)
+        assert torch.equal(loaded.model(torch.cat([ids, ids])).logits, torch.cat([viewed, from_the_other_side]))
+        for space in spaces:
+            space.view()
         assert torch.equal(loaded.model(ids).logits, still)
         for space in spaces:
             space.move([move])

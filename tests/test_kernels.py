@@ -28,6 +28,15 @@ MOVES = st.builds(
     st.floats(-3, 3, width=32),
     st.floats(0.5, 1.0, width=32),
 )
+
+
+def views_of(moves):
+    """None; one; the two sides of a query; and two of different directions."""
+    mirrored = moves.map(lambda move: (move, move._replace(coefficient=-move.coefficient)))
+    return st.one_of(st.just(()), st.tuples(moves), mirrored, st.tuples(moves, moves))
+
+
+VIEWS = views_of(MOVES)
 VALUE_PARTS = [Part.SCALE, Part.OFFSET, Part.BOTH]
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
@@ -73,15 +82,15 @@ def test_coordinates_have_noise_pys_bits(move, start, count):
     st.integers(1, 9),
     st.sampled_from([None, *Part]),
     st.booleans(),
-    st.none() | MOVES,
+    VIEWS,
     DTYPES,
     st.integers(0, 99),
 )
-def test_dequantize_has_the_references_bits(name, rows, blocks, part, relative, view, dtype, seed):
+def test_dequantize_has_the_references_bits(name, rows, blocks, part, relative, views, dtype, seed):
     tensor = quant(name, rows, blocks, seed)
     if part is not None:
         tensor.tune(part, relative=relative)
-        tensor.view = view
+        tensor.views = views
     some = torch.randint(rows, (rows + 3,), generator=torch.Generator().manual_seed(seed))
     ours, theirs = (ops.dequantize(tensor, some, dtype) for ops in (cpu, reference))
     assert torch.equal(ours, theirs)
@@ -128,7 +137,7 @@ def test_the_number_of_threads_changes_no_bit(threads):
     before = torch.get_num_threads()
     tensor = quant("Q4_1", 500, 18)
     tensor.tune(Part.SCALE)
-    tensor.view = Move(Direction(1, 2), 0.01)
+    tensor.views = (Move(Direction(1, 2), 0.01),)
     torch.set_num_threads(threads)
     try:
         rows = torch.arange(500)
@@ -150,7 +159,7 @@ def test_a_relative_move_of_the_offset_shifts_a_block_as_far_as_one_of_the_scale
         rows = torch.arange(64)
         still = kernels.dequantize(tensor, rows, torch.float32)
         tensor.tune(part)
-        tensor.view = Move(Direction(0, 0), 0.01)
+        tensor.views = (Move(Direction(0, 0), 0.01),)
         moved = kernels.dequantize(tensor, rows, torch.float32)
         shifts.append(float((moved - still).view(64, 18, 32).mean(2).square().mean().sqrt()))
     assert shifts[0] == pytest.approx(shifts[1], rel=0.2)
@@ -190,15 +199,15 @@ SIGNS = st.builds(
     st.sampled_from(EVERY_TYPE),
     st.integers(1, 5),
     st.integers(1, 4),
-    st.builds(Move, INTEGER, st.sampled_from([-1.0, 1.0]), st.just(1.0)),
+    views_of(st.builds(Move, INTEGER, st.sampled_from([-1.0, 1.0]), st.just(1.0))),
     DTYPES,
     st.booleans(),
 )
-def test_a_query_reads_codes_as_the_reference_does_and_writes_none(name, rows, blocks, view, dtype, clamp):
+def test_a_query_reads_codes_as_the_reference_does_and_writes_none(name, rows, blocks, views, dtype, clamp):
     tensor = quant(name, rows, blocks)
     tensor.tune(Part.CODE)
     before = tensor.packed.clone()
-    tensor.view, tensor.clamp = view, clamp
+    tensor.views, tensor.clamp = views, clamp
     order = torch.randperm(rows)
     assert torch.equal(cpu.dequantize(tensor, order, dtype), reference.dequantize(tensor, order, dtype))
     assert torch.equal(tensor.packed, before)
@@ -232,16 +241,18 @@ def test_codes_move_as_in_the_reference_and_stay_on_their_grid(name, rows, block
 
 INTEGER_TYPES = [name for name in EVERY_TYPE if block_type(name).levels is None]
 WIDEST = noise.uniform_grid(127)
-CODE_VIEWS = st.builds(
-    Move,
-    st.builds(replace, INTEGER, distribution=st.sampled_from([*INTEGER_DISTRIBUTIONS, WIDEST])),
-    st.sampled_from([-1.0, 1.0]),
-    st.just(1.0),
+CODE_VIEWS = views_of(
+    st.builds(
+        Move,
+        st.builds(replace, INTEGER, distribution=st.sampled_from([*INTEGER_DISTRIBUTIONS, WIDEST])),
+        st.sampled_from([-1.0, 1.0]),
+        st.just(1.0),
+    )
 )
 READ = st.one_of(
-    st.tuples(st.none(), st.none()),
-    st.tuples(st.sampled_from(VALUE_PARTS), st.none() | MOVES),
-    st.tuples(st.just(Part.CODE), st.none() | CODE_VIEWS),
+    st.tuples(st.none(), st.just(())),
+    st.tuples(st.sampled_from(VALUE_PARTS), VIEWS),
+    st.tuples(st.just(Part.CODE), CODE_VIEWS),
 )
 PATHS = [slower for slower in range(8) if cpu.choose_path(slower)]
 cpu.choose_path()
@@ -270,18 +281,19 @@ def activations(m: int, columns: int, seed: int = 0) -> torch.Tensor:
 )
 def test_linear_int8_has_the_references_bits_on_every_path(name, rows, blocks, m, read, clamp, stride, dtype, seed, slower):
     tensor = quant(name, rows, blocks, seed)
-    part, view = read
+    part, tensor.views = read
     if part is not None:
         tensor.tune(part)
-        tensor.view, tensor.clamp = view, clamp
+        tensor.clamp = clamp
         tensor.stride = 1 if clamp else stride  # random bytes hold codes off a short grid, which a clamp brings back
     some = torch.randint(rows, (1 + seed % 40,), generator=torch.Generator().manual_seed(seed))
-    x = activations(m, tensor.columns, seed).to(dtype)
+    views = max(1, len(tensor.views))
+    x = activations(views * m, tensor.columns, seed).view(views, m, tensor.columns).to(dtype)
     cpu.choose_path(slower)
     ours, theirs = (ops.linear_int8(tensor, some, x) for ops in (cpu, reference))
     cpu.choose_path()
     assert ours.dtype is dtype
-    assert ours.shape == (m, len(some))
+    assert ours.shape == (views, m, len(some))
     assert torch.equal(ours, theirs)
 
 
@@ -306,21 +318,20 @@ def test_a_fused_product_and_sum_is_rounded_once(values):
 def test_linear_int8_is_the_dense_product_with_quantized_tokens(name, rows, blocks, read, seed):
     """Off by the fp32 roundings alone: those of each weight, and one or a few for every group."""
     tensor = quant(name, rows, blocks, seed)
-    part, view = read
+    part, tensor.views = read
     if part is not None:
         tensor.tune(part)
-        tensor.view = view
-    order = torch.arange(rows)
-    x = Direction(seed, 0).values("x", 0, 5 * tensor.columns).view(5, -1)
-    s = np.abs(x.numpy()).max(1, keepdims=True) / np.float32(127)
-    xq = np.rint(x.numpy() / s)
+    order, views = torch.arange(rows), max(1, len(tensor.views))
+    x = Direction(seed, 0).values("x", 0, views * 5 * tensor.columns).view(views, 5, -1)
+    s = np.abs(x.numpy()).max(2, keepdims=True) / np.float32(127)
+    xq = np.rint(x.numpy() * (np.float32(1) / s))
     assert (np.abs(x.numpy() - s * xq) <= 0.501 * s).all()
     rounded = torch.from_numpy(s.astype(np.float64) * xq)
-    exact = rounded @ kernels.dequantize(tensor, order, torch.float32).double().T
-    codes, scale, offset = reference._read(tensor, order)
-    size = (scale * codes).abs() + (0 if offset is None else offset.abs())
-    size = rounded.abs() @ size.view(rows, -1).double().T
-    groups = tensor.columns / codes.shape[-1]
+    exact = rounded @ kernels.dequantize(tensor, order, torch.float32).double().mT
+    read_rows = reference._read(tensor, order)
+    sizes = [(scale * codes).abs() + (0 if offset is None else offset.abs()) for codes, scale, offset in read_rows]
+    size = rounded.abs() @ torch.stack(sizes).view(views, rows, -1).double().mT
+    groups = tensor.columns / read_rows[0][0].shape[-1]
     assert ((kernels.linear_int8(tensor, order, x) - exact).abs() <= (groups + 8) * 2.0**-24 * size).all()
 
 
@@ -329,12 +340,12 @@ def test_codes_beyond_a_byte_are_multiplied_exactly(ops):
     tensor = quant("int8/64", 21, 3)
     tensor.packed[..., 0], tensor.packed[..., 1] = 0, 0x3C  # d = 1
     tensor.tune(Part.CODE)
-    tensor.view = Move(Direction(3, 1, 4, WIDEST), -1.0)
-    codes = kernels.dequantize(tensor, torch.arange(21), torch.float32).long()
+    tensor.views = (Move(Direction(3, 1, 4, WIDEST), -1.0),)
+    (codes,) = kernels.dequantize(tensor, torch.arange(21), torch.float32).long()
     assert codes.abs().max() > 200
     x = torch.randint(-127, 128, (17, tensor.columns), generator=torch.Generator().manual_seed(0))
     x[:, 5] = 127  # so that a token's scale is 1
-    assert torch.equal(ops.linear_int8(tensor, torch.arange(21), x.float()).long(), x @ codes.T)
+    assert torch.equal(ops.linear_int8(tensor, torch.arange(21), x.float().unsqueeze(0))[0].long(), x @ codes.T)
 
 
 @pytest.mark.parametrize("ops", [cpu, reference], ids=lambda ops: ops.NAME)
@@ -343,7 +354,7 @@ def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(ops, value):
     tensor = quant("Q4_1", 20, 2)
     x = activations(3, tensor.columns)
     x[1, 7] = value
-    finite = ops.linear_int8(tensor, torch.arange(20), x).isfinite()
+    finite = ops.linear_int8(tensor, torch.arange(20), x.unsqueeze(0))[0].isfinite()
     assert finite[[0, 2]].all()
     assert not finite[1].any()
 
@@ -352,7 +363,7 @@ def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(ops, value):
 def test_linear_int8_has_the_same_bits_on_any_number_of_threads(threads):
     before = torch.get_num_threads()
     tensor, rows = quant("Q4_1", 100, 6), torch.arange(100)
-    x = activations(50, tensor.columns)
+    x = activations(50, tensor.columns).unsqueeze(0)
     torch.set_num_threads(threads)
     try:
         assert torch.equal(cpu.linear_int8(tensor, rows, x), reference.linear_int8(tensor, rows, x))

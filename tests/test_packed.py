@@ -38,12 +38,12 @@ def test_rounded_weights_are_nearest_on_their_grid(grid):
     for group in (32, 64, None):
         name, packed = packed_rows(weight, "w", grid, group, search=False)
         tensor = QuantTensor("w", block_type(name), packed)
-        got = kernels.dequantize(tensor, torch.arange(6), torch.float32)
+        (got,) = kernels.dequantize(tensor, torch.arange(6), torch.float32)
         scale = tensor.block.field(packed, 0).repeat_interleave(tensor.block.size, 1)
         levels = torch.tensor(tensor.block.levels or GRIDS[grid].levels)
         assert ((got - weight).abs() <= scale * levels.diff().max() * 0.51).all()
         coarse = packed_rows(got, "w", grid, group, search=False)[1]
-        again = kernels.dequantize(QuantTensor("w", tensor.block, coarse), torch.arange(6), torch.float32)
+        (again,) = kernels.dequantize(QuantTensor("w", tensor.block, coarse), torch.arange(6), torch.float32)
         assert (again - got).abs().max() <= 2e-3 * got.abs().max() + scale.max() * 0.02
 
 
@@ -110,10 +110,10 @@ def test_8_bit_floats_are_multiplied_as_they_are_stored(grid):
     name, packed = packed_rows(weight, "w", grid, None, search=False)
     layer = QuantLinear(QuantTensor("w", block_type(name), packed), None, torch.float32)
     layer.packed.tune(Part.CODE)
-    layer.packed.view = Move(Direction(3, 1, 0, uniform_grid(2)), 1.0)
+    layer.packed.views = (Move(Direction(3, 1, 0, uniform_grid(2)), 1.0),)
     x = torch.randint(-8, 9, (5, 128), generator=torch.Generator().manual_seed(2)).float()
     x[:, 0], x[4] = 448.0, 0.0  # so that a token's scale is 1; a token of zeros
-    expected = F.linear(x.double(), kernels.dequantize(layer.packed, torch.arange(48), torch.float32).double())
+    expected = F.linear(x.double(), kernels.dequantize(layer.packed, torch.arange(48), torch.float32)[0].double())
     set_activations(layer, "fp8")
     assert torch.allclose(layer(x).double(), expected, rtol=2.0**-8, atol=1e-6)
 

@@ -4,12 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from gradless import objectives
 from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel, LoRA
 from gradless.formats.gguf_model import load_gguf
 from gradless.journal import Journal
 from gradless.objectives import Example, tokenize
+from gradless.training import trainer as trainers
 from gradless.training.trainer import SeededSampler, ZOConfig, ZOTrainer
+from tests.tiny import tiny_gguf
 
 
 def examples(tokenizer, n=20):
@@ -22,6 +25,10 @@ def trainer(path, output, *, lora=None, **options):
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, "part": "scale"}
     config = ZOConfig(output_dir=str(output), **{**defaults, **options})
     return ZOTrainer(loaded.model, config, examples(loaded.tokenizer), checkpoint=loaded, processing_class=loaded.tokenizer)
+
+
+def no_losses(_model, batch):
+    return torch.full((len(batch["sizes"]),), float("nan")), None
 
 
 def masters(zo):
@@ -88,13 +95,31 @@ def test_a_run_that_is_done_is_not_resumed_by_a_step(tiny, tmp_path, steps):
 
 
 def test_skipped_steps_are_counted_over_a_resume(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(ZOTrainer, "compute_loss", lambda *_args, **_kwargs: float("nan"))
+    monkeypatch.setattr(objectives, "losses", no_losses)
     first = trainer(tiny, tmp_path, max_steps=3)
     first.train()
     first.journal.close()
     again = trainer(tiny, tmp_path, max_steps=3)
     again.train(resume_from_checkpoint=True)
     assert again.skipped == 3
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "quzo", "roundings": 2, "q": 2}, {"method": "zoqo"}], ids=["qzo", "quzo", "zoqo"]
+)
+@pytest.mark.parametrize("block", ["Q4_1", "Q6_K"])
+def test_both_losses_of_one_forward_are_those_of_two(options, block, tmp_path, monkeypatch):
+    path = tiny_gguf(tmp_path / "tiny.gguf", block=block)
+    journals = []
+    for tokens in (trainers.PAIR_TOKENS, 0):
+        monkeypatch.setattr(trainers, "PAIR_TOKENS", tokens)
+        forwards: list[int] = []
+        zo = trainer(path, tmp_path / str(tokens), **options)
+        zo.model.register_forward_pre_hook(lambda *_, seen=forwards: seen.append(1))
+        zo.train()
+        assert len(forwards) == 6 * options.get("q", 1) * (1 if tokens else 2)
+        journals.append(list(zo.journal.estimates()))
+    assert journals[0] == journals[1]
 
 
 def test_accumulated_micro_batches_are_one_batch_under_one_direction(tiny, tmp_path):
@@ -128,16 +153,16 @@ def test_other_threads_are_refused_unless_allowed(tiny, tmp_path, monkeypatch):
 
 def test_nan_losses_are_counted_and_end_a_run(tiny, tmp_path, monkeypatch):
     zo = trainer(tiny, tmp_path / "some")
-    original = ZOTrainer.compute_loss
+    losses = objectives.losses
 
-    def sometimes(self, model, inputs, *args, **kwargs):
-        loss = original(self, model, inputs, *args, **kwargs)
-        return loss * float("nan") if self.state.global_step == 2 else loss
+    def sometimes(*inputs):
+        each, right = losses(*inputs)
+        return each * float("nan") if zo.state.global_step == 2 else each, right
 
-    monkeypatch.setattr(ZOTrainer, "compute_loss", sometimes)
+    monkeypatch.setattr(objectives, "losses", sometimes)
     zo.train()
     assert (zo.skipped, zo.journal.steps) == (1, 6)
-    monkeypatch.setattr(ZOTrainer, "compute_loss", lambda *_args, **_kwargs: float("nan"))
+    monkeypatch.setattr(objectives, "losses", no_losses)
     always = trainer(tiny, tmp_path / "all")
     with pytest.raises(GradlessError, match=r"not finite in 5 steps in a row.*smaller --lr"):
         always.train()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,37 +63,53 @@ class QuantLinear(_Packed):
         return self.packed.rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features) in x's dtype; under `restricted_to` n outputs (..., n) in fp32."""
+        """(..., in_features) -> (..., out_features) in x's dtype; under `restricted_to` n outputs (..., n) in fp32.
+
+        Where the weight has several views, each serves its equal share of x's tokens, in their order.
+        """
+        rows, bias = file_rows(self.packed), cast(Tensor | None, self.bias)
+        views = max(1, len(self.packed.views))
+        shares = x.reshape(views, -1, self.in_features)
         if self.only is not None:
-            few = kernels.dequantize(self.packed, file_rows(self.packed)[self.only], torch.float32)
-            return F.linear(x.float(), few, None if self.bias is None else self.bias[self.only].float())
-        rows, bias = file_rows(self.packed), self.bias
-        tile = max(16, TILE // self.in_features // 16 * 16)
-        product = {"bf16": self._product, "int8": self._integer_product, "fp8": self._float8_product}[self.activations]
-        inputs = x.to(self.dtype)
-        outputs = [product(inputs, some) for some in torch.split(rows, tile)]
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+            rows, bias = rows[self.only], None if bias is None else bias[self.only]
+            y = _products(shares.float(), kernels.dequantize(self.packed, rows, torch.float32))
+        else:
+            tile = max(16, TILE // self.in_features // 16 * 16)
+            product = {"bf16": self._product, "int8": self._integer_product, "fp8": self._float8_product}[self.activations]
+            outputs = [product(shares.to(self.dtype), some) for some in torch.split(rows, tile)]
+            y = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(x.dtype)
+        y = y.view(*x.shape[:-1], len(rows))
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _product(self, x: Tensor, rows: Tensor) -> Tensor:
-        return F.linear(x, kernels.dequantize(self.packed, rows, self.dtype))
+        return _products(x, kernels.dequantize(self.packed, rows, self.dtype))
 
     def _integer_product(self, x: Tensor, rows: Tensor) -> Tensor:
-        return kernels.linear_int8(self.packed, rows, x.reshape(-1, self.in_features)).view(*x.shape[:-1], len(rows))
+        return kernels.linear_int8(self.packed, rows, x)
 
     def _float8_product(self, x: Tensor, rows: Tensor) -> Tensor:
         """E4M3 inputs, scaled token by token, times the weight's own 8-bit floats, scaled row by row."""
         float8, scale = _float8(self.packed)
         levels = (kernels.dequantize(self.packed, rows, torch.float32) / scale[rows]).to(float8)  # exact: no bit is rounded
-        flat = x.reshape(-1, self.in_features).float()
-        reach = flat.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        x = x.float()
+        reach = x.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
         reach = torch.where(reach == 0, 1.0, reach)
-        inputs = (flat / reach).to(torch.float8_e4m3fn)
-        y = torch._scaled_mm(inputs, levels.T, scale_a=reach, scale_b=scale[rows].T, out_dtype=torch.bfloat16)
-        return y.to(self.dtype).view(*x.shape[:-1], len(rows))
+        inputs = (x / reach).to(torch.float8_e4m3fn)
+        each = [
+            torch._scaled_mm(share, weight.T, scale_a=s, scale_b=scale[rows].T, out_dtype=torch.bfloat16)
+            for share, weight, s in zip(inputs, levels, reach, strict=True)
+        ]
+        return torch.stack(each).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.packed.block.name}, bias={self.bias is not None}"
+
+
+def _products(x: Tensor, weights: Tensor) -> Tensor:
+    """Each share's x @ W.T: (views, m, columns) and (views, n, columns) -> (views, m, n)."""
+    if len(x) == 1:
+        return F.linear(x[0], weights[0]).unsqueeze(0)
+    return torch.stack([F.linear(share, weight) for share, weight in zip(x, weights, strict=True)])
 
 
 def set_activations(model: nn.Module, activations: str) -> None:
@@ -164,9 +180,12 @@ class QuantEmbedding(_Packed):
         return self.packed.columns
 
     def forward(self, ids: Tensor) -> Tensor:
-        """int64 (...) -> (..., embedding_dim)."""
+        """int64 (...) -> (..., embedding_dim), each view of the table serving its equal share of the ids."""
         distinct, place = torch.unique(ids, return_inverse=True)
-        y = kernels.dequantize(self.packed, file_rows(self.packed)[distinct], self.dtype)[place]
+        looked_up = kernels.dequantize(self.packed, file_rows(self.packed)[distinct], self.dtype)
+        shares = place.view(len(looked_up), -1)
+        y = torch.stack([weight[share] for weight, share in zip(looked_up, shares, strict=True)])
+        y = y.view(*ids.shape, self.embedding_dim)
         return y if self.factor is None else y * self.factor.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradless.errors import GradlessError
+from gradless.fusing import ARCHITECTURES
 from gradless.layers import reading_at, restricted_to
 
 MAX_ANSWER_TOKENS = 50
@@ -155,6 +156,14 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True) -> dic
     }
 
 
+def doubled(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with its copy behind it."""
+    twice = {name: value + value if isinstance(value, list) else value for name, value in batch.items()}
+    for name in ("input_ids", "position_ids", "columns", "targets", "labels"):
+        twice[name] = None if batch[name] is None else torch.cat([batch[name], batch[name]])
+    return {**twice, "rows": torch.cat([batch["rows"], batch["rows"] + len(batch["input_ids"])])}
+
+
 def _pack(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:
     """(row, start) of each sequence: the longest first, each into the first row with room for it."""
     room = max(row_length, max(lengths) if row_length else 0)
@@ -173,6 +182,11 @@ def packs(model: Any) -> bool:
     """Whether sequences in one row stay apart: by position ids, in models whose layers all are attention."""
     kinds = getattr(model.config, "layer_types", None) or []
     return "position_ids" in inspect.signature(model.forward).parameters and all("attention" in kind for kind in kinds)
+
+
+def keeps_places(model: Any) -> bool:
+    """Whether every layer of a model sees all tokens of a batch in their order, so that a layer knows a batch from its copy."""
+    return model.config.model_type in ARCHITECTURES
 
 
 def scores(model: Any, batch: dict[str, Any]) -> list[Tensor]:

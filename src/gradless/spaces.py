@@ -23,14 +23,16 @@ class Space(ABC):
     Attributes:
         name: unique in the model and stable between runs; with the seed it determines the noise.
         values: the point x itself.
+        splits: whether a forward can read x under several moves at once, each by its equal share of the batch.
     """
 
     name: str
     values: Tensor
+    splits = False
 
     @abstractmethod
-    def view(self, move: Move | None) -> None:
-        """Let forwards read x under `move`, or x itself for None."""
+    def view(self, *moves: Move) -> None:
+        """Let forwards read x under the moves, or x itself where there are none."""
 
     @abstractmethod
     def move(self, moves: Sequence[Move]) -> int:
@@ -44,28 +46,30 @@ class Space(ABC):
 
 
 @contextmanager
-def viewed(spaces: Iterable[Space], move: Move) -> Iterator[None]:
-    """Forwards inside read every space under the move."""
+def viewed(spaces: Iterable[Space], *moves: Move) -> Iterator[None]:
+    """Forwards inside read every space under the moves."""
     spaces = list(spaces)
     try:
         for space in spaces:
-            space.view(move)
+            space.view(*moves)
         yield
     finally:
         for space in spaces:
-            space.view(None)
+            space.view()
 
 
 class BlockSpace(Space):
     """The scales (or offsets, or both by one factor) of a packed weight; one fp32 value a block."""
+
+    splits = True
 
     def __init__(self, tensor: QuantTensor, part: Part | str = Part.SCALE, *, relative: bool = True) -> None:
         tensor.tune(part, relative=relative)
         assert tensor.master is not None
         self.name, self.values, self.tensor = tensor.name, tensor.master, tensor
 
-    def view(self, move: Move | None) -> None:
-        self.tensor.view = move
+    def view(self, *moves: Move) -> None:
+        self.tensor.views = moves
 
     def move(self, moves: Sequence[Move]) -> int:
         kernels.move_blocks(self.tensor, moves)
@@ -83,6 +87,8 @@ class CodeSpace(Space):
             one every update is rounded stochastically: unbiased too, but each adds noise of its own.
     """
 
+    splits = True
+
     def __init__(self, tensor: QuantTensor, *, stride: int = 1, clamp: bool = False, residual: bool = False) -> None:
         tensor.tune(Part.CODE)
         tensor.stride, tensor.clamp = stride, clamp
@@ -96,8 +102,8 @@ class CodeSpace(Space):
     def codes(self) -> int:
         return self.tensor.tuned_rows * self.tensor.columns
 
-    def view(self, move: Move | None) -> None:
-        self.tensor.view = move
+    def view(self, *moves: Move) -> None:
+        self.tensor.views = moves
 
     def move(self, moves: Sequence[Move]) -> int:
         return sum(kernels.move_codes(self.tensor, move) for move in moves)
@@ -140,8 +146,9 @@ class GridSpace(Space):
             self._shown = (codes if self.grid.uniform else self.grid.values(codes)) * self.scale
         return self._shown
 
-    def view(self, move: Move | None) -> None:
-        self._view, self._shown = move, None
+    def view(self, *moves: Move) -> None:
+        (self._view,) = moves or (None,)
+        self._shown = None
 
     def move(self, moves: Sequence[Move]) -> int:
         return sum(map(self._moved, moves))
@@ -188,8 +195,8 @@ class DenseSpace(Space):
                 site[0].register_forward_pre_hook(self._enter(site))
                 site[0].register_forward_hook(self._leave(site), always_call=True)
 
-    def view(self, move: Move | None) -> None:
-        self._view = move
+    def view(self, *moves: Move) -> None:
+        (self._view,) = moves or (None,)
         for site in self.sites:
             if type(site[0]) not in (nn.Linear, nn.Embedding):
                 self._swap(site)

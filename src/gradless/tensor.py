@@ -52,7 +52,8 @@ class QuantTensor:
         part: what is tuned, or None while nothing is.
         relative: whether a move is measured in each block's own unit (`unit`) or absolutely.
         master: fp32, (rows, blocks), in file order: the tuned block values; None where there are none.
-        view: the move under which a forward reads what is tuned, or None to read it as it is.
+        views: the moves under which a forward reads what is tuned, each by its equal share of the batch, in their order; none
+            to read it as it is.
         clamp: whether a query's codes stop at the grid's ends; otherwise they are read in a wider integer.
         stride: the codes of file rows 0, stride, 2 * stride ... are tuned, and no others.
         residual: int8, (tuned rows, columns), in file order: what updates still owe each code, in units of `RESIDUAL_UNIT`
@@ -66,7 +67,7 @@ class QuantTensor:
     part: Part | None = None
     relative: bool = True
     master: Tensor | None = field(default=None, repr=False)
-    view: Move | None = None
+    views: tuple[Move, ...] = ()
     clamp: bool = False
     stride: int = 1
     residual: Tensor | None = field(default=None, repr=False)

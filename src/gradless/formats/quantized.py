@@ -169,7 +169,7 @@ def dequantized(loaded: QuantizedModel) -> Any:
     for path, module in loaded.model.named_modules():
         target = dense.get_submodule(path)
         if isinstance(module, QuantLinear | QuantEmbedding):
-            target.weight.data = kernels.dequantize(module.packed, file_rows(module.packed), torch.bfloat16)
+            target.weight.data = kernels.dequantize(module.packed, file_rows(module.packed), torch.bfloat16)[0]
         for name, parameter in module.named_parameters(recurse=False):
             getattr(target, name).data = parameter.data.to(torch.bfloat16, copy=True)
     dense.tie_weights()

@@ -47,13 +47,13 @@ _log = logging.getLogger(__name__)
 
 
 def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a weight under its view; see `reference.dequantize`."""
+    """Rows of a weight under its views; see `reference.dequantize`."""
     result: Tensor = _ops(tensor.packed).dequantize(tensor, rows, dtype)
     return result
 
 
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
-    """x @ W.T in integers, W under its view; see `reference.linear_int8`."""
+    """x @ W.T in integers, W under its views; see `reference.linear_int8`."""
     result: Tensor = _ops(tensor.packed).linear_int8(tensor, rows, x)
     return result
 
@@ -167,17 +167,17 @@ def self_test(ops: ModuleType) -> str | None:
                     tensor.stride = 2
                     tensor.residual = kernels.dither("self-test", torch.Size((tensor.tuned_rows, tensor.columns)))
                     kernels.move_codes(tensor, code_move)
-                    tensor.view = code_move._replace(coefficient=-1.0)
+                    tensor.views = (code_move._replace(coefficient=1.0), code_move._replace(coefficient=-1.0))
                 else:
                     kernels.move_blocks(tensor, [value_move, value_move])
-                    tensor.view = value_move
+                    tensor.views = (value_move, value_move._replace(coefficient=0.03))
             same = torch.equal(ours.packed, theirs.packed)
             for mine, other in ((ours.master, theirs.master), (ours.residual, theirs.residual)):
                 same &= mine is other is None or (mine is not None and other is not None and torch.equal(mine, other))
             for dtype in (torch.float32, torch.bfloat16):
                 same &= torch.equal(ops.dequantize(ours, rows, dtype), reference.dequantize(theirs, rows, dtype))
                 if block.levels is None:
-                    x = Direction(8, 0).values("x", 0, 2 * ours.columns).view(2, -1).to(dtype)
+                    x = Direction(8, 0).values("x", 0, 4 * ours.columns).view(2, 2, -1).to(dtype)
                     same &= torch.equal(ops.linear_int8(ours, rows, x), reference.linear_int8(theirs, rows, x))
             if not same:
                 return f"{block.name}, {part}"

@@ -20,7 +20,7 @@ NAME = "torch"
 
 
 def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of the weight under `tensor.view`.
+    """Rows of the weight under each of `tensor.views`, or as it is where there are none.
 
     Args:
         tensor: the packed weight.
@@ -28,17 +28,18 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: fp32 or bf16; values are computed in fp32 and rounded once, to nearest even.
 
     Returns:
-        (n, columns) in `dtype`.
+        (views, n, columns) in `dtype`; one view where there are none.
     """
-    codes, scale, offset = _read(tensor, rows)
-    weight = scale * tensor.block.level(codes)
-    if offset is not None:
-        weight = weight + offset
-    return weight.reshape(len(rows), tensor.columns).to(dtype)
+    weights = []
+    for codes, scale, offset in _read(tensor, rows):
+        weight = scale * tensor.block.level(codes)
+        weight = weight if offset is None else weight + offset
+        weights.append(weight.reshape(len(rows), tensor.columns).to(dtype))
+    return torch.stack(weights)
 
 
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
-    """x @ W.T of integer activations and the integer codes of the weight under `tensor.view`.
+    """x @ W.T of integer activations and the integer codes of the weight under each of `tensor.views`.
 
     A token i is quantized by itself: s = max_j |x_ij| / 127, or 1 where that is no normal number, and xq_j = x_ij * (1 / s),
     rounded to nearest even. For an output, each group of the weight's columns has a scale and, in some types, an offset. Group
@@ -52,25 +53,29 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     Args:
         tensor: the packed weight, of a type whose codes are their own levels; a view of its codes moves them by whole numbers.
         rows: int64, (n,): file rows.
-        x: fp32 or bf16, (m, columns).
+        x: fp32 or bf16, (views, m, columns): each view's share of the batch.
 
     Returns:
-        (m, n), in x's dtype.
+        (views, m, n), in x's dtype.
     """
     assert tensor.block.levels is None
+    return torch.stack([_linear_int8(share, *read) for share, read in zip(x, _read(tensor, rows), strict=True)])
+
+
+def _linear_int8(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """x @ W.T of one view: (m, columns) -> (m, n)."""
     dtype, x = x.dtype, x.float()
     s = x.abs().amax(1, keepdim=True) / 127
     s = torch.where(s < torch.finfo(torch.float32).tiny, 1.0, s)
     xq = (x * (1 / s)).round().double()  # sums of integers far below 2**53: exact in any order
-    codes, scale, offset = _read(tensor, rows)
-    groups = tensor.columns // codes.shape[-1]
-    codes = codes.double().view(len(rows), groups, codes.shape[-1])
+    groups = x.shape[1] // codes.shape[-1]
     xq = xq.view(len(x), groups, codes.shape[-1])
-    y = torch.zeros(len(x), len(rows), device=x.device)
+    codes = codes.double().view(-1, groups, codes.shape[-1])
+    y = torch.zeros(len(x), len(codes), device=x.device)
     for g in range(groups):
-        y = fma(scale.view(len(rows), groups)[:, g], (xq[:, g] @ codes[:, g].T).float(), y)
+        y = fma(scale.view(-1, groups)[:, g], (xq[:, g] @ codes[:, g].T).float(), y)
         if offset is not None:
-            y = fma(offset.view(len(rows), groups)[:, g], xq[:, g].sum(1, keepdim=True).float(), y)
+            y = fma(offset.view(-1, groups)[:, g], xq[:, g].sum(1, keepdim=True).float(), y)
     return (y * s).to(dtype)
 
 
@@ -90,13 +95,17 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where((error != 0) & even & error.isfinite(), odd, total).float()
 
 
-def _read(tensor: QuantTensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows of the weight under `tensor.view`: codes (n * blocks, groups, size / groups), and each group's scale and offset."""
+def _read(tensor: QuantTensor, rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Rows of the weight under each view: codes (n * blocks, groups, size / groups), and each group's scale and offset."""
+    return [_read_under(tensor, view, rows) for view in tensor.views or (None,)]
+
+
+def _read_under(tensor: QuantTensor, view: Move | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     block, packed = tensor.block, tensor.packed[rows]
     scale = block.field(packed, block.scale_at)
     offset = None if block.offset_at is None else block.field(packed, block.offset_at)
     if tensor.master is not None:
-        tuned = (tensor.master if tensor.view is None else _moved_blocks(tensor, tensor.view))[rows]
+        tuned = (tensor.master if view is None else _moved_blocks(tensor, view))[rows]
         match tensor.part:
             case Part.SCALE:
                 scale = tuned
@@ -105,8 +114,8 @@ def _read(tensor: QuantTensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | N
             case Part.BOTH:
                 offset, scale = _scaled_offset(offset, tuned, scale), tuned
     codes, multiplier, offset_multiplier = block.unpack(packed.flatten(0, 1))
-    if tensor.part is Part.CODE and tensor.view is not None:
-        moved = codes + (tensor.view.coefficient * _noise(tensor, tensor.view)[rows]).view_as(codes)
+    if tensor.part is Part.CODE and view is not None:
+        moved = codes + (view.coefficient * _noise(tensor, view)[rows]).view_as(codes)
         tuned = (rows % tensor.stride == 0).repeat_interleave(tensor.packed.shape[1]).view(-1, 1, 1)
         codes = torch.where(tuned, moved.clamp(*block.codes) if tensor.clamp else moved, codes)
     scale = (scale.reshape(-1, 1) * multiplier).unsqueeze(-1)

@@ -123,12 +123,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             decay = 1.0
 
     @contextmanager
-    def at(self, query: int, sign: int) -> Iterator[None]:
-        """Forwards inside read x + sign * radius * u, u being the direction of a query of this step."""
+    def at(self, query: int, *signs: int) -> Iterator[None]:
+        """Forwards inside read x + sign * radius * u, u being the direction of a query of this step; of several signs, each for
+        its equal share of the batch."""
         with ExitStack() as views:
             for group, spaces in zip(self.param_groups, self.spaces_of, strict=True):
-                u = self.direction(self.t, query, group)
-                views.enter_context(viewed(spaces, Move(u, sign * self.radius(group))))
+                u, radius = self.direction(self.t, query, group), self.radius(group)
+                views.enter_context(viewed(spaces, *(Move(u, sign * radius) for sign in signs)))
             yield
 
     @property
@@ -136,24 +137,30 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Every space searched, group by group."""
         return [space for spaces in self.spaces_of for space in spaces]
 
-    def estimate(self, closure: Closure) -> Estimate:
+    def estimate(self, closure: Closure, pair: Closure | None = None) -> Estimate:
         """Query the losses of this step; nothing is written.
 
         Args:
             closure: runs the model (in eval mode) and returns the loss, a number or a tensor of one; it is called twice a
                 query and must see the same data each time.
+            pair: does both calls at once, where every space can be read so (`Space.splits`): runs the model on the data and
+                a copy behind it, and returns the loss of each half. Weights are unpacked, and noise drawn, once for both.
         """
-        return self.estimate_of(self.query(closure))
+        return self.estimate_of(self.query(closure, pair))
 
     @torch.no_grad()
-    def query(self, closure: Closure) -> list[tuple[float, float]]:
+    def query(self, closure: Closure, pair: Closure | None = None) -> list[tuple[float, float]]:
         """(loss at +eps, loss at -eps) along each of this step's directions; see `estimate`."""
         losses = []
         for query in range(self.q):
-            with self.at(query, +1):
-                plus = closure()
-            with self.at(query, -1):
-                minus = closure()
+            if pair is not None and all(space.splits for space in self.spaces):
+                with self.at(query, +1, -1):
+                    plus, minus = pair()
+            else:
+                with self.at(query, +1):
+                    plus = closure()
+                with self.at(query, -1):
+                    minus = closure()
             losses.append(self.losses_of(plus, minus))
         return losses
 
@@ -189,13 +196,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self.moved = None
             yield some
 
-    def step(self, closure: Closure | None = None) -> Estimate:  # type: ignore[override]
-        """One step: `apply(estimate(closure))`; without a closure, `apply` of the `pending` estimate.
+    def step(self, closure: Closure | None = None, pair: Closure | None = None) -> Estimate:  # type: ignore[override]
+        """One step: `apply(estimate(closure, pair))`; without a closure, `apply` of the `pending` estimate.
 
         Raises:
             RuntimeError: neither a closure nor a pending estimate is there.
         """
-        estimate = self.pending if closure is None else self.estimate(closure)
+        estimate = self.pending if closure is None else self.estimate(closure, pair)
         if estimate is None:
             raise RuntimeError("step() needs a closure that returns the loss, or an estimate in `pending`")
         self.pending = None

@@ -38,6 +38,8 @@ from gradless.training.options import DEFAULT_GRID, DEFAULT_SPAN, DEFAULT_STRIDE
 
 NAN_STEPS = 5
 """Steps in a row without a finite loss after which a run stops."""
+PAIR_TOKENS = 2048
+"""In batches of up to so many both losses of a query come from one forward; in longer ones unpacking is a small part."""
 
 
 @dataclass
@@ -136,7 +138,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self._examples = 0
         self._seconds_before = 0.0
         self._began = 0.0
-        self._packed = objectives.packs(model)
+        self._packed, self._keeps_places = objectives.packs(model), objectives.keeps_places(model)
         if train_dataset is not None and _tokenized(train_dataset):
             more.setdefault("data_collator", self._collate)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **more)
@@ -235,12 +237,19 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         optimizer = self.zeroth_order
         examples = len(inputs["sizes"]) if "sizes" in inputs else 1
         with torch.inference_mode():
-            losses = optimizer.query(lambda: self.compute_loss(model, inputs))
+            losses = optimizer.query(lambda: self.compute_loss(model, inputs), self._pair(model, inputs))
         self._examples += examples
         before = self._sums or [(0.0, 0.0)] * optimizer.q
         self._sums = [(p + examples * plus, m + examples * minus) for (p, m), (plus, minus) in zip(before, losses, strict=True)]
         share = 1 / self.current_gradient_accumulation_steps
         return torch.tensor(share * sum(map(sum, losses)) / (2 * optimizer.q), device=self.args.device)
+
+    def _pair(self, model: Any, inputs: Any) -> Callable[[], Any] | None:
+        """The mean losses of a batch and its copy, in one forward; None where two forwards are to be made."""
+        own_loss = type(self).compute_loss is ZOTrainer.compute_loss and isinstance(inputs, dict) and "sizes" in inputs
+        if not own_loss or not self._keeps_places or inputs["input_ids"].numel() > PAIR_TOKENS:
+            return None
+        return lambda: objectives.losses(model, objectives.doubled(inputs))[0].view(2, -1).mean(1)
 
     def commit(self) -> None:
         """Turn the sums into the step's estimate and write it to the journal; the optimizer's next step applies it."""

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,12 +127,11 @@ def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: T
 
 def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`."""
-    out = torch.empty(len(rows), tensor.columns, dtype=dtype)
-    view = None if tensor.view is None or tensor.part is None else _move(tensor.view, tensor.name)
+    out = torch.empty(max(1, len(tensor.views)), len(rows), tensor.columns, dtype=dtype)
     rows = rows.contiguous()
     _library.gradless_dequantize(
         ctypes.byref(_blocks(tensor, rows)),
-        None if view is None else ctypes.byref(view),
+        *_moves(tensor.views, tensor.name),
         ctypes.c_int64(len(rows)),
         ctypes.c_int32(dtype is torch.bfloat16),
         _at(out),
@@ -143,13 +143,12 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """See `reference.linear_int8`."""
     assert tensor.block.levels is None
     x, rows = x.contiguous(), rows.contiguous()
-    out = torch.empty(len(x), len(rows), dtype=x.dtype)
-    view = None if tensor.view is None or tensor.part is None else _move(tensor.view, tensor.name)
+    out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype)
     _library.gradless_linear_int8(
         ctypes.byref(_blocks(tensor, rows)),
-        None if view is None else ctypes.byref(view),
+        *_moves(tensor.views, tensor.name),
         ctypes.c_int64(len(rows)),
-        ctypes.c_int64(len(x)),
+        ctypes.c_int64(x.shape[1]),
         ctypes.c_int32(x.dtype is torch.bfloat16),
         _at(x),
         _at(out),
@@ -206,11 +205,9 @@ def choose_path(slower: int = 0) -> str | None:
 def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
     """See `reference.move_blocks`."""
     assert tensor.master is not None
-    made = [_move(move, tensor.name) for move in moves]
     _library.gradless_move_blocks(
         ctypes.byref(_blocks(tensor)),
-        (_Move * len(made))(*made),
-        ctypes.c_int64(len(made)),
+        *_moves(moves, tensor.name),
         ctypes.c_int64(tensor.master.numel()),
     )
 
@@ -288,6 +285,14 @@ def _move(move: Move, name: str) -> _Move:
     made = _Move(direction, rounding, np.float32(move.coefficient), np.float32(move.decay))
     made.source = direction  # keeps alive what its pointers show
     return made
+
+
+def _moves(moves: Sequence[Move], name: str) -> tuple[Any, ctypes.c_int64]:
+    """Moves as the library takes them: an array and its length."""
+    made = [_move(move, name) for move in moves]
+    array: Any = (_Move * len(made))(*made)
+    array.sources = made  # keeps alive what their pointers show
+    return array, ctypes.c_int64(len(made))
 
 
 @cache

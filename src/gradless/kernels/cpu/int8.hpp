@@ -13,14 +13,15 @@ constexpr int PANEL = 32, TILE = 6;  // rows, tokens: 2 * TILE accumulators and 
 
 struct Panel {
     int64_t groups, quads;                // quads: of columns, in a group
-    std::unique_ptr<uint32_t[]> code[2];  // (groups, quads, PANEL), four codes' low bytes in each; and high bytes, where `wide`
-    std::unique_ptr<uint8_t[]> wide;      // (groups,)
+    std::shared_ptr<uint32_t[]> code[2];  // (groups, quads, PANEL), four codes' low bytes in each; and high bytes, where `wide`
+    std::shared_ptr<uint8_t[]> wide;      // (groups,)
     std::unique_ptr<float[]> scale;       // (groups, PANEL)
     std::unique_ptr<float[]> offset;      // the same; null: none
 
-    Panel(int64_t groups, int64_t quads, bool has_offset)
-        : groups(groups), quads(quads), wide(new uint8_t[groups]()), scale(new float[groups * PANEL]) {
-        for (auto &bytes : code) bytes.reset(new uint32_t[groups * quads * PANEL]);
+    // Where `same` is given, its codes are this panel's too.
+    Panel(int64_t groups, int64_t quads, bool has_offset, const Panel *same)
+        : groups(groups), quads(quads), wide(same ? same->wide : std::shared_ptr<uint8_t[]>(new uint8_t[groups]())), scale(new float[groups * PANEL]) {
+        for (int byte = 0; byte < 2; byte++) code[byte] = same ? same->code[byte] : std::shared_ptr<uint32_t[]>(new uint32_t[groups * quads * PANEL]);
         if (has_offset) offset.reset(new float[groups * PANEL]);
     }
 };

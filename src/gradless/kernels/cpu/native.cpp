@@ -61,29 +61,39 @@ INLINE float moved(float coefficient, float decay, Room room, float x, float z) 
     return room.least < room.most ? y : 0;
 }
 
-// What a forward reads of one row, into `z`: for each block its coordinate, its scale and its offset under the view; and, where the
-// row's codes are moved, which it returns, their coordinates behind these.
-template <class T> INLINE bool read_row(const Blocks &t, const Move *view, Coordinates *u, int64_t row, float *z) {
-    const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
-    const float *master = t.master ? t.master + row * t.blocks : nullptr;
-    float *scale = z + t.blocks, *offset = z + 2 * t.blocks;
-    const bool moves_codes = view && t.part == CODE && row % t.stride == 0;
-    if (moves_codes) Coordinates::read(*u, row * t.blocks * T::size, t.blocks * T::size, z + 3 * t.blocks);
-    else if (view && t.part != CODE) Coordinates::read(*u, row * t.blocks, t.blocks, z);
-    for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes) {
-        float d = half_to_float(b + T::scale_at), m = T::offset_at < 0 ? 0 : half_to_float(b + T::offset_at);
-        if (master) {
-            float x = view ? moved(view->coefficient, view->decay, room_of<T>(t, b), master[k], z[k]) : master[k];
-            if (t.part == OFFSET) m = x;
-            else {
-                if (t.part == BOTH) m = m * (d == 0 ? 1.0f : x / d);
-                d = x;
-            }
+// A view of a row: what a forward reads of it.
+struct View {
+    const Move *move;  // null: the row as it is
+    const View *same;  // an earlier view along the same direction, or this one
+    Coordinates u;
+    std::vector<float> coordinate;  // of each block, or of each code
+    std::vector<float> scale, offset;
+    bool moves_codes;
+
+    // The coordinates, scales and offsets of one row.
+    template <class T> INLINE void read(View &v, const Blocks &t, int64_t row) {
+        const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
+        const float *master = t.master ? t.master + row * t.blocks : nullptr;
+        v.moves_codes = v.move && t.part == CODE && row % t.stride == 0;
+        if (v.same == &v && v.move && (v.moves_codes || t.part != CODE)) {
+            const int64_t n = t.blocks * (t.part == CODE ? T::size : 1);
+            Coordinates::read(v.u, row * n, n, v.coordinate.data());
         }
-        scale[k] = d, offset[k] = m;
+        const float *z = v.same->coordinate.data();
+        for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes) {
+            float d = half_to_float(b + T::scale_at), m = T::offset_at < 0 ? 0 : half_to_float(b + T::offset_at);
+            if (master) {
+                float x = v.move ? moved(v.move->coefficient, v.move->decay, room_of<T>(t, b), master[k], z[k]) : master[k];
+                if (t.part == OFFSET) m = x;
+                else {
+                    if (t.part == BOTH) m = m * (d == 0 ? 1.0f : x / d);
+                    d = x;
+                }
+            }
+            v.scale[k] = d, v.offset[k] = m;
+        }
     }
-    return moves_codes;
-}
+};
 
 // One block, of codes as they are packed or of levels.
 template <class T, class Level, class Out>
@@ -100,29 +110,35 @@ INLINE void write_block(const Level *level, float scale, float offset, const flo
     }
 }
 
-template <class T, class Out>
-INLINE void dequantize_row(const Blocks &t, const Move *view, Coordinates *u, int64_t row, float *z, Out *out) {
+// One row under every view: views lie `apart` in `out`.
+template <class T, class Out> INLINE void dequantize_row(const Blocks &t, std::vector<View> &views, int64_t row, int64_t apart, Out *out) {
     const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
-    const float *scale = z + t.blocks, *offset = z + 2 * t.blocks, *step = z + 3 * t.blocks;
-    const bool moves_codes = read_row<T>(t, view, u, row, z);
-    for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes, out += T::size, step += T::size) {
+    for (View &v : views) View::read<T>(v, t, row);
+    for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes, out += T::size) {
         alignas(64) int8_t packed_code[T::size];
-        alignas(64) float code[T::size];
         float multiplier[T::groups], offset_multiplier[T::groups];
         T::unpack(b, packed_code, multiplier, offset_multiplier);
-        if (!moves_codes && !t.levels) {
-            write_block<T>(packed_code, scale[k], offset[k], multiplier, offset_multiplier, out);
-            continue;
-        }
-        for (int i = 0; i < T::size; i++) code[i] = moves_codes ? (float)packed_code[i] + step[i] * view->coefficient : (float)packed_code[i];
-        if ((moves_codes && t.clamp) || t.levels)
-            for (int i = 0; i < T::size; i++) {
-                code[i] = code[i] < (float)t.lowest ? (float)t.lowest : code[i];
-                code[i] = code[i] > (float)t.highest ? (float)t.highest : code[i];
+        for (size_t i = 0; i < views.size(); i++) {
+            const View &v = views[i];
+            if (!v.moves_codes && !t.levels) {
+                write_block<T>(packed_code, v.scale[k], v.offset[k], multiplier, offset_multiplier, out + i * apart);
+                continue;
             }
-        if (t.levels)
-            for (int i = 0; i < T::size; i++) code[i] = t.levels[(int)(code[i] - (float)t.lowest)];
-        write_block<T>(code, scale[k], offset[k], multiplier, offset_multiplier, out);
+            alignas(64) float code[T::size];
+            for (int j = 0; j < T::size; j++) code[j] = (float)packed_code[j];
+            if (v.moves_codes) {
+                const float *step = v.same->coordinate.data() + k * T::size;
+                for (int j = 0; j < T::size; j++) code[j] = code[j] + step[j] * v.move->coefficient;
+            }
+            if ((v.moves_codes && t.clamp) || t.levels)
+                for (int j = 0; j < T::size; j++) {
+                    code[j] = code[j] < (float)t.lowest ? (float)t.lowest : code[j];
+                    code[j] = code[j] > (float)t.highest ? (float)t.highest : code[j];
+                }
+            if (t.levels)
+                for (int j = 0; j < T::size; j++) code[j] = t.levels[(int)(code[j] - (float)t.lowest)];
+            write_block<T>(code, v.scale[k], v.offset[k], multiplier, offset_multiplier, out + i * apart);
+        }
     }
 }
 
@@ -158,77 +174,93 @@ static int64_t block_groups(const Blocks &t) {
     EACH_TYPE(GROUPS_OF)
     return groups;
 }
-// Of what read_row fills.
-static size_t buffer_size(const Blocks &t, const Move *view) {
-    return t.blocks * (3 + (view && t.part == CODE ? block_size(t) : 0));
+// The views of `count` moves, or, for none, of what is there; a worker's own.
+static std::vector<View> views_of(const Blocks &t, const Move *moves, int64_t count) {
+    std::vector<View> views(std::max<int64_t>(1, count));
+    for (int64_t i = 0; i < (int64_t)views.size(); i++) {
+        View &v = views[i];
+        v.move = count ? moves + i : nullptr;
+        v.same = &v;
+        for (int64_t j = 0; j < i; j++)
+            if (!std::memcmp(&moves[i].direction, &moves[j].direction, sizeof(Direction))) v.same = views[j].same;
+        if (count) v.u.u = moves[i].direction;
+        v.coordinate.resize(count && v.same == &v ? t.blocks * (t.part == CODE ? block_size(t) : 1) : 0);
+        v.scale.resize(t.blocks), v.offset.resize(t.blocks);
+    }
+    return views;
 }
 
 // A worker's loop is written out for each output type because a template cannot be cloned for instruction sets.
 #define DEQUANTIZE(T) \
     for (int64_t i = begin; i < end; i++) \
-        dequantize_row<T>(t, view, &u, t.rows ? t.rows[i] : i, z.data(), out + i * t.blocks * T::size);
+        dequantize_row<T>(t, views, t.rows ? t.rows[i] : i, n * t.blocks * T::size, out + i * t.blocks * T::size);
 #define WORKER(NAME, OUT) \
-    CLONES void NAME(const Blocks &t, const Move *view, int64_t begin, int64_t end, OUT *out) { \
-        Coordinates u; \
-        std::vector<float> z(buffer_size(t, view)); \
-        if (view) u.u = view->direction; \
+    CLONES void NAME(const Blocks &t, const Move *moves, int64_t count, int64_t n, int64_t begin, int64_t end, OUT *out) { \
+        std::vector<View> views = views_of(t, moves, count); \
         EACH_TYPE(DEQUANTIZE) \
     }
 WORKER(dequantize_f32, float)
 WORKER(dequantize_bf16, uint16_t)
 
-// One row of a panel.
-template <class T> INLINE void pack_row(const Blocks &t, const Move *view, Coordinates *u, int64_t row, float *z, Panel &p, int r) {
+// One row of each view's panel.
+template <class T> INLINE void pack_row(const Blocks &t, std::vector<View> &views, int64_t row, std::vector<Panel> &panels, int r) {
     const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
-    const float *scale = z + t.blocks, *offset = z + 2 * t.blocks, *step = z + 3 * t.blocks;
     const float lowest = t.clamp ? (float)t.lowest : -32639, highest = t.clamp ? (float)t.highest : 32639;
-    const bool moves_codes = read_row<T>(t, view, u, row, z);
+    for (View &v : views) View::read<T>(v, t, row);
     constexpr int group = T::size / T::groups;
-    for (int64_t k = 0, g = 0; k < t.blocks; k++, b += T::nbytes, step += T::size) {
+    for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes) {
         alignas(64) int8_t code[T::size];
         alignas(64) uint8_t low[T::size], high[T::size];
         float multiplier[T::groups], offset_multiplier[T::groups];
         T::unpack(b, code, multiplier, offset_multiplier);
-        if (moves_codes)
-            for (int i = 0; i < T::size; i++) {
-                float moved = (float)code[i] + step[i] * view->coefficient;
-                moved = moved < lowest ? lowest : moved;
-                moved = moved > highest ? highest : moved;
-                int bytes = (int)moved + 32896;
-                low[i] = (uint8_t)bytes, high[i] = (uint8_t)(bytes >> 8);
+        for (int i = 0; i < T::size; i++) low[i] = (uint8_t)(code[i] + 128);
+        for (size_t i = 0; i < views.size(); i++) {
+            const View &v = views[i];
+            Panel &p = panels[i];
+            const bool shown = i > 0 && p.code[0] == panels[0].code[0];
+            if (v.moves_codes) {
+                const float *step = v.same->coordinate.data() + k * T::size;
+                for (int j = 0; j < T::size; j++) {
+                    float moved = (float)code[j] + step[j] * v.move->coefficient;
+                    moved = moved < lowest ? lowest : moved;
+                    moved = moved > highest ? highest : moved;
+                    int bytes = (int)moved + 32896;
+                    low[j] = (uint8_t)bytes, high[j] = (uint8_t)(bytes >> 8);
+                }
             }
-        else
-            for (int i = 0; i < T::size; i++) low[i] = (uint8_t)(code[i] + 128);
-        for (int j = 0; j < T::size; j += group, g++) {
-            p.scale[g * PANEL + r] = T::groups == 1 ? scale[k] : scale[k] * multiplier[j / group];
-            if (T::offset_at >= 0) p.offset[g * PANEL + r] = T::groups == 1 ? offset[k] : offset[k] * offset_multiplier[j / group];
-            uint32_t *at[2] = {&p.code[0][g * group / 4 * PANEL], &p.code[1][g * group / 4 * PANEL]};
-            for (int i = 0; i < group; i += 4) std::memcpy(at[0] + i / 4 * PANEL + r, low + j + i, 4);
-            int wide = 0;
-            if (moves_codes)
-                for (int i = 0; i < group; i++) wide |= high[j + i] ^ 128;
-            if (!wide) continue;
-            if (!p.wide[g]) std::memset(at[1], 128, group * PANEL);
-            p.wide[g] = 1;
-            for (int i = 0; i < group; i += 4) std::memcpy(at[1] + i / 4 * PANEL + r, high + j + i, 4);
+            for (int64_t j = 0, g = k * T::groups; j < T::size; j += group, g++) {
+                p.scale[g * PANEL + r] = T::groups == 1 ? v.scale[k] : v.scale[k] * multiplier[j / group];
+                if (T::offset_at >= 0) p.offset[g * PANEL + r] = T::groups == 1 ? v.offset[k] : v.offset[k] * offset_multiplier[j / group];
+                if (shown) continue;
+                uint32_t *at[2] = {&p.code[0][g * group / 4 * PANEL], &p.code[1][g * group / 4 * PANEL]};
+                for (int i = 0; i < group; i += 4) std::memcpy(at[0] + i / 4 * PANEL + r, low + j + i, 4);
+                int wide = 0;
+                if (v.moves_codes)
+                    for (int i = 0; i < group; i++) wide |= high[j + i] ^ 128;
+                if (!wide) continue;
+                if (!p.wide[g]) std::memset(at[1], 128, group * PANEL);
+                p.wide[g] = 1;
+                for (int i = 0; i < group; i += 4) std::memcpy(at[1] + i / 4 * PANEL + r, high + j + i, 4);
+            }
         }
     }
 }
 
-// Rows [begin, end) as a panel; the last one stands in for those that are missing.
+// Rows [begin, end) as a panel for each view; the last one stands in for those that are missing. Views of block values show the same
+// codes.
 #define PACK(T) \
     { \
-        Panel p(t.blocks * T::groups, T::size / T::groups / 4, T::offset_at >= 0); \
+        std::vector<Panel> panels; \
+        for (size_t i = 0; i < views.size(); i++) \
+            panels.emplace_back(t.blocks * T::groups, T::size / T::groups / 4, T::offset_at >= 0, i > 0 && t.part != CODE ? &panels[0] : nullptr); \
         for (int r = 0; r < PANEL; r++) { \
             int64_t i = std::min(begin + r, end - 1); \
-            pack_row<T>(t, view, &u, t.rows ? t.rows[i] : i, z.data(), p, r); \
+            pack_row<T>(t, views, t.rows ? t.rows[i] : i, panels, r); \
         } \
-        return p; \
+        return panels; \
     }
-CLONES static Panel panel_of(const Blocks &t, const Move *view, int64_t begin, int64_t end) {
-    Coordinates u;
-    std::vector<float> z(buffer_size(t, view));
-    if (view) u.u = view->direction;
+CLONES static std::vector<Panel> panels_of(const Blocks &t, const Move *moves, int64_t count, int64_t begin, int64_t end) {
+    std::vector<View> views = views_of(t, moves, count);
     EACH_TYPE(PACK)
     __builtin_unreachable();
 }
@@ -478,24 +510,28 @@ void gradless_whole_steps(const Move *move, int64_t n, int8_t *residual, float *
     });
 }
 
-void gradless_dequantize(const Blocks *t, const Move *view, int64_t n, int32_t bf16, void *out) {
+void gradless_dequantize(const Blocks *t, const Move *moves, int64_t count, int64_t n, int32_t bf16, void *out) {
     in_shares(n, 32, [&](int64_t begin, int64_t end) {
-        if (bf16) dequantize_bf16(*t, view, begin, end, (uint16_t *)out);
-        else dequantize_f32(*t, view, begin, end, (float *)out);
+        if (bf16) dequantize_bf16(*t, moves, count, n, begin, end, (uint16_t *)out);
+        else dequantize_f32(*t, moves, count, n, begin, end, (float *)out);
     });
 }
 
-void gradless_linear_int8(const Blocks *t, const Move *view, int64_t n, int64_t m, int32_t bf16, const void *x, void *out) {
-    const int64_t tiles = (m + TILE - 1) / TILE;
-    Tokens tokens(tiles, t->blocks * block_size(*t), t->blocks * block_groups(*t));
-    in_shares(tiles * TILE, TILE, [&](int64_t begin, int64_t end) {
-        if (bf16) quantize_bf16((const uint16_t *)x, m, begin, end, tokens);
-        else quantize_f32((const float *)x, m, begin, end, tokens);
+void gradless_linear_int8(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, int32_t bf16, const void *x, void *out) {
+    const int64_t tiles = (m + TILE - 1) / TILE, columns = t->blocks * block_size(*t), views = std::max<int64_t>(1, count);
+    std::vector<Tokens> tokens;
+    for (int64_t v = 0; v < views; v++) tokens.emplace_back(tiles, columns, t->blocks * block_groups(*t));
+    in_shares(views * tiles, 1, [&](int64_t tile, int64_t) {
+        const int64_t v = tile / tiles, begin = tile % tiles * TILE, x_at = v * m * columns;
+        if (bf16) quantize_bf16((const uint16_t *)x + x_at, m, begin, begin + TILE, tokens[v]);
+        else quantize_f32((const float *)x + x_at, m, begin, begin + TILE, tokens[v]);
     });
     in_shares(n, PANEL, [&](int64_t begin, int64_t end) {
-        const Panel panel = panel_of(*t, view, begin, end);
-        if (bf16) multiply_bf16(panel, tokens, m, n, begin, end, (uint16_t *)out);
-        else multiply_f32(panel, tokens, m, n, begin, end, (float *)out);
+        const std::vector<Panel> panels = panels_of(*t, moves, count, begin, end);
+        for (int64_t v = 0; v < views; v++) {
+            if (bf16) multiply_bf16(panels[v], tokens[v], m, n, begin, end, (uint16_t *)out + v * m * n);
+            else multiply_f32(panels[v], tokens[v], m, n, begin, end, (float *)out + v * m * n);
+        }
     });
 }
 
