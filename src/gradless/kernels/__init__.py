@@ -1,7 +1,7 @@
 """The operations behind a forward and an update, from the fastest set that passes its self-test here.
 
-`reference` is the meaning; `cpu` is compiled. The choice is by rule, not by timing: the compiled kernels for tensors on a
-CPU, unless they were not built, fail the self-test, or GRADLESS_KERNELS=torch asks for the reference.
+`reference` is the meaning; `cpu` is compiled C++, `triton` is for NVIDIA's GPUs. The choice is by rule, not by timing: the
+device's own kernels, unless they are not there, fail the self-test, or GRADLESS_KERNELS=torch asks for the reference.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "exported_offset",
     "gate",
     "integer_products",
+    "linear",
     "linear_int8",
     "move_blocks",
     "move_codes",
@@ -40,8 +42,13 @@ __all__ = [
     "why_not_compiled",
 ]
 
-OWN_TESTED = ("int4/64", "nf4/32", "uint4/64+offset", "uint3/32+offset", "fp8-e4m3/64", "int8/32", "uint8/64+offset")
-"""Of our own block types: every kernel that is compiled for them."""
+EVERY_TYPE = (
+    *BLOCK_TYPES,
+    *("int4/64", "nf4/32", "uint4/64+offset", "uint3/32+offset", "fp8-e4m3/64", "int8/32", "uint8/64+offset"),
+)
+"""Of our own block types those for which kernels differ."""
+SELF_TESTED = {"cpu": EVERY_TYPE, "cuda": ("Q4_1",)}
+"""On a GPU each type takes a while to compile."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +56,12 @@ _log = logging.getLogger(__name__)
 def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a weight under its views; see `reference.dequantize`."""
     result: Tensor = _ops(tensor.packed).dequantize(tensor, rows, dtype)
+    return result
+
+
+def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """x @ W.T in x's dtype, W under its views; see `reference.linear`."""
+    result: Tensor = _ops(tensor.packed).linear(tensor, rows, x)
     return result
 
 
@@ -83,7 +96,7 @@ def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: T
 
 def dither(name: str, shape: torch.Size) -> Tensor:
     """Where the residuals of a tensor's codes begin, on the CPU; see `reference.dither`."""
-    result: Tensor = (_compiled()[0] or reference).dither(name, shape)
+    result: Tensor = (_own("cpu")[0] or reference).dither(name, shape)
     return result
 
 
@@ -94,14 +107,14 @@ def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochast
 
 
 def name(device: torch.device | str = "cpu") -> str:
-    """Which kernels serve tensors on `device`: "cpu" (compiled) or "torch"."""
+    """Which kernels serve tensors on `device`: "cpu" (compiled), "triton" or "torch"."""
     result: str = _ops(torch.empty(0, device=device)).NAME
     return result
 
 
 def why_not_compiled() -> str | None:
     """Why the compiled kernels are not in use on this CPU, in one phrase; None where they are."""
-    return _compiled()[1]
+    return _own("cpu")[1]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus: float) -> Tensor:
@@ -124,37 +137,39 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 def integer_products() -> str:
     """Which instructions multiply integers on this CPU."""
-    compiled, _ = _compiled()
+    compiled, _ = _own("cpu")
     return reference.NAME if compiled is None else str(compiled.choose_path())
 
 
 def _ops(tensor: Tensor) -> ModuleType:
-    compiled, _ = _compiled()
-    return compiled if compiled is not None and tensor.device.type == "cpu" else reference
+    return _own(tensor.device.type)[0] or reference
 
 
 @cache
-def _compiled() -> tuple[ModuleType | None, str | None]:
+def _own(device: str) -> tuple[ModuleType | None, str | None]:
+    """The kernels for a type of device; None, and why, where the reference serves it."""
     if os.environ.get("GRADLESS_KERNELS") == reference.NAME:
         return None, "GRADLESS_KERNELS=torch"
+    if device not in SELF_TESTED:
+        return None, f"there are no kernels for {device}"
     try:
-        from gradless.kernels import cpu
-    except OSError as error:
+        ops = import_module(f"gradless.kernels.{'cpu' if device == 'cpu' else 'triton'}")
+    except (ImportError, OSError) as error:
         return None, str(error)
-    failed = self_test(cpu)
+    failed = self_test(ops, device, SELF_TESTED[device])
     if failed:
-        _log.warning("gradless: the compiled kernels differ from the reference (%s); running on plain torch", failed)
+        _log.warning("gradless: the %s kernels differ from the reference (%s); running on plain torch", ops.NAME, failed)
         return None, f"self-test failed: {failed}"
-    return cpu, None
+    return ops, None
 
 
-def self_test(ops: ModuleType) -> str | None:
+def self_test(ops: ModuleType, device: str = "cpu", types: Sequence[str] = EVERY_TYPE) -> str | None:
     """Run every kernel of `ops` on small tensors against the reference; the first that differs (in a bit, where bits count)."""
     value_move = Move(Direction(7, 1, 2), -0.03, 0.99)
     code_move = Move(Direction(7, 1, 2, noise.uniform_grid(2)), -0.3)
-    rows = torch.tensor([2, 0, 1])
-    for block in (*BLOCK_TYPES.values(), *map(block_type, OWN_TESTED)):
-        packed = _some_bytes((3, 5, block.nbytes))
+    rows = torch.tensor([2, 0, 1], device=device)
+    for block in map(block_type, types):
+        packed = _some_bytes((3, 5, block.nbytes)).to(device)
         for at in (at for at in (block.scale_at, block.offset_at) if at is not None):
             packed[..., at + 1] = packed[..., at + 1] % 60 + packed[..., at + 1] // 128 * 128  # finite fp16
         for part in Part:
@@ -165,7 +180,7 @@ def self_test(ops: ModuleType) -> str | None:
                 if part is Part.CODE:
                     kernels.move_codes(tensor, code_move)
                     tensor.stride = 2
-                    tensor.residual = kernels.dither("self-test", torch.Size((tensor.tuned_rows, tensor.columns)))
+                    tensor.residual = kernels.dither("self-test", torch.Size((tensor.tuned_rows, tensor.columns))).to(device)
                     kernels.move_codes(tensor, code_move)
                     tensor.views = (code_move._replace(coefficient=1.0), code_move._replace(coefficient=-1.0))
                 else:
@@ -177,14 +192,14 @@ def self_test(ops: ModuleType) -> str | None:
             for dtype in (torch.float32, torch.bfloat16):
                 same &= torch.equal(ops.dequantize(ours, rows, dtype), reference.dequantize(theirs, rows, dtype))
                 if block.levels is None:
-                    x = Direction(8, 0).values("x", 0, 4 * ours.columns).view(2, 2, -1).to(dtype)
+                    x = Direction(8, 0).values("x", 0, 4 * ours.columns, device).view(2, 2, -1).to(dtype)
                     same &= torch.equal(ops.linear_int8(ours, rows, x), reference.linear_int8(theirs, rows, x))
             if not same:
                 return f"{block.name}, {part}"
     for distribution in (*noise.NAMED.values(), noise.uniform_grid(2), noise.RoundedGaussian(0.3)):
         move = Move(Direction(7, 1, 2, distribution), -0.03, 0.99)
         for source in (torch.float32, torch.bfloat16):
-            values = Direction(8, 0).values("values", 0, 300).to(source)
+            values = Direction(8, 0).values("values", 0, 300, device).to(source)
             for dtype in (torch.float32, torch.bfloat16):
                 arguments = (values, "self-test", move, dtype)
                 if not torch.equal(ops.moved(*arguments, stochastic=True), reference.moved(*arguments, stochastic=True)):

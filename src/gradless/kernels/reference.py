@@ -38,6 +38,27 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(weights)
 
 
+def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """Each share of x times the weight under its view: `dequantize`, then a library's product in x's dtype.
+
+    Args:
+        tensor: the packed weight.
+        rows: int64, (n,): file rows.
+        x: fp32 or bf16, (views, m, columns).
+
+    Returns:
+        (views, m, n), in x's dtype; another kernel's agrees within the rounding of its sum.
+    """
+    return products(x, dequantize(tensor, rows, x.dtype))
+
+
+def products(x: Tensor, weights: Tensor) -> Tensor:
+    """Each share's x @ W.T: (views, m, columns) and (views, n, columns) -> (views, m, n)."""
+    if len(x) == 1:
+        return F.linear(x[0], weights[0]).unsqueeze(0)
+    return torch.stack([F.linear(share, weight) for share, weight in zip(x, weights, strict=True)])
+
+
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """x @ W.T of integer activations and the integer codes of the weight under each of `tensor.views`.
 
@@ -62,12 +83,18 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     return torch.stack([_linear_int8(share, *read) for share, read in zip(x, _read(tensor, rows), strict=True)])
 
 
+def quantized_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (..., columns) as integers of at most 127, fp32, and the scale of each, fp32 (..., 1)."""
+    x = x.float()
+    s = x.abs().amax(-1, keepdim=True) / 127
+    s = torch.where(s < torch.finfo(torch.float32).tiny, 1.0, s)
+    return (x * (1 / s)).round(), s
+
+
 def _linear_int8(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """x @ W.T of one view: (m, columns) -> (m, n)."""
-    dtype, x = x.dtype, x.float()
-    s = x.abs().amax(1, keepdim=True) / 127
-    s = torch.where(s < torch.finfo(torch.float32).tiny, 1.0, s)
-    xq = (x * (1 / s)).round().double()  # sums of integers far below 2**53: exact in any order
+    xq, s = quantized_tokens(x)
+    xq = xq.double()  # sums of integers far below 2**53: exact in any order
     groups = x.shape[1] // codes.shape[-1]
     xq = xq.view(len(x), groups, codes.shape[-1])
     codes = codes.double().view(-1, groups, codes.shape[-1])
@@ -76,7 +103,7 @@ def _linear_int8(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None)
         y = fma(scale.view(-1, groups)[:, g], (xq[:, g] @ codes[:, g].T).float(), y)
         if offset is not None:
             y = fma(offset.view(-1, groups)[:, g], xq[:, g].sum(1, keepdim=True).float(), y)
-    return (y * s).to(dtype)
+    return (y * s).to(x.dtype)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -196,8 +223,8 @@ def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: T
     u = coordinates(move.direction, name, n, device)
     words = move.direction.words(name, Stream.ROUNDING)
     if residual is None:
-        return noise.stochastic_round(u * _f32(move.coefficient), words)
-    owed = residual.flatten() + noise.stochastic_round(u * (_f32(move.coefficient) / RESIDUAL_UNIT), words)
+        return noise.stochastic_round(u * f32(move.coefficient), words)
+    owed = residual.flatten() + noise.stochastic_round(u * (f32(move.coefficient) / RESIDUAL_UNIT), words)
     whole = torch.floor(owed * RESIDUAL_UNIT + 0.5)
     residual.copy_((owed - whole / RESIDUAL_UNIT).view_as(residual))
     return whole
@@ -218,7 +245,7 @@ def _moved_blocks(tensor: QuantTensor, move: Move) -> Tensor:
     assert tensor.master is not None
     x = tensor.master
     z = move.direction.values(tensor.name, 0, x.numel(), x.device).view_as(x)
-    moved = x * _f32(move.decay) + (z * _f32(move.coefficient)) * tensor.unit()
+    moved = x * f32(move.decay) + (z * f32(move.coefficient)) * tensor.unit()
     if tensor.keeps_sign:
         base = tensor.base()
         moved = torch.where(base > 0, moved.clamp(min=0), torch.where(base < 0, moved.clamp(max=0), 0.0))
@@ -247,7 +274,7 @@ def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochast
     """
     n = values.numel()
     z = move.direction.values(name, 0, n, values.device).view_as(values)
-    result = values.float() * _f32(move.decay) + z * _f32(move.coefficient)
+    result = values.float() * f32(move.decay) + z * f32(move.coefficient)
     if stochastic and dtype is torch.bfloat16:
         random = noise.halves(move.direction.words(name, Stream.ROUNDING), 0, n, values.device).view_as(values)
         # The kept half of an fp32 is its bf16; adding 16 random bits below it carries with the right probability.
@@ -255,7 +282,8 @@ def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochast
     return result.to(dtype)
 
 
-def _f32(value: float) -> float:
+def f32(value: float) -> float:
+    """Rounded to fp32."""
     return float(np.float32(value))
 
 

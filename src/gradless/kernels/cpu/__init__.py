@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradless.blocks import BlockType
+from gradless.kernels.reference import products
 from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Signs, Stream, Words, normal_table
 from gradless.tensor import Move, Part, QuantTensor
 
@@ -137,6 +138,11 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
         _at(out),
     )
     return out
+
+
+def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """See `reference.linear`."""
+    return products(x, dequantize(tensor, rows, x.dtype))
 
 
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:

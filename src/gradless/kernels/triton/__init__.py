@@ -1,0 +1,330 @@
+"""The kernels of a GPU, in Triton: `reference`'s functions to the bit, with the noise drawn inside (`programs.py`).
+
+What takes a small part of a step there is the reference itself, on the same device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from gradless.blocks import BlockType
+from gradless.kernels import reference
+from gradless.kernels.reference import attention, dither, gate, rms_norm
+from gradless.kernels.triton import programs
+from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Signs, Stream, normal_table
+from gradless.tensor import Move, Part, QuantTensor
+
+__all__ = ["attention", "dither", "gate", "rms_norm"]
+
+NAME = "triton"
+FEW_TOKENS = 64
+"""Up to so many tokens of a view are multiplied with weights that are unpacked on the way and never stored."""
+WIDTH = 1024
+"""Elements that a program handles."""
+LEAST_K = 32
+"""Bytes that a GPU's integer product takes at least."""
+_PARTS = {None: 0, Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3, Part.CODE: 4}
+_multipliers: WeakKeyDictionary[QuantTensor, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+
+def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.device) -> Tensor:
+    """See `reference.coordinates`."""
+    if isinstance(direction, Signs):
+        total = torch.zeros(n, device=device)
+        for term, weight in direction.terms:
+            total = total + coordinates(term, name, n, device) * reference.f32(weight)
+        return total.sign()
+    out = torch.empty(n, device=device)
+    _run(programs.coordinates, out=out, n=n, **_drawn(direction, name, device))
+    return out
+
+
+def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `reference.dequantize`."""
+    out = torch.empty(max(1, len(tensor.views)), len(rows), tensor.columns, dtype=dtype, device=rows.device)
+    for views, share in _launches(tensor.views, out):
+        blocks = tensor.packed.shape[1]
+        p = max(1, WIDTH // tensor.block.size)
+        grid = (len(rows), -(-blocks // p))
+        clamps = tensor.clamp and tensor.part is Part.CODE and bool(views)
+        numbers = {
+            "rows": rows,
+            "out": share,
+            "n": len(rows),
+            "blocks": blocks,
+            "stride": tensor.stride,
+            "CLAMP": clamps,
+            "P": p,
+        }
+        programs.dequantize[grid](**numbers, **_read(tensor, views), enable_fp_fusion=False)
+    return out
+
+
+def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """See `reference.linear`; few tokens meet weights that are never stored, unless codes are moved."""
+    moves_codes = tensor.part is Part.CODE and bool(tensor.views)
+    if x.shape[1] > FEW_TOKENS or moves_codes:
+        return reference.products(x, dequantize(tensor, rows, x.dtype))
+    out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype, device=x.device)
+    x, tile, tokens = x.contiguous(), 32, max(16, 1 << (x.shape[1] - 1).bit_length())
+    for views, y, inputs in _launches(tensor.views, out, x):
+        numbers = {"x": inputs, "rows": rows, "out": y, "tokens": x.shape[1], "n": len(rows), "blocks": tensor.packed.shape[1]}
+        grid = (-(-len(rows) // tile), 1)
+        programs.linear[grid](**numbers, **_read(tensor, views), TOKENS=tokens, ROWS=tile, enable_fp_fusion=False)
+    return out
+
+
+def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """See `reference.linear_int8`."""
+    out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype, device=x.device)
+    inputs, s = reference.quantized_tokens(x)
+    tile = 64
+    for views, y, share, scale in _launches(tensor.views, out, inputs.to(torch.int8), s):
+        read = _read(tensor, views)
+        del read["levels"], read["LEVELS"]
+        grid = (-(-len(rows) // tile), -(-x.shape[1] // tile), max(1, len(views)))
+        programs.linear_int8[grid](
+            x=share,
+            s=scale,
+            rows=rows,
+            out=y,
+            tokens=x.shape[1],
+            n=len(rows),
+            blocks=tensor.packed.shape[1],
+            stride=tensor.stride,
+            CLAMP=tensor.clamp,
+            TOKENS=tile,
+            ROWS=tile,
+            K=max(LEAST_K, tensor.block.size // read["GROUPS"]),
+            **read,
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
+    """See `reference.move_blocks`."""
+    master = tensor.master
+    assert master is not None
+    for move in moves:
+        if isinstance(move.direction, Signs):
+            reference.move_blocks(tensor, [move])
+            continue
+        numbers = {"master": master, "coefficient_0": move.coefficient, "decay_0": move.decay, "n": master.numel()}
+        _run(
+            programs.move_blocks,
+            **numbers,
+            **_drawn(move.direction, tensor.name, master.device),
+            **_fields(tensor),
+        )
+
+
+def move_codes(tensor: QuantTensor, move: Move) -> int:
+    """See `reference.move_codes`."""
+    blocks, size = tensor.packed.shape[1], tensor.block.size
+    p = max(1, WIDTH // size)
+    grid = (tensor.tuned_rows, -(-blocks // p))
+    count = torch.zeros(1, dtype=torch.int32, device=tensor.packed.device)
+    lowest, highest = map(float, tensor.block.codes)
+    zero, pieces, _ = _layout(tensor.block, tensor.packed.device)
+    programs.move_codes[grid](
+        packed=tensor.packed,
+        residual=tensor.residual,
+        RESIDUAL=tensor.residual is not None,
+        count=count,
+        pieces=pieces,
+        coefficient_0=move.coefficient,
+        blocks=blocks,
+        zero=zero,
+        lowest=lowest,
+        highest=highest,
+        stride=tensor.stride,
+        NBYTES=tensor.block.nbytes,
+        SIZE=size,
+        P=p,
+        **_given_or_drawn(move, tensor.name, tensor.rows * tensor.columns, tensor.packed.device),
+        enable_fp_fusion=False,
+    )
+    return int(count)
+
+
+def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: Tensor | None) -> Tensor:
+    """See `reference.whole_steps`."""
+    out = torch.empty(n, device=device)
+    u = coordinates(move.direction, name, n, device)
+    _run(
+        programs.whole_steps,
+        out=out,
+        u=u,
+        residual=residual,
+        RESIDUAL=residual is not None,
+        coefficient_0=move.coefficient,
+        n=n,
+        **_rounding(move, name),
+    )
+    return out
+
+
+def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochastic: bool = False) -> Tensor:
+    """See `reference.moved`."""
+    values = values.contiguous()
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    _run(
+        programs.moved_values,
+        values=values,
+        out=out,
+        coefficient_0=move.coefficient,
+        decay_0=move.decay,
+        n=values.numel(),
+        STOCHASTIC=stochastic and dtype is torch.bfloat16,
+        **_given_or_drawn(move, name, values.numel(), values.device),
+    )
+    return out
+
+
+def _run(program: Any, **arguments: Any) -> None:
+    """A program over n elements in a row."""
+    program[(-(-arguments["n"] // WIDTH),)](**arguments, P=WIDTH, enable_fp_fusion=False)
+
+
+def _launches(views: tuple[Move, ...], *tensors: Tensor) -> list[Any]:
+    """What one launch can do: all views of one direction, at most two, or one after the other; with their shares of tensors."""
+    if len(views) < 2 or (len(views) == 2 and views[0].direction == views[1].direction):
+        return [(views, *tensors)]
+    return [((view,), *(tensor[i] for tensor in tensors)) for i, view in enumerate(views)]
+
+
+def _read(tensor: QuantTensor, views: tuple[Move, ...]) -> dict[str, Any]:
+    """What reading a tensor under views of one direction takes."""
+    device = tensor.packed.device
+    zero, pieces, levels = _layout(tensor.block, device)
+    multiplier, offset_multiplier = _multipliers_of(tensor)
+    moves = [*views, *[Move(Direction(0, 0), 0.0)] * (2 - len(views))]
+    lowest, highest = map(float, tensor.block.codes)
+    return {
+        **_fields(tensor),
+        **_drawn(moves[0].direction, tensor.name, device),
+        "master": tensor.master,
+        "multiplier": multiplier,
+        "offset_multiplier": offset_multiplier,
+        "levels": levels,
+        "LEVELS": levels is not None,
+        "pieces": pieces,
+        "zero": zero,
+        "lowest": lowest,
+        "highest": highest,
+        "coefficient_0": moves[0].coefficient,
+        "decay_0": moves[0].decay,
+        "coefficient_1": moves[1].coefficient,
+        "decay_1": moves[1].decay,
+        "SIZE": tensor.block.size,
+        "GROUPS": 1 if multiplier is None else multiplier.shape[1],
+        "VIEWS": len(views),
+    }
+
+
+def _fields(tensor: QuantTensor) -> dict[str, Any]:
+    """Where a tensor's block values lie, and how they move."""
+    block = tensor.block
+    return {
+        "packed": tensor.packed,
+        "unit_of_offset": 0.0 if block.offset_unit is None else block.offset_unit,
+        "NBYTES": block.nbytes,
+        "SCALE_AT": block.scale_at,
+        "OFFSET_AT": -1 if block.offset_at is None else block.offset_at,
+        "PART": _PARTS[tensor.part],
+        "RELATIVE": tensor.relative,
+        "KEEPS_SIGN": tensor.keeps_sign,
+    }
+
+
+def _drawn(direction: Direction | Signs, name: str, device: torch.device) -> dict[str, Any]:
+    """A direction as the programs take it."""
+    assert isinstance(direction, Direction)
+    words, second, kind = direction.words(name), 0, 0
+    edges, m, eps = None, 0, 0.0
+    match direction.distribution:
+        case Rademacher():
+            kind = 1
+        case Integers() as integers:
+            kind, m, edges = 2, integers.m, _edges(integers, device)
+        case RoundedGaussian(eps, stream):
+            kind, second = 3, direction.words(name, stream).query_and_stream
+        case Gaussian():
+            pass
+        case other:
+            raise NotImplementedError(f"no draw in Triton for {other}")
+    return {
+        "key_low": _signed(words.key),
+        "key_high": _signed(words.key >> 32),
+        "step": _signed(words.step),
+        "stream": _signed(words.query_and_stream),
+        "second": _signed(second),
+        "normal": _normal(device),
+        "edges": edges,
+        "m": m,
+        "eps": eps,
+        "DISTRIBUTION": kind,
+        "SPAN": direction.span,
+    }
+
+
+def _rounding(move: Move, name: str) -> dict[str, Any]:
+    """The words that round an update."""
+    words = move.direction.words(name, Stream.ROUNDING)
+    return {
+        "key_low": _signed(words.key),
+        "key_high": _signed(words.key >> 32),
+        "step": _signed(words.step),
+        "rounding": _signed(words.query_and_stream),
+    }
+
+
+def _given_or_drawn(move: Move, name: str, n: int, device: torch.device) -> dict[str, Any]:
+    """An update's coordinates: drawn in the program, but for the signs of a sum, which are given."""
+    given = isinstance(move.direction, Signs)
+    first = move.direction.terms[0][0] if isinstance(move.direction, Signs) else move.direction
+    u = coordinates(move.direction, name, n, device) if given else None
+    return {**_drawn(first, name, device), **_rounding(move, name), "u": u, "GIVEN": given}
+
+
+def _signed(word: int) -> int:
+    """The 32-bit integer with a word's bits."""
+    word &= 0xFFFFFFFF
+    return word - (word >> 31 << 32)
+
+
+@cache
+def _normal(device: torch.device) -> Tensor:
+    return (torch.from_numpy(normal_table().astype("float32")) * 2.0**-13).to(device)
+
+
+@cache
+def _edges(distribution: Integers, device: torch.device) -> Tensor:
+    return torch.tensor(distribution.edges, dtype=torch.int32, device=device)
+
+
+@cache
+def _layout(block: BlockType, device: torch.device) -> tuple[int, Tensor, Tensor | None]:
+    """The code of all-zero bits, where codes lie, and what they stand for where that is not themselves."""
+    zero, pieces = block.layout()
+    levels = None if block.levels is None else torch.tensor(block.levels, device=device)
+    return zero, torch.stack(pieces).to(device), levels
+
+
+def _multipliers_of(tensor: QuantTensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The integers of each group, int8 (blocks, groups), which no update changes; None where they are all 1."""
+    groups = tensor.block.unpack(tensor.packed[:1, 0]).multiplier.shape[1]
+    if groups == 1:
+        return None, None
+    if tensor not in _multipliers:
+        unpacked = [tensor.block.unpack(row)[1:] for row in tensor.packed]
+        multiplier, offset_multiplier = (torch.cat(each).to(torch.int8) for each in zip(*unpacked, strict=True))
+        _multipliers[tensor] = multiplier, offset_multiplier
+    return _multipliers[tensor]
