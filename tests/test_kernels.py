@@ -1,7 +1,10 @@
 """The compiled kernels against the reference: the same bits on random shapes, types, parts and moves."""
 
+import shutil
+import subprocess
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,3 +372,30 @@ def test_linear_int8_has_the_same_bits_on_any_number_of_threads(threads):
         assert torch.equal(cpu.linear_int8(tensor, rows, x), reference.linear_int8(tensor, rows, x))
     finally:
         torch.set_num_threads(before)
+
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", f"-I{ROOT / 'src/gradless/kernels/cpu'}", "-static"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("emulator", "paths"),
+    [
+        (["qemu-aarch64"], ["NEON dot product", "portable"]),
+        (["qemu-aarch64", "-cpu", "cortex-a53"], ["portable"]),
+    ],
+    ids=["with dot product", "without"],
+)
+def test_integer_products_on_arm(emulator, paths, tmp_path):
+    """Under an emulator: Debian's g++-aarch64-linux-gnu and qemu-user."""
+    compiler = "aarch64-linux-gnu-g++"
+    for tool in (compiler, emulator[0]):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    program = tmp_path / "products"
+    subprocess.run([compiler, *FLAGS, str(ROOT / "tests/products.cpp"), "-o", str(program)], check=True)
+    done = subprocess.run([*emulator, str(program)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split("\n")) == (0, [*paths, ""])
+    native = str(ROOT / "src/gradless/kernels/cpu/native.cpp")
+    subprocess.run([compiler, *FLAGS[:-1], "-fopenmp", "-fsyntax-only", native], check=True)

@@ -6,7 +6,11 @@
 
 INLINE float half_to_float(const uint8_t *p) {
 #ifdef __FLT16_MANT_DIG__
+#if defined(__aarch64__)
+    __fp16 h;
+#else
     _Float16 h;
+#endif
     std::memcpy(&h, p, 2);
     return (float)h;
 #else

@@ -7,6 +7,12 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#if defined(__aarch64__) && defined(__GNUC__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#endif
 #include "noise.hpp"
 
 constexpr int PANEL = 32, TILE = 6;  // rows, tokens: 2 * TILE accumulators and as many sums, in 32 registers of 16 lanes
@@ -155,6 +161,50 @@ __attribute__((target("avx2,fma"))) INLINE void dots_avx2(__m256i acc[TOKENS][2]
 PRODUCT_256(product_avx2, "avx2,fma", dots_avx2)
 #endif
 
+#if defined(__aarch64__) && defined(__GNUC__)
+// Eight rows at a time. The dot product takes signed bytes: 128 is taken off each code here, and nothing where a sum begins.
+__attribute__((target("arch=armv8.2-a+dotprod"))) static void product_neon(const Panel &p, const Tile &t, float out[TILE][PANEL]) {
+    for (int row = 0; row < PANEL; row += 8) {
+        float32x4_t y[TILE][2];
+        for (int i = 0; i < TILE; i++) y[i][0] = y[i][1] = vdupq_n_f32(0);
+        for (int64_t g = 0; g < p.groups; g++) {
+            int32x4_t acc[TILE][2];
+            for (int i = 0; i < TILE; i++) acc[i][0] = acc[i][1] = vdupq_n_s32(0);
+            for (int byte = p.wide[g]; byte >= 0; byte--) {
+                for (int i = 0; i < TILE; i++)
+                    for (int half = 0; half < 2; half++) acc[i][half] = vshlq_n_s32(acc[i][half], 8);
+                const uint32_t *code = &p.code[byte][g * p.quads * PANEL + row], *x = t.x + g * p.quads * TILE;
+                for (int64_t q = 0; q < p.quads; q++, code += PANEL, x += TILE) {
+                    int8x16_t four[2];
+                    for (int half = 0; half < 2; half++)
+                        four[half] = vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_u32(vld1q_u32(code + 4 * half)), vdupq_n_u8(128)));
+                    for (int i = 0; i < TILE; i++) {
+                        const int8x16_t token = vreinterpretq_s8_u32(vdupq_n_u32(x[i]));
+                        acc[i][0] = vdotq_s32(acc[i][0], four[0], token);
+                        acc[i][1] = vdotq_s32(acc[i][1], four[1], token);
+                    }
+                }
+            }
+            for (int i = 0; i < TILE; i++)
+                for (int half = 0; half < 2; half++) {
+                    const int64_t at = g * PANEL + row + 4 * half;
+                    y[i][half] = vfmaq_f32(y[i][half], vld1q_f32(&p.scale[at]), vcvtq_f32_s32(acc[i][half]));
+                    if (p.offset) y[i][half] = vfmaq_f32(y[i][half], vld1q_f32(&p.offset[at]), vdupq_n_f32(t.sum[g * TILE + i]));
+                }
+        }
+        for (int i = 0; i < TILE; i++)
+            for (int half = 0; half < 2; half++) vst1q_f32(out[i] + row + 4 * half, y[i][half]);
+    }
+}
+static bool has_dot_product() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+    return true;  // every Mac with such a processor
+#endif
+}
+#endif
+
 struct Path {
     const char *name;
     Product product;
@@ -172,6 +222,8 @@ static const Path *paths() {
         {"portable", product_portable, true},
         {nullptr, nullptr, true},
     };
+#elif defined(__aarch64__) && defined(__GNUC__)
+    static const Path all[] = {{"NEON dot product", product_neon, has_dot_product()}, {"portable", product_portable, true}, {nullptr, nullptr, true}};
 #else
     static const Path all[] = {{"portable", product_portable, true}, {nullptr, nullptr, true}};
 #endif
