@@ -71,6 +71,7 @@ RATIOS = {
     "transformers' bf16 forward, all logits / our int8 forward": ("two_full_bf16_forwards", "two_int8_forwards"),
     "transformers' bf16 forward, last logits / our forward": ("two_bf16_forwards", "two_forwards"),
     "transformers' bf16 forward, last logits / our int8 forward": ("two_bf16_forwards", "two_int8_forwards"),
+    "an answer under a direction / a plain one": ("answer_under_a_direction", "plain_answer"),
     "our forward with all threads / with one": ("two_forwards", "two_forwards_one_thread"),
     "our int8 forward with all threads / with one": ("two_int8_forwards", "two_int8_forwards_one_thread"),
 }
@@ -127,6 +128,20 @@ def main() -> None:
         optimizer = method(searched.spaces(kind, searched.file.linear_layers(), **options), lr=lr, eps=eps, **more)
         return lambda: optimizer.step(lambda: forward(searched.model), lambda: both_forwards(searched.model))
 
+    def answer(model):
+        """Sixteen tokens after each sequence."""
+        return model.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0)
+
+    def held_answer(activations="bf16"):
+        searched = own(activations)
+        optimizer = QZO(searched.spaces("blocks", searched.file.linear_layers()), eps=DEFAULTS["qzo"][1])
+
+        def run():
+            with optimizer.at(0, +1, held=True):
+                return answer(searched.model)
+
+        return run
+
     plain, in_integers = own("bf16").model, own("int8").model
     sparse = {"stride": DEFAULT_STRIDE, "residual": True}
     mezo = MeZO(parameters(dense), lr=1e-9)
@@ -145,6 +160,8 @@ def main() -> None:
         "two_int8_forwards_one_thread": lambda: with_threads(1, lambda: (forward(in_integers), forward(in_integers))),
         "two_bf16_forwards": lambda: (forward(for_mezo), forward(for_mezo)),
         "two_full_bf16_forwards": lambda: (full_forward(for_mezo), full_forward(for_mezo)),
+        "plain_answer": lambda: answer(plain),
+        "answer_under_a_direction": held_answer(),
         "our_mezo_step": lambda: mezo.step(lambda: forward(dense)),
         "textbook_mezo_step": lambda: textbook_mezo_step(for_mezo, lambda: forward(for_mezo), lr=1e-9),
     }

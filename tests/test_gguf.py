@@ -12,6 +12,7 @@ from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
 from gradless.formats.tensor_file import to_fp16
 from gradless.fusing import fuse
+from gradless.methods import QZO
 from gradless.noise import Direction
 from gradless.spaces import BlockSpace
 from gradless.tensor import Move, Part
@@ -105,6 +106,25 @@ def test_a_perturbed_forward_equals_a_dense_one_with_the_perturbed_weights(tiny)
             space.move([move])
         assert torch.equal(loaded.model(ids).logits, viewed)
     assert not torch.equal(viewed, still)
+
+
+@pytest.mark.parametrize("sign", [+1, -1])
+def test_an_answer_is_generated_under_one_direction_whose_noise_is_drawn_once(tiny, sign, monkeypatch):
+    loaded = load_gguf(tiny, dtype=torch.float32)
+    method = QZO(loaded.spaces("blocks", loaded.file.linear_layers()), eps=0.3)
+    before = [space.values.clone() for space in method.spaces]
+    drawn: list[str] = []
+    draw = Direction.words
+    monkeypatch.setattr(Direction, "words", lambda self, name, *stream: drawn.append(name) or draw(self, name, *stream))
+    answers = []
+    for held in (False, True):
+        drawn.clear()
+        with torch.inference_mode(), method.at(0, sign, held=held):
+            answers.append(loaded.model.generate(torch.arange(5, 9).view(1, 4), max_new_tokens=12, do_sample=False))
+    assert torch.equal(*answers)
+    assert sorted(set(drawn)) == sorted(space.name for space in method.spaces)
+    assert len(drawn) == 2 * len(set(drawn))  # a direction's words, and its rounding's
+    assert all(torch.equal(space.values, values) for space, values in zip(method.spaces, before, strict=True))
 
 
 def test_dequantized_is_the_same_model_in_bf16(tiny):

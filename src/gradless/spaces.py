@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -44,18 +44,18 @@ class Space(ABC):
         """How many integer codes x holds; 0 where it is continuous."""
         return 0
 
+    @contextmanager
+    def viewed(self, *moves: Move) -> Iterator[None]:
+        """Forwards inside read x under the moves."""
+        self.view(*moves)
+        try:
+            yield
+        finally:
+            self.view()
 
-@contextmanager
-def viewed(spaces: Iterable[Space], *moves: Move) -> Iterator[None]:
-    """Forwards inside read every space under the moves."""
-    spaces = list(spaces)
-    try:
-        for space in spaces:
-            space.view(*moves)
-        yield
-    finally:
-        for space in spaces:
-            space.view()
+    def held(self, move: Move) -> AbstractContextManager[None]:
+        """As `viewed`, where many forwards follow: x is moved once for all of them if memory for a second one is small."""
+        return self.viewed(move)
 
 
 class BlockSpace(Space):
@@ -74,6 +74,15 @@ class BlockSpace(Space):
     def move(self, moves: Sequence[Move]) -> int:
         kernels.move_blocks(self.tensor, moves)
         return 0
+
+    @contextmanager
+    def held(self, move: Move) -> Iterator[None]:
+        self.tensor.master = self.values.clone()
+        kernels.move_blocks(self.tensor, [move])
+        try:
+            yield
+        finally:
+            self.tensor.master = self.values
 
 
 class CodeSpace(Space):

@@ -18,7 +18,7 @@ import torch
 
 from gradless.errors import GradlessError
 from gradless.noise import NAMED, Direction, Distribution
-from gradless.spaces import Space, viewed
+from gradless.spaces import Space
 from gradless.tensor import Move
 
 STEPS_AT_ONCE = 64
@@ -123,13 +123,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             decay = 1.0
 
     @contextmanager
-    def at(self, query: int, *signs: int) -> Iterator[None]:
-        """Forwards inside read x + sign * radius * u, u being the direction of a query of this step; of several signs, each for
-        its equal share of the batch."""
+    def at(self, query: int, *signs: int, held: bool = False) -> Iterator[None]:
+        """Forwards inside read x + sign * radius * u, u being the direction of a query of this step.
+
+        Args:
+            query: which.
+            signs: +1 or -1; of several, each for its equal share of the batch.
+            held: whether many forwards follow, such as those that generate an answer; for one sign. See `Space.held`.
+        """
         with ExitStack() as views:
             for group, spaces in zip(self.param_groups, self.spaces_of, strict=True):
                 u, radius = self.direction(self.t, query, group), self.radius(group)
-                views.enter_context(viewed(spaces, *(Move(u, sign * radius) for sign in signs)))
+                moves = [Move(u, sign * radius) for sign in signs]
+                for space in spaces:
+                    views.enter_context(space.held(*moves) if held else space.viewed(*moves))
             yield
 
     @property
@@ -137,7 +144,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Every space searched, group by group."""
         return [space for spaces in self.spaces_of for space in spaces]
 
-    def estimate(self, closure: Closure, pair: Closure | None = None) -> Estimate:
+    def estimate(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> Estimate:
         """Query the losses of this step; nothing is written.
 
         Args:
@@ -145,11 +152,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 query and must see the same data each time.
             pair: does both calls at once, where every space can be read so (`Space.splits`): runs the model on the data and
                 a copy behind it, and returns the loss of each half. Weights are unpacked, and noise drawn, once for both.
+            held: the closure runs many forwards (see `at`).
         """
-        return self.estimate_of(self.query(closure, pair))
+        return self.estimate_of(self.query(closure, pair, held=held))
 
     @torch.no_grad()
-    def query(self, closure: Closure, pair: Closure | None = None) -> list[tuple[float, float]]:
+    def query(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> list[tuple[float, float]]:
         """(loss at +eps, loss at -eps) along each of this step's directions; see `estimate`."""
         losses = []
         for query in range(self.q):
@@ -157,9 +165,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 with self.at(query, +1, -1):
                     plus, minus = pair()
             else:
-                with self.at(query, +1):
+                with self.at(query, +1, held=held):
                     plus = closure()
-                with self.at(query, -1):
+                with self.at(query, -1, held=held):
                     minus = closure()
             losses.append(self.losses_of(plus, minus))
         return losses

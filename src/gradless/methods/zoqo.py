@@ -75,9 +75,9 @@ class ZOQO(GridOptimizer):
         m = max(math.floor(mu), 1)
         return noise.uniform_grid(m) if self.shape == "uniform" else noise.discretized_gaussian(m, mu)
 
-    def query(self, closure: Closure, pair: Closure | None = None) -> list[tuple[float, float]]:
+    def query(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> list[tuple[float, float]]:
         """See `ZerothOrderOptimizer.query`; with `hold`, a query that finds nothing better than x counts as a tie."""
-        losses = super().query(closure, pair)
+        losses = super().query(closure, pair, held=held)
         if self.hold:
             here = float(closure())
             # A NaN is not above x: its pair stays, and the step is skipped and counted.
