@@ -12,9 +12,9 @@ adapters of rank 8 on all of them, T = batch * length the tokens and V the vocab
     lora    2 P + 4 A        4 A        8 A                    -
     qlora   packed + 4 A     4 A        8 A                    2 L: a layer, unpacked
     mezo    2 P              -          -                      2 L: a layer, moved
-    zoqo    packed           -          N / 16: residuals       2 min(L, TILE): a tile, unpacked
-    quzo    packed           -          N / 16: residuals       2 min(L, TILE)
-    qzo     packed           -          4 B: fp32 masters      2 min(L, TILE)
+    zoqo    packed           -          N / 16: residuals       2 C min(L, TILE): a tile, unpacked
+    quzo    packed           -          N / 16: residuals       2 C min(L, TILE)
+    qzo     packed           -          4 B: fp32 masters      2 C min(L, TILE)
 
 Full tuning is in fp32: 16 bytes a parameter with AdamW, which is also what mixed precision takes (bf16 weights and gradients,
 fp32 masters and moments). QAT holds latent weights and their rounded copies. Adapters are fp32 on a bf16 base, as peft makes
@@ -35,6 +35,9 @@ micro-batches. A forward alone holds one block's values, in bf16: the residual s
 widest layer's (a gated product and its factors),
 
     2 T (2 hidden + 3 widest)
+
+times C: gradless reads both sides of a query in one forward, C = 2, unless T is above 2048; MeZO's dense weights one after the
+other. The same goes for logits.
 
 Logits are those that a loss needs, one position an example: fp32 logits and their log-softmax, 8 V bytes an example, and 12 V
 with their gradient.
@@ -59,7 +62,7 @@ from gradless.formats.tensor_file import TensorFile
 from gradless.grids import integers
 from gradless.layers import TILE
 from gradless.spaces import parameter_sites
-from gradless.training.options import DEFAULT_STRIDE
+from gradless.training.options import DEFAULT_STRIDE, PAIR_TOKENS
 
 METHODS = ("adamw", "sgd", "qat", "lora", "qlora", "mezo", "zoqo", "quzo", "qzo")
 """What can be planned: by gradients all weights, quantization-aware, or adapters; by forward passes the rest."""
@@ -133,7 +136,9 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
     }
     full = {"gradients": 4 * p, "activations": 4 * tokens * both, "logits": 12 * batch_size * shapes.vocabulary}
     adapted = {**full, "gradients": 4 * adapters, "activations": tokens * (2 * both + 4 * inputs), "states": 8 * adapters}
-    tile = 2 * min(largest, TILE)
+    copies = 2 if tokens <= PAIR_TOKENS else 1
+    tile = 2 * copies * min(largest, TILE)
+    read = {name: copies * value for name, value in forward.items()}
     match method:
         case "adamw":
             return Memory(weights=4 * p, states=8 * p, scratch=0, **full)
@@ -149,9 +154,9 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
             return Memory(weights=2 * p, states=0, scratch=2 * largest, **forward)
         case "zoqo" | "quzo":
             residuals = sum(-(-rows // DEFAULT_STRIDE) * columns for rows, columns in shapes.linear)
-            return Memory(weights=shapes.packed, states=residuals, scratch=tile, **forward)
+            return Memory(weights=shapes.packed, states=residuals, scratch=tile, **read)
         case "qzo":
-            return Memory(weights=shapes.packed, states=4 * shapes.blocks, scratch=tile, **forward)
+            return Memory(weights=shapes.packed, states=4 * shapes.blocks, scratch=tile, **read)
     raise GradlessError(f"there is no method {method!r} to plan for; there are {', '.join(METHODS)}.")
 
 

@@ -34,12 +34,18 @@ from gradless.methods.quzo import eps_of_share
 from gradless.methods.zoqo import mu_of_share
 from gradless.noise import discretized_gaussian
 from gradless.objectives import TokenizedExample
-from gradless.training.options import DEFAULT_GRID, DEFAULT_SPAN, DEFAULT_STRIDE, DEFAULTS, FEW_LEVELS, MethodOptions
+from gradless.training.options import (
+    DEFAULT_GRID,
+    DEFAULT_SPAN,
+    DEFAULT_STRIDE,
+    DEFAULTS,
+    FEW_LEVELS,
+    PAIR_TOKENS,
+    MethodOptions,
+)
 
 NAN_STEPS = 5
 """Steps in a row without a finite loss after which a run stops."""
-PAIR_TOKENS = 2048
-"""In batches of up to so many both losses of a query come from one forward; in longer ones unpacking is a small part."""
 
 
 @dataclass
