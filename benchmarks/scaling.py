@@ -12,17 +12,15 @@ import json
 from pathlib import Path
 
 import torch
+from random_model import linear_weights, random_model
 from timing import Times, medians, ratio, shown
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
-from gradless.blocks import block_type
-from gradless.formats.quantized import packed_layer, restore_buffers
-from gradless.fusing import fuse
-from gradless.layers import QuantLinear, reading_at, set_activations
+from gradless.layers import reading_at, set_activations
 from gradless.methods import QZO
 from gradless.spaces import BlockSpace
-from gradless.tensor import Part, QuantTensor
+from gradless.tensor import Part
 
 VOCABULARY, LENGTH = 32_000, 64
 SHAPES = {  # hidden size, layers, intermediate size
@@ -42,34 +40,13 @@ SERIES = {
 """Of each curve its points: model, tokens a batch, block type (32, 64 or 256 weights share a d), threads (0: all)."""
 
 
-def random_model(shape: str, kind: str) -> LlamaForCausalLM:
-    """A Llama whose linear layers are packed random bytes."""
-    hidden, layers, intermediate = SHAPES[shape]
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "num_hidden_layers": layers}
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": intermediate}
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).eval().requires_grad_(False)
-    block = block_type(kind)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | nn.Embedding):
-            rows, columns = module.weight.shape
-            packed = torch.randint(256, (rows, columns // block.size, block.nbytes), dtype=torch.uint8)
-            for at in (at for at in (block.scale_at, block.offset_at) if at is not None):
-                packed[..., at : at + 2] = torch.tensor([0, 20], dtype=torch.uint8)  # a small fp16
-            model.set_submodule(path, packed_layer(module, QuantTensor(path, block, packed), torch.bfloat16))
-        elif any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            module.weight = nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16), requires_grad=False)
-    restore_buffers(model)
-    fuse(model)
-    return model
-
-
 def timed(shape: str, tokens: int, kind: str, threads: int) -> Times:
     """A QZO step and two forwards, with bf16 and with int8 activations, of one point."""
-    model = random_model(shape, kind)
+    hidden, layers, intermediate = SHAPES[shape]
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "num_hidden_layers": layers}
+    model = random_model(LlamaConfig(vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, **heads), kind)
     head = model.get_output_embeddings()
-    layers = [module.packed for module in model.modules() if isinstance(module, QuantLinear) and module is not head]
-    optimizer = QZO([BlockSpace(packed, Part.SCALE) for packed in layers], lr=1e-6, eps=1e-2)
+    optimizer = QZO([BlockSpace(packed, Part.SCALE) for packed in linear_weights(model)], lr=1e-6, eps=1e-2)
     ids = torch.randint(VOCABULARY, (-(-tokens // LENGTH), LENGTH))
 
     def losses(copies: int) -> torch.Tensor:

@@ -1,0 +1,119 @@
+"""Steps of 7-billion-parameter models on a GPU: time, tokens a second and peak memory of each method.
+
+Weights are random, int4 in groups of 64.
+
+    python benchmarks/gpu.py [--batch 1 16] [--length 256] [--json]
+    python benchmarks/gpu.py --device cpu --models tiny      # that it runs
+
+QZO's paper has 5.0, 6.3 and 4.8 GB at batch 1 for the three models, in groups of 128.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from random_model import linear_weights, random_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+
+from gradless.layers import reading_at
+from gradless.memory import resident_bytes
+from gradless.methods import QZO, ZOQO, MeZO, QuZO
+from gradless.spaces import BlockSpace, CodeSpace, parameters
+from gradless.tensor import Part
+from gradless.training.options import DEFAULT_SPAN, DEFAULT_STRIDE, DEFAULTS
+
+WIDE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+MODELS = {
+    "Llama-2-7B": LlamaConfig(vocab_size=32_000, intermediate_size=11_008, **WIDE),
+    "Llama-3.1-8B": LlamaConfig(vocab_size=128_256, intermediate_size=14_336, num_key_value_heads=8, **WIDE),
+    "OPT-6.7B": OPTConfig(vocab_size=50_272, ffn_dim=16_384, word_embed_proj_dim=4096, **WIDE),
+    "tiny": LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2),
+}
+STEPS = 5
+
+
+def optimizer_of(method: str, model: Any) -> Any:
+    """A method at its defaults."""
+    if method == "mezo":
+        return MeZO(parameters(model), lr=1e-9)
+    weights = linear_weights(model)
+    if method == "qzo":
+        lr, eps = DEFAULTS["qzo"]
+        return QZO([BlockSpace(weight, Part.SCALE) for weight in weights], lr=lr, eps=eps)
+    lr, eps = DEFAULTS[f"{method}, few levels"]
+    spaces = [CodeSpace(weight, stride=DEFAULT_STRIDE, residual=True) for weight in weights]
+    return {"quzo": QuZO, "zoqo": ZOQO}[method](spaces, lr=lr, eps=eps, span=DEFAULT_SPAN)
+
+
+def measured(method: str, config: Any, batch: int, length: int, device: str) -> dict[str, float]:
+    """Seconds a step, the best of some, tokens a second, and the peak of memory in GB."""
+    if method == "mezo":
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    else:
+        model = random_model(config, "int4/64", device)
+    optimizer, head = optimizer_of(method, model), model.get_output_embeddings()
+    ids = torch.randint(config.vocab_size, (batch, length), device=device)
+
+    def losses(copies: int) -> torch.Tensor:
+        """Of a batch and its copies, on the last token of each sequence."""
+        every = ids.repeat(copies, 1)
+        with reading_at(head, torch.arange(len(every)), torch.full((len(every),), length - 1)):
+            logits = model(every, use_cache=False).logits[0].float()
+        return nn.functional.cross_entropy(logits, every[:, 0], reduction="none").view(copies, -1).mean(1)
+
+    llama = config.model_type == "llama"
+    seconds = [
+        _timed(lambda: optimizer.step(lambda: losses(1), (lambda: losses(2)) if llama else None), device) for _ in range(STEPS)
+    ]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes()
+    return {"seconds": min(seconds), "tokens_a_second": batch * length / min(seconds), "peak_gb": peak / 1e9}
+
+
+def _timed(run: Callable[[], object], device: str) -> float:
+    began = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[name for name in MODELS if name != "tiny"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16], help="sequences a batch (default: 1 and 16)")
+    parser.add_argument("--length", type=int, default=256, help="tokens a sequence (default: 256)")
+    parser.add_argument("--device", default="cuda", help="where to run (default: cuda)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here; `--device cpu --models tiny` shows that this runs.")
+    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+    rows = []
+    for name in arguments.models:
+        for batch in arguments.batch:
+            for method in ("qzo", "quzo", "zoqo", "mezo"):
+                if arguments.device == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                figures = measured(method, MODELS[name], batch, arguments.length, arguments.device)
+                rows.append({"model": name, "method": method, "batch": batch, **figures})
+    if arguments.json:
+        print(json.dumps({"machine": machine, "length": arguments.length, "rows": rows}))
+        return
+    print(f"{machine}, sequences of {arguments.length} tokens\n")
+    print("| model | method | batch | ms a step | tokens/s | peak GB |\n|---|---|---|---|---|---|")
+    for row in rows:
+        figures = f"{1000 * row['seconds']:.0f} | {row['tokens_a_second']:.0f} | {row['peak_gb']:.2f}"
+        print(f"| {row['model']} | {row['method']} | {row['batch']} | {figures} |")
+
+
+if __name__ == "__main__":
+    main()
