@@ -76,10 +76,10 @@ def test_integer_products_are_the_references_but_for_one_rounding_a_group(name, 
 def test_few_tokens_meet_weights_that_are_never_stored(name, views, monkeypatch):
     tensor, rows = some(name, Part.SCALE, rows=40), torch.randperm(40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     tensor.views = both_sides(Move(Direction(7, 1), 0.03))[:views]
-    x = torch.randn(max(1, views), 5, tensor.columns, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    expected = reference.linear(tensor, rows, x)
+    x = torch.randn(max(1, views), 5, tensor.columns, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
+    expected = reference.linear(tensor, rows, x.float())
     monkeypatch.setattr(ops, "dequantize", None)
-    assert torch.allclose(ops.linear(tensor, rows, x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert torch.allclose(ops.linear(tensor, rows, x).float(), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
 
 
 def test_views_of_two_directions_are_read_one_after_the_other():

@@ -26,6 +26,8 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+SHARED = 99 << 10
+"""Bytes of shared memory that the smaller of the GPUs of these generations give a program."""
 OPTIONS = ("enable_fp_fusion", "num_warps", "num_stages")
 
 
@@ -56,6 +58,7 @@ class Recorder:
             assert f".target sm_{capability}" in made.asm["ptx"], capability
             assert "fma.rn.f32" not in made.asm["ptx"] or "linear" in self.program.__name__
             assert made.asm["cubin"]
+            assert made.metadata.shared <= SHARED, (self.program.__name__, made.metadata.shared)
             self.compiled.add(f"{self.program.__name__}, sm_{capability}")
 
 
@@ -66,7 +69,7 @@ def main() -> None:
             recorders.append(Recorder(program))
             setattr(programs, name, recorders[-1])
     query = Move(Direction(7, 1, 2, RoundedGaussian(0.3)), 1.0)
-    for name in ("Q4_1", "Q6_K", "nf4/64"):
+    for name in ("Q4_1", "Q4_K", "Q6_K", "nf4/64"):
         block = block_type(name)
         for part in (Part.SCALE, Part.CODE):
             tensor = QuantTensor("w", block, torch.zeros(4, 3, block.nbytes, dtype=torch.uint8))
@@ -80,7 +83,7 @@ def main() -> None:
                 ops.linear_int8(tensor, torch.arange(4), torch.zeros(2, 5, tensor.columns, dtype=torch.bfloat16))
             if part is Part.CODE:
                 continue
-            ops.linear(tensor, torch.arange(4), torch.zeros(2, 5, tensor.columns, dtype=torch.bfloat16))
+            ops.linear(tensor, torch.arange(4), torch.zeros(2, ops.FEW_TOKENS, tensor.columns, dtype=torch.bfloat16))
             ops.move_blocks(tensor, [Move(Direction(7, 1, 0, uniform_grid(2)), 0.1)])
     ops.whole_steps("w", query, 100, torch.device("cpu"), torch.zeros(100, dtype=torch.int8))
     ops.moved(torch.zeros(100, dtype=torch.bfloat16), "w", query, torch.bfloat16, stochastic=True)

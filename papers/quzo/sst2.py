@@ -37,7 +37,7 @@ def rows() -> dict[str, Row]:
     for name, activations in (("int8", "int8"), ("int4", "int8"), ("fp8 a row", "fp8")):
         made[f"zero-shot, {name}, {activations} activations"] = {"kind": "zero", "model": name, "activations": activations}
     main = {
-        "QuZO, int8": {"model": "int8", "method": "quzo", "lr": 57.347556},
+        "QuZO, int8": {"model": "int8", "method": "quzo"},
         "ZOQO, int8, LoRA": {"model": "int8", "method": "zoqo", "lora": 8, "lr": 1.6933333},
         "QuZO, int4": {"model": "int4", "method": "quzo", "lr": 0.26133333},
         "ZOQO, int8": {"model": "int8", "method": "zoqo", "lr": 1.016, "eps": 8.975},
@@ -51,12 +51,12 @@ def rows() -> dict[str, Row]:
         "QuZO, Q4_1": {"model": "q4_1", "method": "quzo"},
         "ZOQO, Q4_1": {"model": "q4_1", "method": "zoqo"},
         "QuZO, int4, int8 activations (W4A8)": {"model": "int4", "method": "quzo", "lr": 0.26133333, "activations": "int8"},
-        "QuZO, int8, int8 activations": {"model": "int8", "method": "quzo", "lr": 57.347556, "activations": "int8"},
-        "QuZO, fp8": {"model": "fp8", "method": "quzo"},
+        "QuZO, int8, int8 activations": {"model": "int8", "method": "quzo", "activations": "int8"},
+        "QuZO, fp8": {"model": "fp8", "method": "quzo", "lr": 16.725333},
         "QuZO, fp8, fp8 activations": {"model": "fp8 a row", "method": "quzo", "activations": "fp8"},
         "ZOQO, int4, LoRA of 4 bits": {"model": "int4", "method": "zoqo", "lora": 8, "lora_bits": 4},
-        "QuZO, int8, LoRA": {"model": "int8", "method": "quzo", "lora": 8},
-        "QuZO, int8, Q-RGE2": {"model": "int8", "method": "quzo", "lr": 57.347556, "roundings": 2},
+        "QuZO, int8, LoRA": {"model": "int8", "method": "quzo", "lora": 8, "lr": 917.56089},
+        "QuZO, int8, Q-RGE2": {"model": "int8", "method": "quzo", "roundings": 2},
         "QuZO, int4, Q-RGE2": {"model": "int4", "method": "quzo", "lr": 0.26133333, "roundings": 2},
         "QuZO, int8, stateless, every row": {"model": "int8", "method": "quzo", **PAPER, "eps": 3.0, "lr": 3.0},
         "QuZO, int4, stateless, every row": {"model": "int4", "method": "quzo", **PAPER, "eps": 0.03, "lr": 3e-4},

@@ -23,7 +23,7 @@ CLOSE = 2.0**-6
 
 def fuse(model: Any) -> None:
     """Fuse what is recognized in a transformers model; of each kind, and each class, one module is tried on random inputs."""
-    if kernels.name() != "cpu" or model.dtype is not torch.bfloat16 or model.config.model_type not in ARCHITECTURES:
+    if kernels.name(model.device) != "cpu" or model.dtype is not torch.bfloat16 or model.config.model_type not in ARCHITECTURES:
         return
     verdicts: dict[type, Any] = {}
     for module in model.modules():

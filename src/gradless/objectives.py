@@ -213,7 +213,7 @@ def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _loss(score: Tensor, label: Tensor) -> Tensor:
-    return -score[0] if len(score) == 1 else F.cross_entropy(score, label)
+    return -score[0] if len(score) == 1 else F.cross_entropy(score, label.to(score.device))
 
 
 def batches(examples: Sequence[TokenizedExample], size: int) -> Iterator[list[TokenizedExample]]:

@@ -77,12 +77,14 @@ class BlockSpace(Space):
 
     @contextmanager
     def held(self, move: Move) -> Iterator[None]:
-        self.tensor.master = self.values.clone()
-        kernels.move_blocks(self.tensor, [move])
+        master = self.tensor.master
+        assert master is not None
         try:
+            self.tensor.master = master.clone()
+            kernels.move_blocks(self.tensor, [move])
             yield
         finally:
-            self.tensor.master = self.values
+            self.tensor.master = master
 
 
 class CodeSpace(Space):

@@ -86,7 +86,8 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
 def quantized_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (..., columns) as integers of at most 127, fp32, and the scale of each, fp32 (..., 1)."""
     x = x.float()
-    s = x.abs().amax(-1, keepdim=True) / 127
+    s = x.abs().amax(-1, keepdim=True)
+    s = s / torch.full_like(s, 127)  # by a number a GPU multiplies with its reciprocal
     s = torch.where(s < torch.finfo(torch.float32).tiny, 1.0, s)
     return (x * (1 / s)).round(), s
 

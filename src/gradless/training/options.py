@@ -210,9 +210,9 @@ MAY_CHANGE |= {"max_minutes", "threads"}
 DEFAULTS = {
     "qzo": (4e-4, 2e-2),
     "qzo, absolute": (1e-7, 1e-3),
-    "quzo": (0.1, 0.35),
+    "quzo": (0.6, 0.35),
     "quzo, few levels": (0.15, 0.5),
-    "quzo, lora": (0.2, 1.6),
+    "quzo, lora": (1.6, 1.6),
     "zoqo": (0.04, 0.53),
     "zoqo, few levels": (0.04, 0.53),
     "zoqo, lora": (0.05, 2.4),

@@ -6,6 +6,7 @@ What takes a small part of a step there is the reference itself, on the same dev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,10 +28,10 @@ FEW_TOKENS = 64
 """Up to so many tokens of a view are multiplied with weights that are unpacked on the way and never stored."""
 WIDTH = 1024
 """Elements that a program handles."""
-LEAST_K = 32
-"""Bytes that a GPU's integer product takes at least."""
+LEAST_K, MOST_K = 32, 64
+"""Codes of a row that a product takes at once: at least, of bytes; at most, that its tiles fit into shared memory."""
 _PARTS = {None: 0, Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3, Part.CODE: 4}
-_multipliers: WeakKeyDictionary[QuantTensor, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+_multipliers: WeakKeyDictionary[QuantTensor, tuple[Tensor, Tensor | None]] = WeakKeyDictionary()
 
 
 def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.device) -> Tensor:
@@ -62,21 +63,21 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
             "CLAMP": clamps,
             "P": p,
         }
-        programs.dequantize[grid](**numbers, **_read(tensor, views), enable_fp_fusion=False)
+        _launch(programs.dequantize, grid, **numbers, **_read(tensor, views))
     return out
 
 
 def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
-    """See `reference.linear`; few tokens meet weights that are never stored, unless codes are moved."""
+    """See `reference.linear`; few tokens meet weights that are never stored, unless codes move or the product is in fp32."""
     moves_codes = tensor.part is Part.CODE and bool(tensor.views)
-    if x.shape[1] > FEW_TOKENS or moves_codes:
+    if x.shape[1] > FEW_TOKENS or moves_codes or x.dtype is torch.float32:
         return reference.products(x, dequantize(tensor, rows, x.dtype))
     out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype, device=x.device)
     x, tile, tokens = x.contiguous(), 32, max(16, 1 << (x.shape[1] - 1).bit_length())
     for views, y, inputs in _launches(tensor.views, out, x):
         numbers = {"x": inputs, "rows": rows, "out": y, "tokens": x.shape[1], "n": len(rows), "blocks": tensor.packed.shape[1]}
-        grid = (-(-len(rows) // tile), 1)
-        programs.linear[grid](**numbers, **_read(tensor, views), TOKENS=tokens, ROWS=tile, enable_fp_fusion=False)
+        shape = {"TOKENS": tokens, "ROWS": tile, "K": min(MOST_K, tensor.block.size)}
+        _launch(programs.linear, (-(-len(rows) // tile), 1), **numbers, **shape, **_read(tensor, views))
     return out
 
 
@@ -89,7 +90,9 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
         read = _read(tensor, views)
         del read["levels"], read["LEVELS"]
         grid = (-(-len(rows) // tile), -(-x.shape[1] // tile), max(1, len(views)))
-        programs.linear_int8[grid](
+        _launch(
+            programs.linear_int8,
+            grid,
             x=share,
             s=scale,
             rows=rows,
@@ -103,7 +106,7 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
             ROWS=tile,
             K=max(LEAST_K, tensor.block.size // read["GROUPS"]),
             **read,
-            enable_fp_fusion=False,
+            num_stages=1,
         )
     return out
 
@@ -133,7 +136,9 @@ def move_codes(tensor: QuantTensor, move: Move) -> int:
     count = torch.zeros(1, dtype=torch.int32, device=tensor.packed.device)
     lowest, highest = map(float, tensor.block.codes)
     zero, pieces, _ = _layout(tensor.block, tensor.packed.device)
-    programs.move_codes[grid](
+    _launch(
+        programs.move_codes,
+        grid,
         packed=tensor.packed,
         residual=tensor.residual,
         RESIDUAL=tensor.residual is not None,
@@ -149,7 +154,6 @@ def move_codes(tensor: QuantTensor, move: Move) -> int:
         SIZE=size,
         P=p,
         **_given_or_drawn(move, tensor.name, tensor.rows * tensor.columns, tensor.packed.device),
-        enable_fp_fusion=False,
     )
     return int(count)
 
@@ -190,7 +194,14 @@ def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochast
 
 def _run(program: Any, **arguments: Any) -> None:
     """A program over n elements in a row."""
-    program[(-(-arguments["n"] // WIDTH),)](**arguments, P=WIDTH, enable_fp_fusion=False)
+    _launch(program, (-(-arguments["n"] // WIDTH),), **arguments, P=WIDTH)
+
+
+def _launch(program: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """On the device where the tensors are; without contraction, which would change bits."""
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        program[grid](**arguments, enable_fp_fusion=False)
 
 
 def _launches(views: tuple[Move, ...], *tensors: Tensor) -> list[Any]:
@@ -224,7 +235,7 @@ def _read(tensor: QuantTensor, views: tuple[Move, ...]) -> dict[str, Any]:
         "coefficient_1": moves[1].coefficient,
         "decay_1": moves[1].decay,
         "SIZE": tensor.block.size,
-        "GROUPS": 1 if multiplier is None else multiplier.shape[1],
+        "GROUPS": _groups(tensor.block),
         "VIEWS": len(views),
     }
 
@@ -287,11 +298,11 @@ def _rounding(move: Move, name: str) -> dict[str, Any]:
 
 
 def _given_or_drawn(move: Move, name: str, n: int, device: torch.device) -> dict[str, Any]:
-    """An update's coordinates: drawn in the program, but for the signs of a sum, which are given."""
-    given = isinstance(move.direction, Signs)
-    first = move.direction.terms[0][0] if isinstance(move.direction, Signs) else move.direction
-    u = coordinates(move.direction, name, n, device) if given else None
-    return {**_drawn(first, name, device), **_rounding(move, name), "u": u, "GIVEN": given}
+    """An update's coordinates: drawn in the program, but for the signs of a sum of several, which are given."""
+    terms = move.direction.terms if isinstance(move.direction, Signs) else ((move.direction, 1.0),)
+    u = coordinates(move.direction, name, n, device) if len(terms) > 1 else None
+    signs = {"weight": terms[0][1], "SIGNS": isinstance(move.direction, Signs)}
+    return {**_drawn(terms[0][0], name, device), **_rounding(move, name), **signs, "u": u, "GIVEN": u is not None}
 
 
 def _signed(word: int) -> int:
@@ -318,13 +329,17 @@ def _layout(block: BlockType, device: torch.device) -> tuple[int, Tensor, Tensor
     return zero, torch.stack(pieces).to(device), levels
 
 
-def _multipliers_of(tensor: QuantTensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The integers of each group, int8 (blocks, groups), which no update changes; None where they are all 1."""
-    groups = tensor.block.unpack(tensor.packed[:1, 0]).multiplier.shape[1]
-    if groups == 1:
+def _multipliers_of(tensor: QuantTensor) -> tuple[Tensor | None, Tensor | None]:
+    """The integers of each group, int8 (blocks, groups), which no update changes; None where they are 1 or have no offset."""
+    if _groups(tensor.block) == 1:
         return None, None
-    if tensor not in _multipliers:
-        unpacked = [tensor.block.unpack(row)[1:] for row in tensor.packed]
+    if tensor not in _multipliers or _multipliers[tensor][0].device != tensor.packed.device:
+        unpacked = [tensor.block.unpack(some)[1:] for some in torch.split(tensor.packed.flatten(0, 1), 1 << 14)]
         multiplier, offset_multiplier = (torch.cat(each).to(torch.int8) for each in zip(*unpacked, strict=True))
-        _multipliers[tensor] = multiplier, offset_multiplier
+        _multipliers[tensor] = multiplier, None if tensor.block.offset_at is None else offset_multiplier
     return _multipliers[tensor]
+
+
+@cache
+def _groups(block: BlockType) -> int:
+    return block.unpack(torch.zeros(1, block.nbytes, dtype=torch.uint8)).multiplier.shape[1]

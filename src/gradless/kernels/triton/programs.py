@@ -9,10 +9,10 @@ that nothing is compiled twice. Launch them without contraction of products and 
 import triton
 import triton.language as tl
 
-GAUSSIAN, RADEMACHER, INTEGERS, ROUNDED = (tl.constexpr(i) for i in range(4))
-SCALE, OFFSET, BOTH, CODE = (tl.constexpr(i) for i in range(1, 5))
+RADEMACHER, INTEGERS, ROUNDED = (tl.constexpr(i) for i in range(1, 4))
+OFFSET, BOTH, CODE = (tl.constexpr(i) for i in range(2, 5))
 NEW_EVERY_STEP = ["key_low", "key_high", "step", "stream", "second", "rounding", "m", "eps", "coefficient_0", "coefficient_1"]
-NEW_EVERY_STEP += ["decay_0", "decay_1", "n"]
+NEW_EVERY_STEP += ["decay_0", "decay_1", "weight", "n"]
 
 
 @triton.jit
@@ -38,8 +38,8 @@ def stochastic_round(x, random):
 
 @triton.jit
 def rounded(x, kind: tl.constexpr):
-    """fp32 as fp32, or to nearest even as bf16."""
-    y = x
+    """fp32 to nearest even as another type of floats."""
+    y = x.to(kind)
     if kind == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, bits + 0x7FFF + ((bits >> 16) & 1))
@@ -77,6 +77,11 @@ def coordinate(
             if DISTRIBUTION == ROUNDED:
                 u = stochastic_round(u * eps, word(key_low, key_high, step, second, index))
     return u
+
+
+@triton.jit
+def signs(x):
+    return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
 
 
 @triton.jit
@@ -153,16 +158,17 @@ def read(
 
 @triton.jit
 def weights_of(
-    level, scale, offset, block, here, multiplier, offset_multiplier, SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    level, scale, offset, block, i, here, multiplier, offset_multiplier, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     OFFSET_AT: tl.constexpr,
 ):  # fmt: skip
-    """(scale * multiplier) * level + offset * offset_multiplier: fp32 (P, SIZE)."""
+    """(scale * multiplier) * level + offset * offset_multiplier of codes i: fp32 (P, N)."""
     s = tl.broadcast_to(scale[:, None], level.shape)
     o = tl.broadcast_to(offset[:, None], level.shape)
     if GROUPS > 1:
-        group = (block * GROUPS)[:, None] + (tl.arange(0, SIZE) // (SIZE // GROUPS))[None, :]
+        group = (block * GROUPS)[:, None] + (i // (SIZE // GROUPS))[None, :]
         s = s * tl.load(multiplier + group, mask=here[:, None], other=0).to(tl.float32)
-        o = o * tl.load(offset_multiplier + group, mask=here[:, None], other=0).to(tl.float32)
+        if OFFSET_AT >= 0:
+            o = o * tl.load(offset_multiplier + group, mask=here[:, None], other=0).to(tl.float32)
     w = s * level
     if OFFSET_AT >= 0:
         w = w + o
@@ -203,7 +209,8 @@ def dequantize(
             level = tl.where(LEVELS or row % stride == 0, tl.minimum(tl.maximum(level, lowest), highest), level)
         if LEVELS:
             level = tl.load(levels + (level - lowest).to(tl.int32))
-        w = weights_of(level, scale, offset, block, here, multiplier, offset_multiplier, SIZE, GROUPS, OFFSET_AT)
+        i_of = tl.arange(0, SIZE)
+        w = weights_of(level, scale, offset, block, i_of, here, multiplier, offset_multiplier, SIZE, GROUPS, OFFSET_AT)
         at = ((view * n + i) * blocks + k) * SIZE
         tl.store(out + at[:, None] + tl.arange(0, SIZE)[None, :], rounded(w, out.dtype.element_ty), mask=here[:, None])
 
@@ -215,38 +222,43 @@ def linear(
     tokens, n, blocks, zero, lowest, highest,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
-    LEVELS: tl.constexpr, VIEWS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    LEVELS: tl.constexpr, VIEWS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """x @ W.T for ROWS of a weight whose codes stay as they are and TOKENS of each view; x: (views, tokens, blocks * SIZE)."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    here, there, column = i < n, t < tokens, tl.arange(0, SIZE)
+    here, there = i < n, t < tokens
     row = tl.load(rows + i, mask=here, other=0)
     first, second_view = tl.zeros((TOKENS, ROWS), tl.float32), tl.zeros((TOKENS, ROWS), tl.float32)
     for k in range(blocks):
-        block = row * blocks + k
-        level = codes_of(packed, block, column, here, pieces, zero, NBYTES, SIZE).to(tl.float32)
-        if LEVELS:
-            level = tl.load(levels + (tl.minimum(tl.maximum(level, lowest), highest) - lowest).to(tl.int32))
-        z = tl.zeros((ROWS,), tl.float32)
+        block, z = row * blocks + k, tl.zeros((ROWS,), tl.float32)
         if VIEWS > 0 and PART > 0:
             z = coordinate(block, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
-        for view in tl.static_range(max(1, VIEWS)):
-            coefficient, decay = coefficient_0, decay_0
-            if view == 1:
-                coefficient, decay = coefficient_1, decay_1
-            scale, offset = read(
-                packed, master, block, here, z, coefficient, decay, unit_of_offset,
+        scale, offset = read(
+            packed, master, block, here, z, coefficient_0, decay_0, unit_of_offset,
+            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, VIEWS > 0,
+        )  # fmt: skip
+        scale_1, offset_1 = scale, offset
+        if VIEWS > 1:
+            scale_1, offset_1 = read(
+                packed, master, block, here, z, coefficient_1, decay_1, unit_of_offset,
                 NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, VIEWS > 0,
             )  # fmt: skip
-            w = weights_of(level, scale, offset, block, here, multiplier, offset_multiplier, SIZE, GROUPS, OFFSET_AT)
-            at = ((view * tokens + t).to(tl.int64) * blocks + k) * SIZE
-            inputs = tl.load(x + at[:, None] + column[None, :], mask=there[:, None], other=0.0)
-            product = tl.dot(inputs, tl.trans(rounded(w, inputs.dtype)), input_precision="ieee")
-            if view == 0:
-                first += product
-            else:
-                second_view += product
+        for part in tl.static_range(SIZE // K):
+            column = part * K + tl.arange(0, K)
+            level = codes_of(packed, block, column, here, pieces, zero, NBYTES, SIZE).to(tl.float32)
+            if LEVELS:
+                level = tl.load(levels + (tl.minimum(tl.maximum(level, lowest), highest) - lowest).to(tl.int32))
+            w = weights_of(level, scale, offset, block, column, here, multiplier, offset_multiplier, SIZE, GROUPS, OFFSET_AT)
+            at = x + ((t.to(tl.int64) * blocks + k) * SIZE)[:, None] + column[None, :]
+            inputs = tl.load(at, mask=there[:, None], other=0.0)
+            first += tl.dot(inputs, tl.trans(rounded(w, inputs.dtype)))
+            if VIEWS > 1:
+                w = weights_of(
+                    level, scale_1, offset_1, block, column, here, multiplier, offset_multiplier, SIZE, GROUPS, OFFSET_AT
+                )
+                inputs = tl.load(at + tokens.to(tl.int64) * blocks * SIZE, mask=there[:, None], other=0.0)
+                second_view += tl.dot(inputs, tl.trans(rounded(w, inputs.dtype)))
     for view in tl.static_range(max(1, VIEWS)):
         y = first if view == 0 else second_view
         at = (view * tokens + t).to(tl.int64)[:, None] * n + i[None, :]
@@ -301,10 +313,11 @@ def linear_int8(
             acc = tl.dot(inputs, tl.trans(low.to(tl.int8)))
             if VIEWS > 0 and PART == CODE:
                 acc += tl.dot(inputs, tl.trans(((code - low) >> 8).to(tl.int8))) * 256
-            by, by_offset = scale, offset
+            by, by_offset, at_group = scale, offset, block * GROUPS + group
             if GROUPS > 1:
-                by = by * tl.load(multiplier + block * GROUPS + group, mask=here, other=0).to(tl.float32)
-                by_offset = by_offset * tl.load(offset_multiplier + block * GROUPS + group, mask=here, other=0).to(tl.float32)
+                by = by * tl.load(multiplier + at_group, mask=here, other=0).to(tl.float32)
+                if OFFSET_AT >= 0:
+                    by_offset = by_offset * tl.load(offset_multiplier + at_group, mask=here, other=0).to(tl.float32)
             y = tl.fma(tl.broadcast_to(by[None, :], y.shape), acc.to(tl.float32), y)
             if OFFSET_AT >= 0:
                 total = tl.sum(inputs.to(tl.int32), axis=1).to(tl.float32)
@@ -363,13 +376,13 @@ def whole_steps(out, u, residual, key_low, key_high, step, rounding, coefficient
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def move_codes(
     packed, u, residual, count, pieces, key_low, key_high, step, stream, second, rounding, normal, edges, m, eps, coefficient_0,
-    blocks, zero, lowest, highest, stride,
-    DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, GIVEN: tl.constexpr, RESIDUAL: tl.constexpr, NBYTES: tl.constexpr,
-    SIZE: tl.constexpr, P: tl.constexpr,
+    weight, blocks, zero, lowest, highest, stride,
+    DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, GIVEN: tl.constexpr, SIGNS: tl.constexpr, RESIDUAL: tl.constexpr,
+    NBYTES: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """P blocks of one tuned row. A code changes by flipping bits of the 32-bit words that hold them: several may share a byte.
 
-    u: the coordinates of the whole weight where they are GIVEN, else drawn.
+    u: the coordinates of the whole weight where they are GIVEN, else drawn; SIGNS: of weight * u.
     """
     tuned = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * P + tl.arange(0, P)
@@ -380,6 +393,7 @@ def move_codes(
         z = tl.load(u + element, mask=here, other=0)
     else:
         z = coordinate(element, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+        z = signs(z * weight) if SIGNS else z
     at = ((tuned * blocks + k) * SIZE)[:, None] + i[None, :]
     whole = whole_step(z, coefficient_0, element, key_low, key_high, step, rounding, residual, at, here, RESIDUAL)
     code = codes_of(packed, block, i, k < blocks, pieces, zero, NBYTES, SIZE)
@@ -404,8 +418,9 @@ def move_codes(
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def moved_values(
-    values, u, out, key_low, key_high, step, stream, second, rounding, normal, edges, m, eps, coefficient_0, decay_0, n,
-    DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, GIVEN: tl.constexpr, STOCHASTIC: tl.constexpr, P: tl.constexpr,
+    values, u, out, key_low, key_high, step, stream, second, rounding, normal, edges, m, eps, coefficient_0, decay_0, weight, n,
+    DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, GIVEN: tl.constexpr, SIGNS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """decay * x + coefficient * u of a plain tensor; STOCHASTIC: rounded to bf16 without bias."""
     index = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
@@ -414,6 +429,7 @@ def moved_values(
         z = tl.load(u + index, mask=here, other=0)
     else:
         z = coordinate(index, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+        z = signs(z * weight) if SIGNS else z
     y = tl.load(values + index, mask=here, other=0.0).to(tl.float32) * decay_0 + z * coefficient_0
     if STOCHASTIC:
         random = half(key_low, key_high, step, rounding, index)
