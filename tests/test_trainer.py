@@ -107,9 +107,11 @@ def test_skipped_steps_are_counted_over_a_resume(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options", [{}, {"method": "quzo", "roundings": 2, "q": 2}, {"method": "zoqo"}], ids=["qzo", "quzo", "zoqo"]
 )
-@pytest.mark.parametrize("block", ["Q4_1", "Q6_K"])
-def test_both_losses_of_one_forward_are_those_of_two(options, block, tmp_path, monkeypatch):
-    path = tiny_gguf(tmp_path / "tiny.gguf", block=block)
+@pytest.mark.parametrize(
+    "kind", [{"block": "Q6_K"}, {"architecture": "gemma3"}, {"architecture": "qwen2"}, {"architecture": "qwen3"}], ids=str
+)
+def test_both_losses_of_one_forward_are_those_of_two(options, kind, tmp_path, monkeypatch):
+    path = tiny_gguf(tmp_path / "tiny.gguf", **kind)
     journals = []
     for tokens in (trainers.PAIR_TOKENS, 0):
         monkeypatch.setattr(trainers, "PAIR_TOKENS", tokens)

@@ -149,10 +149,10 @@ def new_adapter(path: str, layer: Any, lora: LoRA, *, clamp: bool = False, resid
     words = Direction(lora.seed, 0).words(names[0], Stream.INITIAL)
     a = (2 * uniform(words, 0, math.prod(shape), "cpu") - 1).view(shape) / math.sqrt(layer.in_features)
     scale = lora_scale(a, grid)
+    device = (layer.packed.packed if isinstance(layer, QuantLinear) else layer.weight).device
     codes = (grid.nearest(a / scale).short(), torch.zeros(layer.out_features, lora.rank, dtype=torch.int16))
-    return Adapter(
-        path, *(GridSpace(n, c, grid, scale, clamp=clamp, residual=residual) for n, c in zip(names, codes, strict=True))
-    )
+    each = zip(names, codes, strict=True)
+    return Adapter(path, *(GridSpace(n, c.to(device), grid, scale, clamp=clamp, residual=residual) for n, c in each))
 
 
 def attach(layer: nn.Module, factors: Callable[[], tuple[Tensor, ...]], factor: float) -> None:

@@ -109,7 +109,8 @@ class QuantizedModel:
         found: list[Space] = []
         for name in names:
             shown = self.floats.get(name) or ShownFloat(self.file.floats[name])
-            found.append(DenseSpace(name, shown.values.float().clone(), shown.sites, shown.show))
+            device = getattr(*shown.sites[0]).device if shown.sites else "cpu"
+            found.append(DenseSpace(name, shown.values.float().clone().to(device), shown.sites, shown.show))
         return found
 
     def save(self, path: Path, spaces: list[Space]) -> None:
