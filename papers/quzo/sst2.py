@@ -51,12 +51,12 @@ def rows() -> dict[str, Row]:
         "QuZO, Q4_1": {"model": "q4_1", "method": "quzo"},
         "ZOQO, Q4_1": {"model": "q4_1", "method": "zoqo"},
         "QuZO, int4, int8 activations (W4A8)": {"model": "int4", "method": "quzo", "lr": 0.26133333, "activations": "int8"},
-        "QuZO, int8, int8 activations": {"model": "int8", "method": "quzo", "activations": "int8"},
+        "QuZO, int8, int8 activations": {"model": "int8", "method": "quzo", "lr": 57.347556, "activations": "int8"},
         "QuZO, fp8": {"model": "fp8", "method": "quzo", "lr": 16.725333},
         "QuZO, fp8, fp8 activations": {"model": "fp8 a row", "method": "quzo", "activations": "fp8"},
         "ZOQO, int4, LoRA of 4 bits": {"model": "int4", "method": "zoqo", "lora": 8, "lora_bits": 4},
         "QuZO, int8, LoRA": {"model": "int8", "method": "quzo", "lora": 8, "lr": 917.56089},
-        "QuZO, int8, Q-RGE2": {"model": "int8", "method": "quzo", "roundings": 2},
+        "QuZO, int8, Q-RGE2": {"model": "int8", "method": "quzo", "lr": 57.347556, "roundings": 2},
         "QuZO, int4, Q-RGE2": {"model": "int4", "method": "quzo", "lr": 0.26133333, "roundings": 2},
         "QuZO, int8, stateless, every row": {"model": "int8", "method": "quzo", **PAPER, "eps": 3.0, "lr": 3.0},
         "QuZO, int4, stateless, every row": {"model": "int4", "method": "quzo", **PAPER, "eps": 0.03, "lr": 3e-4},
@@ -73,10 +73,12 @@ def rows() -> dict[str, Row]:
     for bits in (8, 4):
         name = f"straight-through AdamW, int{bits}, {FIRST_ORDER} steps"
         made[name] = {"kind": "ste", "bits": bits, "steps": FIRST_ORDER}
-    for seed in range(3):  # at the defaults: main rows take twice the lr for a fifth of the steps
+    for seed in range(3):  # at the defaults
         for name in ("QuZO, int4", "ZOQO, int8, LoRA", "QuZO, int8"):
             row = {"kind": "tune", **main[name], "lr": None, "steps": LONG, "seed": seed}
             made[f"{name}, {LONG} steps, seed {seed}"] = row
+    slow = {"kind": "tune", **main["QuZO, int8"], "lr": 28.673778, "steps": LONG, "seed": 0}
+    made[f"QuZO, int8, a sixth of the lr, {LONG} steps, seed 0"] = slow
     made["ZOQO, int8, LoRA, eta 3, 1000 steps, seed 0"] = {"kind": "tune", **other["ZOQO, int8, LoRA, eta 3"], "steps": 1000}
     for name, row in other.items():
         made[f"{name}, seed 0"] = {"kind": "tune", **row, "steps": STEPS, "seed": 0}

@@ -36,7 +36,7 @@ widest layer's (a gated product and its factors),
 
     2 T (2 hidden + 3 widest)
 
-times C: gradless reads both sides of a query in one forward, C = 2, unless T is above 2048; MeZO's dense weights one after the
+times C: gradless reads both sides of a query in one forward, C = 2, unless T is above 1024; MeZO's dense weights one after the
 other. The same goes for logits.
 
 Logits are those that a loss needs, one position an example: fp32 logits and their log-softmax, 8 V bytes an example, and 12 V

@@ -228,7 +228,7 @@ FEW_LEVELS, DEFAULT_SPAN = 16, 32
 """On grids of so few levels neighbouring codes move together: a finer change of what a layer computes than single ones make."""
 DEFAULT_STRIDE = 16
 """Of the rows whose codes quzo and zoqo tune."""
-PAIR_TOKENS = 2048
+PAIR_TOKENS = 1024
 """In batches of up to so many both losses of a query come from one forward; in longer ones unpacking is a small part."""
 
 
