@@ -41,7 +41,7 @@ def main() -> None:
         variants["peak"] = lambda: peak(ctypes.c_int64(ROUNDS))
         work["peak"] = 128 * 12 * ROUNDS * torch.get_num_threads()
     for shape, (tokens, columns, rows) in SHAPES.items():
-        x, weight, every = torch.randn(tokens, columns).bfloat16(), torch.randn(rows, columns), torch.arange(rows)
+        x, weight, every = torch.randn(1, tokens, columns).bfloat16(), torch.randn(rows, columns), torch.arange(rows)
         variants[f"bf16 {shape}"] = partial(torch.nn.functional.linear, x, weight.bfloat16())
         for grid in ("int4", "int8"):
             name, packed = packed_rows(weight, "w", grid, 64, search=False)

@@ -56,7 +56,10 @@ def products(x: Tensor, weights: Tensor) -> Tensor:
     """Each share's x @ W.T: (views, m, columns) and (views, n, columns) -> (views, m, n)."""
     if len(x) == 1:
         return F.linear(x[0], weights[0]).unsqueeze(0)
-    return torch.stack([F.linear(share, weight) for share, weight in zip(x, weights, strict=True)])
+    y = x.new_empty(*x.shape[:-1], weights.shape[1])
+    for share, weight, into in zip(x, weights, y, strict=True):
+        torch.mm(share, weight.T, out=into)
+    return y
 
 
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:

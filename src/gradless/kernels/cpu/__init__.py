@@ -148,6 +148,7 @@ def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """See `reference.linear_int8`."""
     assert tensor.block.levels is None
+    assert x.shape[::2] == (max(1, len(tensor.views)), tensor.columns)
     x, rows = x.contiguous(), rows.contiguous()
     out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype)
     _library.gradless_linear_int8(
