@@ -121,7 +121,7 @@ def test_fused_modules_leave_gradients_and_caches_to_their_own_forwards(tiny):
 
 
 def test_nothing_is_fused_without_compiled_kernels(tiny, monkeypatch):
-    monkeypatch.setattr(kernels, "name", lambda: "torch")
+    monkeypatch.setattr(kernels, "name", lambda _device: "torch")
     loaded = load_gguf(tiny)
     assert loaded.model.config._attn_implementation == "sdpa"
     assert not any("forward" in vars(m) for m in loaded.model.modules() if not isinstance(m, QuantLinear))
