@@ -56,6 +56,7 @@ def rows() -> dict[str, Row]:
         "QuZO, fp8, fp8 activations": {"model": "fp8 a row", "method": "quzo", "activations": "fp8"},
         "ZOQO, int4, LoRA of 4 bits": {"model": "int4", "method": "zoqo", "lora": 8, "lora_bits": 4},
         "QuZO, int8, LoRA": {"model": "int8", "method": "quzo", "lora": 8, "lr": 917.56089},
+        "QuZO, int8, LoRA, a sixteenth of the lr": {"model": "int8", "method": "quzo", "lora": 8, "lr": 57.347556},
         "QuZO, int8, Q-RGE2": {"model": "int8", "method": "quzo", "lr": 57.347556, "roundings": 2},
         "QuZO, int4, Q-RGE2": {"model": "int4", "method": "quzo", "lr": 0.26133333, "roundings": 2},
         "QuZO, int8, stateless, every row": {"model": "int8", "method": "quzo", **PAPER, "eps": 3.0, "lr": 3.0},
