@@ -56,6 +56,7 @@ def rows() -> dict[str, Row]:
         "QuZO, fp8, fp8 activations": {"model": "fp8 a row", "method": "quzo", "activations": "fp8"},
         "ZOQO, int4, LoRA of 4 bits": {"model": "int4", "method": "zoqo", "lora": 8, "lora_bits": 4},
         "QuZO, int8, LoRA": {"model": "int8", "method": "quzo", "lora": 8, "lr": 917.56089},
+        "QuZO, fp8, a twelfth of the lr": {"model": "fp8", "method": "quzo", "lr": 1.3937778},
         "QuZO, int8, LoRA, a sixteenth of the lr": {"model": "int8", "method": "quzo", "lora": 8, "lr": 57.347556},
         "QuZO, int8, Q-RGE2": {"model": "int8", "method": "quzo", "lr": 57.347556, "roundings": 2},
         "QuZO, int4, Q-RGE2": {"model": "int4", "method": "quzo", "lr": 0.26133333, "roundings": 2},
@@ -78,6 +79,9 @@ def rows() -> dict[str, Row]:
         for name in ("QuZO, int4", "ZOQO, int8, LoRA", "QuZO, int8"):
             row = {"kind": "tune", **main[name], "lr": None, "steps": LONG, "seed": seed}
             made[f"{name}, {LONG} steps, seed {seed}"] = row
+    for seed in range(3):
+        row = {"kind": "tune", **main["QuZO, int8"], "lr": 57.347556, "steps": STEPS, "seed": seed}
+        made[f"QuZO, int8, a third of the lr, seed {seed}"] = row
     slow = {"kind": "tune", **main["QuZO, int8"], "lr": 28.673778, "steps": LONG, "seed": 0}
     made[f"QuZO, int8, a sixth of the lr, {LONG} steps, seed 0"] = slow
     made["ZOQO, int8, LoRA, eta 3, 1000 steps, seed 0"] = {"kind": "tune", **other["ZOQO, int8, LoRA, eta 3"], "steps": 1000}

@@ -171,9 +171,8 @@ class QuantEmbedding(_Packed):
         """int64 (...) -> (..., embedding_dim), each view of the table serving its equal share of the ids."""
         distinct, place = torch.unique(ids, return_inverse=True)
         looked_up = kernels.dequantize(self.packed, file_rows(self.packed)[distinct], self.dtype)
-        shares = place.view(len(looked_up), -1)
-        y = torch.stack([weight[share] for weight, share in zip(looked_up, shares, strict=True)])
-        y = y.view(*ids.shape, self.embedding_dim)
+        views = torch.arange(len(looked_up), device=ids.device).unsqueeze(1)
+        y = looked_up[views, place.view(len(looked_up), -1)].view(*ids.shape, self.embedding_dim)
         return y if self.factor is None else y * self.factor.to(y.dtype)
 
     def extra_repr(self) -> str:
