@@ -338,6 +338,27 @@ def test_linear_int8_is_the_dense_product_with_quantized_tokens(name, rows, bloc
     assert ((kernels.linear_int8(tensor, order, x) - exact).abs() <= (groups + 8) * 2.0**-24 * size).all()
 
 
+@settings(deadline=None, max_examples=80)
+@given(st.sampled_from(EVERY_TYPE), st.integers(1, 120), st.integers(1, 5), st.integers(1, 30), READ, st.integers(0, 99))
+def test_linear_in_bf16_is_the_product_with_the_unpacked_weight(name, rows, blocks, m, read, seed):
+    """Off by the fp32 roundings of a sum and by the result's own rounding alone; no token knows of the others."""
+    tensor = quant(name, rows, blocks, seed)
+    part, tensor.views = read
+    if part is not None:
+        tensor.tune(part)
+        tensor.clamp = True
+    some = torch.randint(rows, (1 + seed % 70,), generator=torch.Generator().manual_seed(seed))
+    views = max(1, len(tensor.views))
+    x = Direction(seed, 0).values("x", 0, views * m * tensor.columns).view(views, m, -1).bfloat16()
+    ours = kernels.linear(tensor, some, x)
+    weights = reference.dequantize(tensor, some, torch.bfloat16).double()
+    exact, size = x.double() @ weights.mT, x.double().abs() @ weights.abs().mT
+    assert ours.dtype is torch.bfloat16
+    assert ((ours - exact).abs() <= 2.0**-8 * exact.abs() + tensor.columns * 2.0**-23 * size + 1e-30).all()
+    if kernels.products()["bf16"] == "AVX512-BF16":
+        assert torch.equal(ours[:, :1], kernels.linear(tensor, some, x[:, :1]))
+
+
 @pytest.mark.parametrize("ops", [cpu, reference], ids=lambda ops: ops.NAME)
 def test_codes_beyond_a_byte_are_multiplied_exactly(ops):
     tensor = quant("int8/64", 21, 3)

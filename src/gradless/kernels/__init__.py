@@ -30,13 +30,13 @@ __all__ = [
     "dither",
     "exported_offset",
     "gate",
-    "integer_products",
     "linear",
     "linear_int8",
     "move_blocks",
     "move_codes",
     "moved",
     "name",
+    "products",
     "rms_norm",
     "whole_steps",
     "why_not_compiled",
@@ -135,10 +135,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return result
 
 
-def integer_products() -> str:
-    """Which instructions multiply integers on this CPU."""
+def products() -> dict[str, str]:
+    """What multiplies each type of activations with packed weights on this CPU: instructions of ours, or torch."""
     compiled, _ = _own("cpu")
-    return reference.NAME if compiled is None else str(compiled.choose_path())
+    result: dict[str, str] = (compiled or reference).instructions()
+    return result
 
 
 def _ops(tensor: Tensor) -> ModuleType:

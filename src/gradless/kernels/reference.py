@@ -62,6 +62,11 @@ def products(x: Tensor, weights: Tensor) -> Tensor:
     return y
 
 
+def instructions() -> dict[str, str]:
+    """What multiplies int8 and bf16 activations with packed weights."""
+    return dict.fromkeys(("int8", "bf16"), NAME)
+
+
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """x @ W.T of integer activations and the integer codes of the weight under each of `tensor.views`.
 

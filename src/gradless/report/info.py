@@ -63,7 +63,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         },
         "kernels": kernels.name(),
         "why_not_compiled": kernels.why_not_compiled(),
-        "integer_products": kernels.integer_products(),
+        "products": kernels.products(),
         "eps": eps,
         "surviving": {tensor.block.name: round(surviving(tensor, eps), 4) for tensor in _one_a_type(linear)},
     }
@@ -105,7 +105,7 @@ def as_text(description: dict[str, Any]) -> str:
         f"  mezo would tune {tunable['mezo']['values']:>12,} values in {tunable['mezo']['tensors']} norms and biases",
         f"  kernels: {description['kernels']}"
         + (f" ({description['why_not_compiled']})" if description["why_not_compiled"] else "")
-        + f"; integer products: {description['integer_products']}",
+        + "".join(f"; {activations} products: {how}" for activations, how in description["products"].items()),
     ]
     for name, cosine in description["surviving"].items():
         if cosine < ENOUGH:

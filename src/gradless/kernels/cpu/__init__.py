@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradless.blocks import BlockType
-from gradless.kernels.reference import products
+from gradless.kernels import reference
 from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Signs, Stream, Words, normal_table
 from gradless.tensor import Move, Part, QuantTensor
 
@@ -141,22 +141,29 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
-    """See `reference.linear`."""
-    return products(x, dequantize(tensor, rows, x.dtype))
+    """See `reference.linear`; bf16 in panels, a few rows unpacked at a time, where the processor multiplies it."""
+    if x.dtype is not torch.bfloat16 or not _library.gradless_multiplies_bf16():
+        return reference.products(x, dequantize(tensor, rows, x.dtype))
+    return _product(_library.gradless_linear_bf16, tensor, rows, x)
 
 
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """See `reference.linear_int8`."""
     assert tensor.block.levels is None
+    bf16 = x.dtype is torch.bfloat16
+    return _product(_library.gradless_linear_int8_bf16 if bf16 else _library.gradless_linear_int8_f32, tensor, rows, x)
+
+
+def _product(multiply: Any, tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """x (views, m, columns) by the rows of a weight, through a function of the library."""
     assert x.shape[::2] == (max(1, len(tensor.views)), tensor.columns)
     x, rows = x.contiguous(), rows.contiguous()
     out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype)
-    _library.gradless_linear_int8(
+    multiply(
         ctypes.byref(_blocks(tensor, rows)),
         *_moves(tensor.views, tensor.name),
         ctypes.c_int64(len(rows)),
         ctypes.c_int64(x.shape[1]),
-        ctypes.c_int32(x.dtype is torch.bfloat16),
         _at(x),
         _at(out),
     )
@@ -207,6 +214,14 @@ def choose_path(slower: int = 0) -> str | None:
     """Multiply integers by the fastest instructions of this processor, once `slower` of them are passed over; their name."""
     name: bytes | None = _library.gradless_choose_path(ctypes.c_int32(slower))
     return None if name is None else name.decode()
+
+
+def instructions() -> dict[str, str]:
+    """See `reference.instructions`."""
+    return {
+        "int8": choose_path() or reference.NAME,
+        "bf16": "AVX512-BF16" if _library.gradless_multiplies_bf16() else reference.NAME,
+    }
 
 
 def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <vector>
+#include "bf16.hpp"
 #include "blocks.hpp"
 #include "fused.hpp"
 #include "int8.hpp"
@@ -193,7 +194,7 @@ static std::vector<View> views_of(const Blocks &t, const Move *moves, int64_t co
 // A worker's loop is written out for each output type because a template cannot be cloned for instruction sets.
 #define DEQUANTIZE(T) \
     for (int64_t i = begin; i < end; i++) \
-        dequantize_row<T>(t, views, t.rows ? t.rows[i] : i, n * t.blocks * T::size, out + i * t.blocks * T::size);
+        dequantize_row<T>(t, views, t.rows ? t.rows[i] : i, n * t.blocks * T::size, out + (i - begin) * t.blocks * T::size);
 #define WORKER(NAME, OUT) \
     CLONES void NAME(const Blocks &t, const Move *moves, int64_t count, int64_t n, int64_t begin, int64_t end, OUT *out) { \
         std::vector<View> views = views_of(t, moves, count); \
@@ -201,6 +202,18 @@ static std::vector<View> views_of(const Blocks &t, const Move *moves, int64_t co
     }
 WORKER(dequantize_f32, float)
 WORKER(dequantize_bf16, uint16_t)
+
+// Rows [begin, end) of the product of bf16, for all of m tokens: out is (m, n).
+CLONES void multiply_panel(const uint32_t *panel, int64_t columns, const uint16_t *x, int64_t m, int64_t n, int64_t begin, int64_t end, uint16_t *out) {
+    for (int64_t first = 0; first < m; first += BF16_TILE) {
+        float y[BF16_TILE][BF16_PANEL];
+        const uint32_t *token[BF16_TILE];
+        for (int i = 0; i < BF16_TILE; i++) token[i] = (const uint32_t *)(x + std::min(first + i, m - 1) * columns);
+        product_bf16(panel, columns / 2, token, y);
+        for (int64_t i = first; i < std::min(first + BF16_TILE, m); i++)
+            for (int64_t r = begin; r < end; r++) out[i * n + r] = to_bf16(y[i - first][r - begin]);
+    }
+}
 
 // One row of each view's panel.
 template <class T> INLINE void pack_row(const Blocks &t, std::vector<View> &views, int64_t row, std::vector<Panel> &panels, int r) {
@@ -485,7 +498,30 @@ template <class Worker> static void in_shares(int64_t n, int64_t grain, Worker w
         worker(share * grain, std::min(n, (share + 1) * grain));
 }
 
+// reference.linear_int8: `quantize` and `multiply` are those of x's and out's type.
+template <class Value, class Quantize, class Multiply>
+static void linear_int8(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, const Value *x, Value *out, Quantize quantize, Multiply multiply) {
+    const int64_t tiles = (m + TILE - 1) / TILE, columns = t->blocks * block_size(*t), views = std::max<int64_t>(1, count);
+    std::vector<Tokens> tokens;
+    for (int64_t v = 0; v < views; v++) tokens.emplace_back(tiles, columns, t->blocks * block_groups(*t));
+    in_shares(views * tiles, 1, [&](int64_t tile, int64_t) {
+        const int64_t v = tile / tiles, begin = tile % tiles * TILE;
+        quantize(x + v * m * columns, m, begin, begin + TILE, tokens[v]);
+    });
+    in_shares(n, PANEL, [&](int64_t begin, int64_t end) {
+        const std::vector<Panel> panels = panels_of(*t, moves, count, begin, end);
+        for (int64_t v = 0; v < views; v++) multiply(panels[v], tokens[v], m, n, begin, end, out + v * m * n);
+    });
+}
+
 extern "C" {
+void gradless_linear_int8_f32(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, const float *x, float *out) {
+    linear_int8(t, moves, count, n, m, x, out, quantize_f32, multiply_f32);
+}
+void gradless_linear_int8_bf16(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, const uint16_t *x, uint16_t *out) {
+    linear_int8(t, moves, count, n, m, x, out, quantize_bf16, multiply_bf16);
+}
+
 void gradless_set_normal_table(const uint16_t *table) { set_normal_table(table); }
 
 void gradless_coordinates(const Direction *direction, int64_t n, float *out) {
@@ -512,25 +548,24 @@ void gradless_whole_steps(const Move *move, int64_t n, int8_t *residual, float *
 
 void gradless_dequantize(const Blocks *t, const Move *moves, int64_t count, int64_t n, int32_t bf16, void *out) {
     in_shares(n, 32, [&](int64_t begin, int64_t end) {
-        if (bf16) dequantize_bf16(*t, moves, count, n, begin, end, (uint16_t *)out);
-        else dequantize_f32(*t, moves, count, n, begin, end, (float *)out);
+        const int64_t at = begin * t->blocks * block_size(*t);
+        if (bf16) dequantize_bf16(*t, moves, count, n, begin, end, (uint16_t *)out + at);
+        else dequantize_f32(*t, moves, count, n, begin, end, (float *)out + at);
     });
 }
 
-void gradless_linear_int8(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, int32_t bf16, const void *x, void *out) {
-    const int64_t tiles = (m + TILE - 1) / TILE, columns = t->blocks * block_size(*t), views = std::max<int64_t>(1, count);
-    std::vector<Tokens> tokens;
-    for (int64_t v = 0; v < views; v++) tokens.emplace_back(tiles, columns, t->blocks * block_groups(*t));
-    in_shares(views * tiles, 1, [&](int64_t tile, int64_t) {
-        const int64_t v = tile / tiles, begin = tile % tiles * TILE, x_at = v * m * columns;
-        if (bf16) quantize_bf16((const uint16_t *)x + x_at, m, begin, begin + TILE, tokens[v]);
-        else quantize_f32((const float *)x + x_at, m, begin, begin + TILE, tokens[v]);
-    });
-    in_shares(n, PANEL, [&](int64_t begin, int64_t end) {
-        const std::vector<Panel> panels = panels_of(*t, moves, count, begin, end);
+// Whether gradless_linear_bf16 is there on this processor.
+int32_t gradless_multiplies_bf16() { return multiplies_bf16(); }
+
+void gradless_linear_bf16(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, const uint16_t *x, uint16_t *out) {
+    const int64_t columns = t->blocks * block_size(*t), views = std::max<int64_t>(1, count);
+    in_shares(n, BF16_PANEL, [&](int64_t begin, int64_t end) {
+        std::vector<uint16_t> rows(views * BF16_PANEL * columns);
+        std::vector<uint32_t> panel(BF16_PANEL * columns / 2);
+        dequantize_bf16(*t, moves, count, BF16_PANEL, begin, end, rows.data());
         for (int64_t v = 0; v < views; v++) {
-            if (bf16) multiply_bf16(panels[v], tokens[v], m, n, begin, end, (uint16_t *)out + v * m * n);
-            else multiply_f32(panels[v], tokens[v], m, n, begin, end, (float *)out + v * m * n);
+            interleave((const uint32_t *)(rows.data() + v * BF16_PANEL * columns), columns / 2, panel.data());
+            multiply_panel(panel.data(), columns, x + v * m * columns, m, n, begin, end, out + v * m * n);
         }
     });
 }
