@@ -143,7 +143,7 @@ def test_a_full_disk_while_saving_is_one_sentence_and_the_journal_remains(tiny, 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gradless.formats.tensor_file.shutil.copyfile", full)
+    monkeypatch.setattr("gradless.formats.gguf.shutil.copyfile", full)
     assert tune(tiny, rows, tmp_path / "run") == 1
     assert "No space left on device" in capsys.readouterr().err
     monkeypatch.undo()

@@ -7,10 +7,10 @@ import torch
 
 from gradless.blocks import BLOCK_TYPES
 from gradless.errors import GradlessError
+from gradless.formats.checkpoint import to_fp16
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
-from gradless.formats.tensor_file import to_fp16
 from gradless.fusing import fuse
 from gradless.methods import QZO
 from gradless.noise import Direction
@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, tiny, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gradless.formats.tensor_file.shutil.copyfile", full)
+    monkeypatch.setattr("gradless.formats.gguf.shutil.copyfile", full)
     with pytest.raises(GradlessError, match=r"No space left on device.*nothing was changed"):
         GGUFFile.open(tiny).export(tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from gradless.cli import main
 from gradless.errors import GradlessError
+from gradless.formats.folder import Folder
 from gradless.formats.gguf import GGUFFile
-from gradless.formats.packed import open_packed
 from gradless.memory import METHODS, RANK, need, shapes_of, shapes_of_config
 from gradless.spaces import CodeSpace, parameter_sites
 from gradless.training.options import DEFAULT_STRIDE
@@ -59,7 +59,7 @@ def test_a_dense_model_is_planned_as_quantize_packs_it(dense, tmp_path, capsys, 
     bits = options or ["--bits", "4"]
     assert main(["quantize", str(dense), "--output", str(tmp_path / "packed"), *bits]) == 0
     capsys.readouterr()
-    file = open_packed(tmp_path / "packed")
+    file = Folder.open(tmp_path / "packed")
     before, from_json = (planned(capsys, path, *options) for path in (dense, dense / "config.json"))
     after = planned(capsys, tmp_path / "packed")
     assert before["methods"] == from_json["methods"] == after["methods"]

@@ -11,7 +11,8 @@ from gradless import kernels, run
 from gradless.blocks import block_type
 from gradless.cli import main
 from gradless.errors import GradlessError
-from gradless.formats.packed import WEIGHTS, open_packed, packed_rows, quantize
+from gradless.formats.folder import WEIGHTS, Folder
+from gradless.formats.packed import packed_rows, quantize
 from gradless.grids import GRIDS
 from gradless.layers import QuantLinear, set_activations
 from gradless.noise import Direction, uniform_grid
@@ -154,7 +155,7 @@ def test_overwriting_a_run_that_quantizes_keeps_its_new_base(dense, rows, tmp_pa
     assert main([*arguments, "--overwrite", "--labels", "0=no"]) == 1  # bad input leaves the run that is there alone
     assert (tmp_path / "run" / "base" / WEIGHTS).read_bytes() == before
     assert main([*arguments, "--overwrite", "--bits", "4"]) == 0
-    assert open_packed(tmp_path / "run" / "base").quantized["model.layers.0.mlp.up_proj.weight"].block.name == "int4/64"
+    assert Folder.open(tmp_path / "run" / "base").quantized["model.layers.0.mlp.up_proj.weight"].block.name == "int4/64"
     journal = str(tmp_path / "run" / "journal.db")
     assert main(["replay", str(tmp_path / "run" / "base"), journal, "--output", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "run" / "model" / WEIGHTS).read_bytes()
@@ -184,7 +185,7 @@ def test_the_layout_is_the_documented_one(dense, tmp_path):
     assert weight.dtype is torch.uint8
     assert weight.shape == (512, 256 // 64, 2 + 64 // 2)
     assert tensors["model.norm.weight"].dtype is torch.bfloat16
-    assert open_packed(folder).quantized["model.layers.0.mlp.up_proj.weight"].block.name == "int4/64"
+    assert Folder.open(folder).quantized["model.layers.0.mlp.up_proj.weight"].block.name == "int4/64"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradless import kernels
-from gradless.blocks import block_type
+from gradless.blocks import ZERO_AT, block_type
 from gradless.kernels import reference
 from gradless.noise import Direction, Signs, uniform_grid
 from gradless.tensor import Move, Part, QuantTensor
@@ -17,17 +17,20 @@ from tests.strategies import DISTRIBUTIONS, EVERY_TYPE
 ops = pytest.importorskip("gradless.kernels.triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"
-FEW = ("Q4_1", "Q6_K", "nf4/32")
+FEW = ("Q4_1", "Q6_K", "nf4/32", "uint4/64+zero", "int8/64+fp32")
 WIDE = Move(Direction(3, 1, 4, uniform_grid(90)), 1.0)
-INTEGER_TYPES = ["Q4_1", "Q6_K", "int8/64"]
+INTEGER_TYPES = ["Q4_1", "Q6_K", "int8/64", "uint8/32+zero"]
 
 
 def some(name: str, part: Part, rows: int = 5, blocks: int = 3) -> QuantTensor:
     block = block_type(name)
     packed = kernels._some_bytes((rows, blocks, block.nbytes)).to(DEVICE)
-    for at in (at for at in (block.scale_at, block.offset_at) if at is not None):
-        packed[..., at + 1] %= 40  # finite fp16
-    tensor = QuantTensor("w", block, packed)
+    for at, dtype in block.fields.items():
+        top = packed[..., at + dtype.itemsize - 1]
+        top.copy_(top % 40 if dtype is torch.float16 else torch.full_like(top, 60))  # finite, and not too small for fp16
+    if block.has_zero_point:
+        packed[..., ZERO_AT + 1] = 0
+    tensor = QuantTensor("w", block, packed, share=2 if block.has_zero_point else 1)
     tensor.tune(part)
     return tensor
 

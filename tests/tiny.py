@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import torch
 
-from gradless.blocks import block_type
+from gradless.blocks import ZERO_AT, block_type
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, CONTEXT = 256, 4, 2, 64, 512, 2, 128
 
@@ -32,8 +32,11 @@ def random_blocks(block_name: str, rows: int, columns: int, rng: np.random.Gener
     levels = {"Q8_0": 127, "Q6_K": 32 * 127, "Q5_K": 31 * 63, "Q4_K": 15 * 63, "Q3_K": 4 * 32, "Q2_K": 3 * 15}
     scale = size / levels.get(block_name, 8) * rng.uniform(0.5, 1.5, (rows, blocks, 1)).astype(np.float32)
     signed = scale * np.where(rng.random(scale.shape) < 0.5, -1, 1) if block.offset_at is None else scale
-    packed[..., block.scale_at : block.scale_at + 2] = signed.astype(np.float16).view(np.uint8)
-    if block.offset_at is not None:
+    width = block.scale_type.itemsize
+    packed[..., block.scale_at : block.scale_at + width] = signed.astype(f"f{width}").view(np.uint8)
+    if block.has_zero_point:
+        packed[..., ZERO_AT : ZERO_AT + 2] = rng.integers(0, 17, scale.shape, dtype=np.int16).view(np.uint8)
+    elif block.offset_at is not None:
         offset = scale * 7.5 if block.offset_unit is None else -scale * block.offset_unit
         packed[..., block.offset_at : block.offset_at + 2] = offset.astype(np.float16).view(np.uint8)
     return packed.reshape(rows, blocks * block.nbytes)

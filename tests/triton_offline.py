@@ -23,6 +23,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.uint8: "u8",
     torch.int8: "i8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -69,10 +70,10 @@ def main() -> None:
             recorders.append(Recorder(program))
             setattr(programs, name, recorders[-1])
     query = Move(Direction(7, 1, 2, RoundedGaussian(0.3)), 1.0)
-    for name in ("Q4_1", "Q4_K", "Q6_K", "nf4/64"):
+    for name in ("Q4_1", "Q4_K", "Q6_K", "nf4/64", "uint4/64+zero", "int8/64+fp32"):
         block = block_type(name)
         for part in (Part.SCALE, Part.CODE):
-            tensor = QuantTensor("w", block, torch.zeros(4, 3, block.nbytes, dtype=torch.uint8))
+            tensor = QuantTensor("w", block, torch.zeros(4, 3, block.nbytes, dtype=torch.uint8), share=2)
             tensor.tune(part)
             tensor.views = (query, query._replace(coefficient=-1.0)) if part is Part.CODE else (Move(Direction(7, 1), 0.1),) * 2
             ops.dequantize(tensor, torch.arange(4), torch.bfloat16)

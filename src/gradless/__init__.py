@@ -24,7 +24,7 @@ _HOMES = {
     "Journal": "gradless.journal",
     "GGUFFile": "gradless.formats.gguf",
     "load_gguf": "gradless.formats.gguf_model",
-    "load_packed": "gradless.formats.packed",
+    "load_folder": "gradless.formats.folder_model",
     "ZOConfig": "gradless.training.trainer",
     "ZOTrainer": "gradless.training.trainer",
 }

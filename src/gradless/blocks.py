@@ -8,9 +8,10 @@ d and m are the block's fp16 fields, the values that QZO tunes; codes and multip
 In the simple types (Q4_0 .. Q8_0) there is one group and both multipliers are 1. In the K-quants m is `dmin` and the
 offset multiplier is minus the group's 4- or 6-bit minimum. Types without an m have `offset_at` None.
 
-Our own types (`grid_block`) hold the codes of any grid: d, then m where there is one, then the codes, two in a byte where the
+Our own types (`grid_block`) hold the codes of any grid: d, then what else there is, then the codes, two in a byte where the
 grid has at most 16 levels (every 16 bytes hold 32 codes: the low nibbles first). Where the grid is not uniform, `code` in the
-formula is the level that the code stands for.
+formula is the level that the code stands for. What else there is: nothing; an m; or a zero point, w = d * (code - zero), which
+is the formula with m = d and minus the zero point for its multiplier. Where d was fp32 in the file it is here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -44,13 +45,14 @@ class BlockType:
         index: the number by which the C++ kernels know it.
         size: weights in a block.
         nbytes: bytes of a block.
-        scale_at: byte offset of the fp16 scale d.
-        offset_at: byte offset of the fp16 offset m, or None.
+        scale_at: byte offset of the scale d.
+        offset_at: byte offset of the fp16 offset m, or None; that of d where m is d itself (zero points).
         codes: the lowest and the highest code.
         offset_unit: what a relative step of the offset is measured in, as a multiple of |d| (half the largest code, so
             that it shifts the block's mean as far as the same step of the scale does); None: a multiple of |m| itself.
         unpack: (n, nbytes) uint8 -> the blocks' integers.
         levels: what each code stands for, from the lowest on; None where codes are their own levels.
+        scale_type: of d, fp16 or fp32.
     """
 
     name: str
@@ -63,6 +65,17 @@ class BlockType:
     offset_unit: float | None
     unpack: Callable[[Tensor], Unpacked]
     levels: tuple[float, ...] | None = None
+    scale_type: torch.dtype = torch.float16
+
+    @property
+    def fields(self) -> dict[int, torch.dtype]:
+        """Where the tuned fields lie, d first, and of which type they are."""
+        return ({} if self.offset_at is None else {self.offset_at: torch.float16}) | {self.scale_at: self.scale_type}
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether m is d itself: one value moves both."""
+        return self.offset_at == self.scale_at
 
     @cached_property
     def grid(self) -> Grid:
@@ -84,8 +97,9 @@ class BlockType:
         return torch.tensor(self.levels, device=codes.device)[(codes.clamp(lowest, highest) - lowest).long()]
 
     def field(self, packed: Tensor, at: int) -> Tensor:
-        """The fp16 field at byte `at` of blocks (..., nbytes) uint8, as fp32 (...)."""
-        return packed[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1).float()
+        """The field at byte `at` of blocks (..., nbytes) uint8, as fp32 (...)."""
+        dtype = self.fields[at]
+        return packed[..., at : at + dtype.itemsize].contiguous().view(dtype).squeeze(-1).float()
 
     def pack(self, packed: Tensor, codes: Tensor) -> Tensor:
         """Blocks with other codes and the same fields: (n, nbytes) uint8 and (n, size) codes -> (n, nbytes) uint8."""
@@ -240,42 +254,78 @@ BLOCK_TYPES = {
 
 GROUP_SIZES = (64, 32)
 """Of our own blocks; a coarser range repeats its scale in every block."""
+Form = Literal["", "offset", "zero", "fp32"]
+"""What our own blocks hold beside an fp16 d and codes: nothing, an fp16 m, an int16 zero point; or d in fp32."""
+ZERO_AT = 2
+"""Byte offset of the zero point."""
 
 
 @cache
-def grid_block(grid: Grid, size: int, *, offset: bool) -> BlockType:
-    """Our own type for the codes of a grid, in blocks of 32 or 64, with or without an offset.
+def grid_block(grid: Grid, size: int, form: Form = "") -> BlockType:
+    """Our own type for the codes of a grid, in blocks of 32 or 64.
 
     Levels of a grid that is not uniform are held as multiples of a power of two, so that an fp16 scale suits them.
     """
     few, signed = len(grid.levels) <= 16, grid.lowest < 0
     if few and not -8 <= grid.lowest <= grid.highest <= (7 if signed else 15):
         few = False
-    kind = (0 if signed else 1 + offset) if few else 3 + offset
-    at = 4 if offset else 2
+    kind = {"": (0 if signed else 1) if few else 3, "offset": 2 if few else 4, "zero": 6 - few, "fp32": 8 - few}[form]
+    at = 4 if form else 2
 
     def unpack(b: Tensor) -> Unpacked:
-        if not few:
-            return _simple(b[:, at:].contiguous().view(torch.int8), 0)
-        runs = b[:, at:].reshape(-1, 16)
-        return _simple(_nibbles(runs).view(len(b), size), 8 if signed else 0)
+        if few:
+            runs = b[:, at:].reshape(-1, 16)
+            codes = _simple(_nibbles(runs).view(len(b), size), 8 if signed and form == "" else 0)
+        else:
+            codes = _simple(b[:, at:].contiguous().view(torch.int8), 0)
+        if form != "zero":
+            return codes
+        return codes._replace(offset_multiplier=-b[:, ZERO_AT : ZERO_AT + 2].contiguous().view(torch.int16).float())
 
     levels = None
     if not grid.uniform:
         unit = 2.0 ** math.floor(math.log2(max(grid.levels)))
         levels = tuple(level / unit for level in grid.levels)
     return BlockType(
-        name=f"{grid.name}/{size}{'+offset' * offset}",
+        name="+".join(filter(None, (f"{grid.name}/{size}", form))),
         index=10 + 2 * kind + GROUP_SIZES.index(size),
         size=size,
         nbytes=at + (size // 2 if few else size),
         scale_at=0,
-        offset_at=2 if offset else None,
+        offset_at={"offset": 2, "zero": 0}.get(form),
         codes=(grid.lowest, grid.highest),
-        offset_unit=(7.5 if few else 127.5) if offset else None,
+        offset_unit=(7.5 if few else 127.5) if form == "offset" else None,
         unpack=unpack,
         levels=levels,
+        scale_type=torch.float32 if form == "fp32" else torch.float16,
     )
+
+
+def assemble(
+    block: BlockType, codes: Tensor, scale: Tensor, *, offset: Tensor | None = None, zero: Tensor | None = None
+) -> Tensor:
+    """Blocks of one of our own types from what they hold.
+
+    Args:
+        block: made by `grid_block`.
+        codes: integers, (..., size).
+        scale: (...), of values that its type holds.
+        offset: (...), where the type has one.
+        zero: integers, (...), where the type has one.
+
+    Returns:
+        uint8, (..., nbytes).
+    """
+    fields = [scale.to(block.scale_type)]
+    if offset is not None:
+        fields.append(offset.half())
+    if zero is not None:
+        fields.append(zero.to(torch.int16))
+    raw = (codes - block.layout()[0]).to(torch.uint8)
+    if block.nbytes - sum(field.dtype.itemsize for field in fields) < block.size:
+        low, high = raw.view(*raw.shape[:-1], -1, 2, 16).unbind(-2)
+        raw = (low | high << 4).flatten(-2)
+    return torch.cat([*(field.unsqueeze(-1).contiguous().view(torch.uint8) for field in fields), raw], dim=-1)
 
 
 def block_type(name: str) -> BlockType:
@@ -287,7 +337,7 @@ def block_type(name: str) -> BlockType:
     if name in BLOCK_TYPES:
         return BLOCK_TYPES[name]
     grid, _, rest = name.partition("/")
-    size, _, offset = rest.partition("+")
-    if not size.isdigit() or int(size) not in GROUP_SIZES or offset not in ("", "offset"):
+    size, _, form = rest.partition("+")
+    if not size.isdigit() or int(size) not in GROUP_SIZES or form not in get_args(Form):
         raise KeyError(name)
-    return grid_block(GRIDS[grid], int(size), offset=bool(offset))
+    return grid_block(GRIDS[grid], int(size), form)

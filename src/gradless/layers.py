@@ -69,6 +69,7 @@ class QuantLinear(_Packed):
         """
         rows, bias = file_rows(self.packed), cast(Tensor | None, self.bias)
         views = max(1, len(self.packed.views))
+        x = x if self.packed.column_order is None else x[..., self.packed.column_order]
         shares = x.reshape(views, -1, self.in_features)
         if self.only is not None:
             rows, bias = rows[self.only], None if bias is None else bias[self.only]

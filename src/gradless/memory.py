@@ -45,7 +45,6 @@ with their gradient.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,9 +55,9 @@ import torch
 
 from gradless.blocks import GROUP_SIZES, grid_block
 from gradless.errors import GradlessError
+from gradless.formats.checkpoint import Checkpoint
+from gradless.formats.folder import Folder, is_quantized
 from gradless.formats.gguf import GGUFFile
-from gradless.formats.packed import is_packed, open_packed
-from gradless.formats.tensor_file import TensorFile
 from gradless.grids import integers
 from gradless.layers import TILE
 from gradless.spaces import parameter_sites
@@ -204,12 +203,12 @@ def shapes_of(path: Path, *, bits: int | None = None, group_size: int | None = N
     Raises:
         GradlessError: there is no model, it cannot be read, or it is packed already and `bits` or `group_size` is given.
     """
-    packed = is_packed(path) if path.is_dir() else path.is_file() and path.suffix != ".json"
+    packed = is_quantized(path) if path.is_dir() else path.is_file() and path.suffix != ".json"
     if packed and (bits or group_size):
         raise GradlessError(f"{path} is quantized already; leave --bits and --group-size out.")
     if packed and path.is_dir():
         embedding = _skeleton(_config(path)).get_input_embeddings().weight
-        return _of_file(open_packed(path), *embedding.shape)
+        return _of_file(Folder.open(path), *embedding.shape)
     if packed:
         file = GGUFFile.open(path)
         if "token_embd.weight" not in file.tensors:
@@ -235,7 +234,7 @@ def shapes_of_config(config: Any, name: str, *, bits: int | None = None, group_s
     assert size is not None
     parameters, n = (sum(one.numel() for one in tensors) for tensors in (model.parameters(), weights.values()))
     vocabulary, hidden = model.get_input_embeddings().weight.shape
-    block = grid_block(integers(bits), size, offset=False)
+    block = grid_block(integers(bits), size)
     return Shapes(
         name=name,
         parameters=parameters,
@@ -247,18 +246,18 @@ def shapes_of_config(config: Any, name: str, *, bits: int | None = None, group_s
     )
 
 
-def _of_file(file: TensorFile, vocabulary: int, hidden: int) -> Shapes:
+def _of_file(file: Checkpoint, vocabulary: int, hidden: int) -> Shapes:
     linear = [file.quantized[name] for name in file.linear_layers()]
     if not linear:
         raise GradlessError(f"{file.path} has no quantized linear layer; give a quantized file, or the dense model's folder.")
     return Shapes(
         name=str(file.path),
-        parameters=sum(math.prod(info.shape) for info in file.tensors.values()),
+        parameters=sum(t.rows * t.columns for t in file.quantized.values()) + sum(map(torch.numel, file.floats.values())),
         linear=tuple((tensor.rows, tensor.columns) for tensor in linear),
         vocabulary=vocabulary,
         hidden=hidden,
         packed=sum(info.nbytes for info in file.tensors.values()),
-        blocks=sum(tensor.packed[..., 0].numel() for tensor in linear),
+        blocks=sum(tensor.rows * tensor.values for tensor in linear),
     )
 
 

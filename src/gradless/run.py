@@ -25,11 +25,11 @@ from gradless.files import covers
 from gradless.formats import packed
 from gradless.formats.adapter import AdaptedModel, LoRA, attach_peft
 from gradless.formats.dense import DenseModel
+from gradless.formats.folder import WEIGHTS, Folder, is_quantized
+from gradless.formats.folder_model import load_folder
 from gradless.formats.gguf import GGUFFile
-from gradless.formats.gguf_model import GGUFModel, load_gguf
-from gradless.formats.packed import PackedModel, is_packed, load_packed, open_packed
+from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import QuantizedModel
-from gradless.formats.tensor_file import to_fp16
 from gradless.journal import Journal
 from gradless.layers import set_activations
 from gradless.memory import resident_bytes
@@ -68,18 +68,18 @@ Model = QuantizedModel | DenseModel | AdaptedModel
 
 
 def load_model(path: str | Path) -> QuantizedModel | DenseModel:
-    """Load a GGUF file, or a folder of a packed or a dense model."""
+    """Load a GGUF file, or a folder of a quantized or a dense model."""
     path = Path(path)
     if path.is_dir():
-        return load_packed(path) if is_packed(path) else DenseModel.load(path)
+        return load_folder(path) if is_quantized(path) else DenseModel.load(path)
     return load_gguf(path)
 
 
 def open_model(path: Path) -> Model:
     """What a replay needs of a model: the tensors, and no module around them where they are packed."""
-    if path.is_dir():
-        return PackedModel(open_packed(path)) if is_packed(path) else DenseModel.load(path)
-    return GGUFModel(GGUFFile.open(path))
+    if path.is_dir() and not is_quantized(path):
+        return DenseModel.load(path)
+    return QuantizedModel(Folder.open(path) if path.is_dir() else GGUFFile.open(path))
 
 
 def prepare(
@@ -259,7 +259,7 @@ def quantize(loaded: Model, output: Path, options: RunOptions) -> dict[str, Any]
             f"{loaded.path} is no dense folder; only those are quantized (a GGUF file: gradless dequantize first)."
         )
     packed.quantize(loaded.model, loaded.tokenizer, grid, group, output, search=options.search)
-    return {"output": str(output), "grid": grid, "bytes": (output / packed.WEIGHTS).stat().st_size}
+    return {"output": str(output), "grid": grid, "bytes": (output / WEIGHTS).stat().st_size}
 
 
 def _claim(output: Path, options: RunOptions, inputs: list[str | None]) -> None:
@@ -443,7 +443,7 @@ def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> 
     """Round the tuned block values as the saved file holds them, and measure what that costs.
 
     Returns:
-        `before` and `after`: mean loss over the examples with fp32 values and with the file's fp16; `by_type`: the loss when
+        `before` and `after`: mean loss over the examples with fp32 values and with the file's own; `by_type`: the loss when
         only the tensors of one type are rounded, minus `before`. (An offset that is tuned together with its scale keeps its
         fp32 value here; in the file it is rounded too.)
     """
@@ -452,7 +452,9 @@ def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> 
 
     def loss(rounded: list[str]) -> float:
         for tensor, master in tuned:
-            tensor.master = to_fp16(master).float() if tensor.block.name in rounded else master
+            tensor.master = master
+            if tensor.block.name in rounded:
+                tensor.master = loaded.file.layout.saved(tensor).to(master.device)
         return objectives.evaluate(loaded.model, examples, loaded.tokenizer, generating=False)["loss"]
 
     before = loss([])
@@ -514,6 +516,6 @@ def _shown(metrics: dict[str, Any]) -> str:
 def _shown_rounding(report: dict[str, Any]) -> str:
     shares = ", ".join(f"{name} {change:+.5f}" for name, change in report["by_type"].items())
     return (
-        f"rounding to the file's fp16: loss {report['before']:.5f} -> {report['after']:.5f} "
+        f"rounding to what the file holds: loss {report['before']:.5f} -> {report['after']:.5f} "
         f"on {report['examples']} examples ({shares})"
     )

@@ -49,9 +49,11 @@ class QuantTensor:
         packed: uint8, (rows, blocks, block.nbytes), as in the file; written by updates of codes only (memory-mapped
             copy-on-write: the file itself never changes).
         row_order: int64, (rows,): the file row that model row i reads, or None for the same order. Noise follows the file.
+        column_order: int64, (columns,): the model column that each packed column is, or None for the same order.
+        share: so many consecutive blocks of a row share one tuned value (a file's group may be longer than a block).
         part: what is tuned, or None while nothing is.
         relative: whether a move is measured in each block's own unit (`unit`) or absolutely.
-        master: fp32, (rows, blocks), in file order: the tuned block values; None where there are none.
+        master: fp32, (rows, values), in file order: the tuned block values; None where there are none.
         views: the moves under which a forward reads what is tuned, each by its equal share of the batch, in their order; none
             to read it as it is.
         clamp: whether a query's codes stop at the grid's ends; otherwise they are read in a wider integer.
@@ -64,6 +66,8 @@ class QuantTensor:
     block: BlockType
     packed: Tensor
     row_order: Tensor | None = None
+    column_order: Tensor | None = None
+    share: int = 1
     part: Part | None = None
     relative: bool = True
     master: Tensor | None = field(default=None, repr=False)
@@ -81,6 +85,11 @@ class QuantTensor:
         return self.packed.shape[1] * self.block.size
 
     @property
+    def values(self) -> int:
+        """How many values of a row are tuned, where codes are not."""
+        return -(-self.packed.shape[1] // self.share)
+
+    @property
     def tuned_rows(self) -> int:
         """How many rows have codes that are tuned."""
         return -(-self.rows // self.stride)
@@ -92,28 +101,28 @@ class QuantTensor:
 
     def to(self, device: torch.device) -> None:
         """Move everything it holds to a device."""
-        for name in ("packed", "row_order", "master", "residual"):
+        for name in ("packed", "row_order", "column_order", "master", "residual"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.to(device))
 
     def base(self) -> Tensor:
-        """The values of the tuned field that the file holds: fp32, (rows, blocks)."""
+        """The values of the tuned field that the file holds: fp32, (rows, values)."""
         at = self.block.offset_at if self.part is Part.OFFSET else self.block.scale_at
         assert at is not None
-        return self.block.field(self.packed, at)
+        return self.block.field(self.packed[:, :: self.share], at)
 
     def unit(self) -> Tensor:
-        """What a move of 1 means for each value: fp32, (rows, blocks); all ones where moves are absolute."""
+        """What a move of 1 means for each value: fp32, (rows, values); all ones where moves are absolute."""
         if not self.relative:
-            return torch.ones(self.packed.shape[:2], device=self.packed.device)
+            return torch.ones(self.rows, self.values, device=self.packed.device)
         if self.part is Part.OFFSET and self.block.offset_unit is not None:
-            return self.block.field(self.packed, self.block.scale_at).abs() * self.block.offset_unit
+            return self.block.field(self.packed[:, :: self.share], self.block.scale_at).abs() * self.block.offset_unit
         return self.base().abs()
 
     def tune(self, part: Part | str, *, relative: bool = True) -> None:
         """Choose what is tuned; a block value gets an fp32 master, starting at the file's values."""
         self.part = Part(part)
         if self.part is not Part.CODE:
-            self.part = Part.SCALE if self.block.offset_at is None else self.part
+            self.part = Part.SCALE if self.block.offset_at is None or self.block.has_zero_point else self.part
             self.relative = relative
             self.master = self.base()

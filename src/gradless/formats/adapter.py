@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import gguf
 import numpy as np
@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from gradless.errors import GradlessError
 from gradless.files import replacing, replacing_folder
 from gradless.formats.dense import DenseModel
-from gradless.formats.gguf_model import GGUFModel
-from gradless.formats.packed import PackedModel
+from gradless.formats.gguf import GGUFFile
 from gradless.formats.quantized import QuantizedModel
 from gradless.grids import integers, lora_scale
 from gradless.layers import QuantLinear, file_rows
@@ -122,15 +121,19 @@ class AdaptedModel:
 
     def written(self, path: Path) -> list[Path]:
         """What `save` writes."""
-        return [path, path.with_name(path.name + ".gguf")] if isinstance(self.base, GGUFModel) else [path]
+        return [path, path.with_name(path.name + ".gguf")] if _is_gguf(self.base) else [path]
 
     def save(self, path: Path, spaces: list[Space]) -> None:
         """Write a PEFT folder; for a GGUF base a GGUF adapter beside it, under the folder's name and .gguf."""
         del spaces
-        source = self.base.path.parent if isinstance(self.base, PackedModel) else self.base.path
+        source = self.base.path
         write_peft(path, list(self.adapters.values()), self.lora, "" if source is None else str(source.resolve()))
-        if isinstance(self.base, GGUFModel):
+        if _is_gguf(self.base):
             write_gguf(self.written(path)[1], self.base, list(self.adapters.values()), self.lora)
+
+
+def _is_gguf(base: QuantizedModel | DenseModel) -> TypeGuard[QuantizedModel]:
+    return isinstance(base, QuantizedModel) and isinstance(base.file, GGUFFile)
 
 
 def adaptable(base: QuantizedModel | DenseModel) -> dict[str, Any]:
@@ -221,7 +224,7 @@ def attach_peft(base: QuantizedModel | DenseModel, folder: Path) -> None:
         raise GradlessError(f"{folder} holds an adapter without factors; it would change nothing.")
 
 
-def write_gguf(path: Path, base: GGUFModel, adapters: list[Adapter], lora: LoRA) -> None:
+def write_gguf(path: Path, base: QuantizedModel, adapters: list[Adapter], lora: LoRA) -> None:
     """Write adapters as a GGUF file that llama.cpp applies to the base (F32; B's rows in the file's order)."""
     layers = dict(base.model.named_modules())
     with replacing(path) as temporary:

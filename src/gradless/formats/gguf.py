@@ -7,17 +7,21 @@ sizes are the gguf package's.
 from __future__ import annotations
 
 import math
+import shutil
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from torch import Tensor
 
 from gradless.blocks import BLOCK_TYPES
 from gradless.errors import GradlessError
-from gradless.formats.tensor_file import FLOAT_TYPES, TensorFile, TensorInfo
+from gradless.files import replacing, sha256
+from gradless.formats.checkpoint import FLOAT_TYPES, Blocks, Checkpoint, TensorInfo, patch
 
 NOT_LINEAR = ("token_embd", "output.", "position_embd", "per_layer_token_embd", "token_types")
 SUPPORTED = (*FLOAT_TYPES, *BLOCK_TYPES)
@@ -27,12 +31,14 @@ _STRING, _ARRAY = 8, 9
 
 
 @dataclass
-class GGUFFile(TensorFile):
+class GGUFFile(Checkpoint):
     """A memory-mapped GGUF file.
 
     Attributes:
         metadata: scalar and string values; of an array, its length.
     """
+
+    output_name = "model.gguf"
 
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -47,7 +53,8 @@ class GGUFFile(TensorFile):
         if not path.is_file():
             raise GradlessError(f"there is no file {path}; give the path of a .gguf file.")
         metadata, tensors = _Header(path).parse()
-        return cls(path, tensors, metadata=metadata)
+        types = {name: info.type for name, info in tensors.items() if info.type in BLOCK_TYPES}
+        return cls(path, tensors, Blocks(types), metadata)
 
     @property
     def architecture(self) -> str:
@@ -56,6 +63,15 @@ class GGUFFile(TensorFile):
     @property
     def title(self) -> str:
         return str(self.metadata.get("general.name", self.path.stem))
+
+    def fingerprint(self) -> str:
+        return sha256(self.path)
+
+    def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
+        with replacing(path) as temporary:
+            shutil.copyfile(self.path, temporary)
+            for info, content in self.changes(floats or {}):
+                patch(temporary, info, content)
 
     def linear_layers(self) -> list[str]:
         return [name for name in self.quantized if not name.startswith(NOT_LINEAR)]
@@ -90,7 +106,7 @@ class _Header:
         for name, shape, type_name, nbytes, offset in places:
             if start + offset + nbytes > len(self.data):
                 raise self.truncated(f"tensor {name} ends at byte {start + offset + nbytes}")
-            tensors[name] = TensorInfo(name, type_name, shape, start + offset, nbytes)
+            tensors[name] = TensorInfo(name, type_name, shape, self.path, start + offset, nbytes)
         return metadata, tensors
 
     def place(self) -> tuple[str, tuple[int, ...], str, int, int]:

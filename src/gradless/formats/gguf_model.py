@@ -32,13 +32,7 @@ def load_tokenizer(path: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
 
 
-class GGUFModel(QuantizedModel):
-    """A GGUF file as a model; a replay needs the file alone."""
-
-    output_name = "model.gguf"
-
-
-def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> GGUFModel:
+def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> QuantizedModel:
     """Load a GGUF file as a transformers model that keeps it packed.
 
     Args:
@@ -68,7 +62,7 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenize
     if missing:
         raise _unsupported(file, f"its file has no tensor for {missing[0]}")
     fuse(model.requires_grad_(False).eval())
-    return GGUFModel(file, model, tokenizer or load_tokenizer(path), floats)
+    return QuantizedModel(file, model, tokenizer or load_tokenizer(path), floats)
 
 
 def _unsupported(file: GGUFFile, why: str) -> GradlessError:

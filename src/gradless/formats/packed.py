@@ -10,7 +10,6 @@ A block is its fp16 scale, its fp16 offset where the grid is not symmetric, and 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,112 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradless.blocks import GROUP_SIZES, block_type, grid_block
+from gradless.blocks import GROUP_SIZES, assemble, grid_block
 from gradless.errors import GradlessError
 from gradless.files import replacing_folder
-from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer, place_float, restore_buffers
-from gradless.formats.tensor_file import TensorFile, TensorInfo
-from gradless.fusing import fuse
+from gradless.formats.folder import FORMAT, WEIGHTS
 from gradless.grids import GRIDS, scale_and_offset
-from gradless.spaces import DenseSpace, Space, linear_layers
+from gradless.spaces import linear_layers
 
-FORMAT = "gradless-packed"
-WEIGHTS = "model.safetensors"
 SMALLEST = 2.0**-24
 """The least positive fp16."""
-
-
-class PackedModel(QuantizedModel):
-    """A packed folder as a model; a replay needs the weights' file alone."""
-
-    output_name = "model"
-
-    def save(self, path: Path, spaces: list[Space]) -> None:
-        """Write a copy of the folder with what the spaces tuned."""
-        with replacing_folder(path) as temporary:
-            shutil.copytree(self.path.parent, temporary, ignore=shutil.ignore_patterns(WEIGHTS))
-            self.file.export(temporary / WEIGHTS, {s.name: s.values for s in spaces if isinstance(s, DenseSpace)})
-
-
-class PackedFile(TensorFile):
-    """The weights of a packed folder."""
-
-    @property
-    def architecture(self) -> str:
-        return str(json.loads((self.path.parent / "config.json").read_text()).get("model_type", "unknown"))
-
-    @property
-    def title(self) -> str:
-        return self.path.parent.name
-
-
-def header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file, and where its data begin."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= path.stat().st_size - 8:
-            raise GradlessError(f"{path} is not a safetensors file, or is truncated; copy it again.")
-        try:
-            content: dict[str, Any] = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise GradlessError(f"{path} is not a safetensors file ({error}); copy it again.") from error
-    return content, 8 + length
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a folder holds a packed checkpoint of ours."""
-    path = folder / WEIGHTS
-    return path.is_file() and FORMAT in header(path)[0].get("__metadata__", {})
-
-
-def open_packed(folder: Path) -> PackedFile:
-    """Map the weights of a packed folder.
-
-    Raises:
-        GradlessError: the file is truncated, or holds a type that gradless does not know.
-    """
-    path = folder / WEIGHTS
-    content, start = header(path)
-    types: dict[str, str] = json.loads(content.pop("__metadata__")[FORMAT])
-    tensors, size = {}, path.stat().st_size
-    for name, entry in content.items():
-        begin, end = entry["data_offsets"]
-        kind, shape = types.get(name, entry["dtype"]), tuple(entry["shape"])
-        if start + end > size:
-            raise GradlessError(f"{path} is truncated: it has {size} bytes, but {name} ends at {start + end}; copy it again.")
-        if name in types:
-            try:
-                shape = (shape[0], shape[1] * block_type(kind).size)
-            except KeyError as error:
-                raise GradlessError(f"{path}: {name} has type {kind}, which this gradless does not know.") from error
-        tensors[name] = TensorInfo(name, kind, shape, start + begin, end - begin)
-    return PackedFile(path, tensors)
-
-
-def load_packed(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> PackedModel:
-    """Load a packed folder as a transformers model that keeps it packed."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    file = open_packed(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    restore_buffers(model)
-    floats = {}
-    for name in file.tensors:
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        if name in file.quantized:
-            model.set_submodule(path, packed_layer(module, file.quantized[name], dtype))
-        else:
-            floats[name] = ShownFloat(file.floats[name])
-            place_float(floats[name], module, attribute, dtype)
-    model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise GradlessError(f"{file.path} has no tensor for {missing[0]}; it does not fit its config.json.")
-    fuse(model.requires_grad_(False).eval())
-    return PackedModel(file, model, AutoTokenizer.from_pretrained(folder, local_files_only=True), floats)
 
 
 def quantize(model: Any, tokenizer: Any, grid: str, group_size: int | None, output: Path, *, search: bool = False) -> None:
@@ -176,15 +78,12 @@ def packed_rows(weight: Tensor, name: str, grid: str, group_size: int | None, *,
         raise GradlessError(
             f"{name} has rows of {columns}: groups of {group} do not fit; give a multiple of 32 that divides it."
         )
-    block = grid_block(GRIDS[grid], size, offset=not GRIDS[grid].symmetric)
+    block = grid_block(GRIDS[grid], size, "" if GRIDS[grid].symmetric else "offset")
     levels = GRIDS[grid] if block.levels is None else replace(GRIDS[grid], levels=block.levels)
     scale, offset = scale_and_offset(weight.view(-1, group), levels, search=search)
     # Codes are rounded with the scale and the offset that the file holds.
     scale = scale.clamp(min=SMALLEST).half().repeat_interleave(group // size).unsqueeze(1)
     offset = offset.half().repeat_interleave(group // size).unsqueeze(1)
     codes = levels.nearest((weight.view(-1, size) - offset.float()) / scale.float())
-    packed = torch.zeros(len(scale), block.nbytes, dtype=torch.uint8)
-    packed[:, block.scale_at : block.scale_at + 2] = scale.view(torch.uint8)
-    if block.offset_at is not None:
-        packed[:, block.offset_at : block.offset_at + 2] = offset.view(torch.uint8)
-    return block.name, block.pack(packed, codes).view(rows, columns // size, block.nbytes)
+    packed = assemble(block, codes, scale.squeeze(1), offset=None if block.offset_at is None else offset.squeeze(1))
+    return block.name, packed.view(rows, columns // size, block.nbytes)

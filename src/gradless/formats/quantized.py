@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from gradless import kernels
 from gradless.errors import GradlessError
-from gradless.files import sha256
-from gradless.formats.tensor_file import TensorFile
+from gradless.formats.checkpoint import Checkpoint
 from gradless.layers import QuantEmbedding, QuantLinear, file_rows
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space
 from gradless.tensor import QuantTensor
@@ -48,21 +47,25 @@ class QuantizedModel:
     A replay needs the file alone: it leaves `model`, `tokenizer` and the places in `floats` out.
     """
 
-    file: TensorFile
+    file: Checkpoint
     model: Any = None
     tokenizer: Any = None
     floats: dict[str, ShownFloat] = field(default_factory=dict)
 
-    output_name = ""
     quantized = True
+
+    @property
+    def output_name(self) -> str:
+        """What a run calls the tuned checkpoint."""
+        return self.file.output_name
 
     @property
     def path(self) -> Path:
         return self.file.path
 
     def fingerprint(self) -> str:
-        """The file's SHA-256."""
-        return sha256(self.file.path)
+        """One hash of all weights."""
+        return self.file.fingerprint()
 
     @property
     def tuned(self) -> list[QuantTensor]:
@@ -133,7 +136,14 @@ def restore_buffers(model: Any) -> None:
 
 
 def packed_layer(module: nn.Linear | nn.Embedding, tensor: QuantTensor, dtype: torch.dtype) -> nn.Module:
-    """The module that stands for a linear layer or an embedding."""
+    """The module that stands for a linear layer or an embedding.
+
+    Raises:
+        GradlessError: the tensor has another shape.
+    """
+    if (tensor.rows, tensor.columns) != module.weight.shape:
+        expected = " x ".join(map(str, module.weight.shape))
+        raise GradlessError(f"{tensor.name} is {tensor.rows} x {tensor.columns}; the model's configuration says {expected}.")
     if isinstance(module, nn.Linear):
         return QuantLinear(tensor, module.bias, dtype)
     return QuantEmbedding(tensor, getattr(module, "embed_scale", None), dtype)
@@ -170,7 +180,9 @@ def dequantized(loaded: QuantizedModel) -> Any:
     for path, module in loaded.model.named_modules():
         target = dense.get_submodule(path)
         if isinstance(module, QuantLinear | QuantEmbedding):
-            target.weight.data = kernels.dequantize(module.packed, file_rows(module.packed), torch.bfloat16)[0]
+            weight = kernels.dequantize(module.packed, file_rows(module.packed), torch.bfloat16)[0]
+            order = module.packed.column_order
+            target.weight.data = weight if order is None else torch.empty_like(weight).index_copy_(1, order, weight)
         for name, parameter in module.named_parameters(recurse=False):
             getattr(target, name).data = parameter.data.to(torch.bfloat16, copy=True)
     dense.tie_weights()

@@ -45,6 +45,7 @@ __all__ = [
 EVERY_TYPE = (
     *BLOCK_TYPES,
     *("int4/64", "nf4/32", "uint4/64+offset", "uint3/32+offset", "fp8-e4m3/64", "int8/32", "uint8/64+offset"),
+    *("uint4/64+zero", "uint8/32+zero", "nf4/64+fp32", "int8/64+fp32"),
 )
 """Of our own block types those for which kernels differ."""
 SELF_TESTED = {"cpu": EVERY_TYPE, "cuda": ("Q4_1", "Q6_K")}
@@ -174,12 +175,13 @@ def self_test(ops: ModuleType, device: str = "cpu", types: Sequence[str] = EVERY
     rows = torch.tensor([2, 0, 1], device=device)
     for block in map(block_type, types):
         packed = _some_bytes((3, 5, block.nbytes)).to(device)
-        for at in (at for at in (block.scale_at, block.offset_at) if at is not None):
-            packed[..., at + 1] = packed[..., at + 1] % 60 + packed[..., at + 1] // 128 * 128  # finite fp16
+        for top in (at + dtype.itemsize - 1 for at, dtype in block.fields.items()):
+            packed[..., top] = packed[..., top] % 60 + packed[..., top] // 128 * 128  # finite
         for part in Part:
             ours, theirs = (QuantTensor("self-test", block, packed) for _ in range(2))
             for tensor, kernels in ((ours, ops), (theirs, reference)):
                 tensor.packed = packed.clone()
+                tensor.share = 2 if block.has_zero_point else 1
                 tensor.tune(part)
                 if part is Part.CODE:
                     kernels.move_codes(tensor, code_move)

@@ -141,7 +141,8 @@ def _read_under(tensor: QuantTensor, view: Move | None, rows: Tensor) -> tuple[T
     scale = block.field(packed, block.scale_at)
     offset = None if block.offset_at is None else block.field(packed, block.offset_at)
     if tensor.master is not None:
-        tuned = (tensor.master if view is None else _moved_blocks(tensor, view))[rows]
+        values = (tensor.master if view is None else _moved_blocks(tensor, view))[rows]
+        tuned = values.repeat_interleave(tensor.share, 1)[:, : packed.shape[1]]
         match tensor.part:
             case Part.SCALE:
                 scale = tuned
@@ -149,6 +150,8 @@ def _read_under(tensor: QuantTensor, view: Move | None, rows: Tensor) -> tuple[T
                 offset = tuned
             case Part.BOTH:
                 offset, scale = _scaled_offset(offset, tuned, scale), tuned
+    if block.has_zero_point:
+        offset = scale
     codes, multiplier, offset_multiplier = block.unpack(packed.flatten(0, 1))
     if tensor.part is Part.CODE and view is not None:
         moved = codes + (view.coefficient * _noise(tensor, view)[rows]).view_as(codes)
@@ -250,7 +253,7 @@ def dither(name: str, shape: torch.Size) -> Tensor:
 
 
 def _moved_blocks(tensor: QuantTensor, move: Move) -> Tensor:
-    """decay * x + (coefficient * z) * unit, stopped at zero where a sign is kept: fp32, (rows, blocks)."""
+    """decay * x + (coefficient * z) * unit, stopped at zero where a sign is kept: fp32, (rows, values)."""
     assert tensor.master is not None
     x = tensor.master
     z = move.direction.values(tensor.name, 0, x.numel(), x.device).view_as(x)

@@ -11,9 +11,8 @@ import torch
 
 from gradless import kernels
 from gradless.errors import GradlessError
+from gradless.formats.folder import Folder, is_quantized
 from gradless.formats.gguf import GGUFFile
-from gradless.formats.packed import is_packed, open_packed
-from gradless.formats.tensor_file import FLOAT_TYPES
 from gradless.noise import Direction
 from gradless.tensor import Move, Part, QuantTensor
 from gradless.training.options import DEFAULT_STRIDE, DEFAULTS
@@ -26,24 +25,29 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
     """Types, sizes, and what each method would tune.
 
     Args:
-        path: of a GGUF file, or of a packed folder.
+        path: of a GGUF file, or of a quantized folder.
         eps: the perturbation to check against the scratch's rounding; None for the default.
     """
     folder = Path(path)
-    if folder.is_dir() and not is_packed(folder):
-        raise GradlessError(f"{path} is a dense folder, or none; info shows GGUF files and packed folders.")
-    file = open_packed(folder) if folder.is_dir() else GGUFFile.open(path)
-    counts = Counter(info.type for info in file.tensors.values())
-    weights, nbytes = Counter[str](), Counter[str]()
-    for info in file.tensors.values():
+    if folder.is_dir() and not is_quantized(folder):
+        raise GradlessError(f"{path} is a dense folder, or none; info shows GGUF files and quantized folders.")
+    file = Folder.open(folder) if folder.is_dir() else GGUFFile.open(path)
+    counts, weights, nbytes = Counter[str](), Counter[str](), Counter[str]()
+    for name, tensor in file.quantized.items():
+        kind = file.layout.kind(tensor)
+        counts[kind] += 1
+        weights[kind] += tensor.rows * tensor.columns
+        nbytes[kind] += sum(info.nbytes for info in file.parts(name).values())
+    for info in (file.tensors[name] for name in file.floats):
+        counts[info.type] += 1
         weights[info.type] += math.prod(info.shape)
         nbytes[info.type] += info.nbytes
     linear = [file.quantized[name] for name in file.linear_layers()]
-    floats = [info for info in file.tensors.values() if info.type in FLOAT_TYPES and len(info.shape) == 1]
+    floats = [values for values in file.floats.values() if values.ndim == 1]
     eps = eps or DEFAULTS["qzo"][1]
     return {
         "path": str(file.path),
-        "bytes": file.path.stat().st_size,
+        "bytes": sum(each.stat().st_size for each in {info.file for info in file.tensors.values()}),
         "architecture": file.architecture,
         "name": file.title,
         "types": [
@@ -57,9 +61,9 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
             for name in sorted(counts, key=lambda name: -nbytes[name])
         ],
         "tunable": {
-            "qzo": {"tensors": len(linear), "values": sum(tensor.packed[..., 0].numel() for tensor in linear)},
+            "qzo": {"tensors": len(linear), "values": sum(tensor.rows * tensor.values for tensor in linear)},
             "quzo, zoqo": {"tensors": len(linear), "values": sum(-(-t.rows // DEFAULT_STRIDE) * t.columns for t in linear)},
-            "mezo": {"tensors": len(floats), "values": sum(math.prod(info.shape) for info in floats)},
+            "mezo": {"tensors": len(floats), "values": sum(values.numel() for values in floats)},
         },
         "kernels": kernels.name(),
         "why_not_compiled": kernels.why_not_compiled(),

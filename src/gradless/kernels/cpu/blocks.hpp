@@ -183,3 +183,37 @@ template <int SIZE, bool OFFSET> struct GridBytes {
     static constexpr float offset_unit = OFFSET ? 127.5f : 0;
     INLINE void unpack(const uint8_t *b, int8_t *code, float *, float *) { std::memcpy(code, b + at, SIZE); }
 };
+
+// With a zero point: m is d, and its multiplier minus the zero point.
+template <int SIZE, bool BYTES> struct Zeroed {
+    static constexpr int size = SIZE, nbytes = 4 + (BYTES ? SIZE : SIZE / 2), groups = 1, scale_at = 0, offset_at = 0;
+    static constexpr float offset_unit = 0;
+    INLINE void unpack(const uint8_t *b, int8_t *code, float *, float *offset_multiplier) {
+        int16_t zero;
+        std::memcpy(&zero, b + 2, 2);
+        offset_multiplier[0] = -(float)zero;
+        if (BYTES) std::memcpy(code, b + 4, SIZE);
+        else
+            for (int i = 0; i < SIZE / 32; i++) Nibbles<0>::unpack(b + 4 + 16 * i, code + 32 * i);
+    }
+};
+// With d in fp32.
+template <int SIZE, bool BYTES> struct Wide {
+    static constexpr int size = SIZE, nbytes = 4 + (BYTES ? SIZE : SIZE / 2), groups = 1, scale_at = 0, offset_at = -1;
+    static constexpr float offset_unit = 0;
+    INLINE void unpack(const uint8_t *b, int8_t *code, float *, float *) {
+        if (BYTES) std::memcpy(code, b + 4, SIZE);
+        else
+            for (int i = 0; i < SIZE / 32; i++) Nibbles<0>::unpack(b + 4 + 16 * i, code + 32 * i);
+    }
+};
+template <class T> constexpr bool has_zero_point = T::offset_at == T::scale_at;
+template <class T> constexpr bool has_wide_scale = false;
+template <int SIZE, bool BYTES> constexpr bool has_wide_scale<Wide<SIZE, BYTES>> = true;
+
+template <class T> INLINE float scale_of(const uint8_t *b) {
+    if (!has_wide_scale<T>) return half_to_float(b + T::scale_at);
+    float d;
+    std::memcpy(&d, b + T::scale_at, 4);
+    return d;
+}

@@ -27,6 +27,7 @@ struct Blocks {
     const int64_t *rows;  // null: rows 0, 1, ...
     int64_t blocks;       // in a row
     int64_t all_blocks;   // in the tensor
+    int64_t share;        // so many blocks of a row share one tuned value
     int32_t type, part, relative;
     int32_t clamp, lowest, highest;  // the codes' ends, and whether a query stops there
     int32_t zero;                    // the code that all-zero bits stand for
@@ -35,6 +36,14 @@ struct Blocks {
     int8_t *residual;                // one a tuned code, in 1/256 steps; null: none
     int64_t stride;                  // codes are tuned in rows 0, stride, 2 * stride, ...
 };
+
+// Tuned values in a row.
+INLINE int64_t values_in_row(const Blocks &t) { return (t.blocks + t.share - 1) / t.share; }
+// The first block of value i.
+INLINE int64_t block_of(const Blocks &t, int64_t i) {
+    const int64_t values = values_in_row(t);
+    return t.share == 1 ? i : i / values * t.blocks + i % values * t.share;
+}
 
 INLINE void store(float *out, float value) { *out = value; }
 INLINE void store(uint16_t *out, float value) { *out = to_bf16(value); }
@@ -46,7 +55,7 @@ struct Room {
     float unit, least, most;
 };
 template <class T> INLINE Room room_of(const Blocks &t, const uint8_t *b) {
-    const float d = half_to_float(b + T::scale_at), base = t.part == OFFSET ? half_to_float(b + T::offset_at) : d;
+    const float d = scale_of<T>(b), base = t.part == OFFSET ? half_to_float(b + T::offset_at) : d;
     const bool by_scale = t.part == OFFSET && T::offset_unit != 0;  // such an offset may cross zero
     const float unit = by_scale ? __builtin_fabsf(d) * T::offset_unit : __builtin_fabsf(base), far = __builtin_inff();
     return {t.relative ? unit : 1.0f, by_scale || base < 0 ? -far : 0, by_scale || base > 0 ? far : 0};
@@ -67,31 +76,33 @@ struct View {
     const Move *move;  // null: the row as it is
     const View *same;  // an earlier view along the same direction, or this one
     Coordinates u;
-    std::vector<float> coordinate;  // of each block, or of each code
+    std::vector<float> coordinate;  // of each tuned value, or of each code
     std::vector<float> scale, offset;
     bool moves_codes;
 
     // The coordinates, scales and offsets of one row.
     template <class T> INLINE void read(View &v, const Blocks &t, int64_t row) {
         const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
-        const float *master = t.master ? t.master + row * t.blocks : nullptr;
+        const float *master = t.master ? t.master + row * values_in_row(t) : nullptr;
         v.moves_codes = v.move && t.part == CODE && row % t.stride == 0;
         if (v.same == &v && v.move && (v.moves_codes || t.part != CODE)) {
-            const int64_t n = t.blocks * (t.part == CODE ? T::size : 1);
+            const int64_t n = t.part == CODE ? t.blocks * T::size : values_in_row(t);
             Coordinates::read(v.u, row * n, n, v.coordinate.data());
         }
         const float *z = v.same->coordinate.data();
         for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes) {
-            float d = half_to_float(b + T::scale_at), m = T::offset_at < 0 ? 0 : half_to_float(b + T::offset_at);
+            float d = scale_of<T>(b), m = T::offset_at < 0 ? 0 : half_to_float(b + T::offset_at);
             if (master) {
-                float x = v.move ? moved(v.move->coefficient, v.move->decay, room_of<T>(t, b), master[k], z[k]) : master[k];
+                const int64_t i = t.share == 1 ? k : k / t.share;
+                const uint8_t *first = t.share == 1 ? b : b - k % t.share * T::nbytes;
+                float x = v.move ? moved(v.move->coefficient, v.move->decay, room_of<T>(t, first), master[i], z[i]) : master[i];
                 if (t.part == OFFSET) m = x;
                 else {
                     if (t.part == BOTH) m = m * (d == 0 ? 1.0f : x / d);
                     d = x;
                 }
             }
-            v.scale[k] = d, v.offset[k] = m;
+            v.scale[k] = d, v.offset[k] = has_zero_point<T> ? d : m;
         }
     }
 };
@@ -102,7 +113,7 @@ INLINE void write_block(const Level *level, float scale, float offset, const flo
     constexpr int group = T::size / T::groups;
     for (int g = 0; g < T::groups; g++) {
         float s = T::groups == 1 ? scale : scale * multiplier[g];
-        float o = T::groups == 1 ? offset : offset * offset_multiplier[g];
+        float o = T::groups == 1 && !has_zero_point<T> ? offset : offset * offset_multiplier[g];
         for (int i = g * group; i < (g + 1) * group; i++) {
             float w = s * (float)level[i];
             if (T::offset_at >= 0) w = w + o;
@@ -153,6 +164,14 @@ typedef GridBytes<64, false> Bytes64;
 typedef GridBytes<32, false> Bytes32;
 typedef GridBytes<64, true> AffineBytes64;
 typedef GridBytes<32, true> AffineBytes32;
+typedef Zeroed<64, false> Zeroed64;
+typedef Zeroed<32, false> Zeroed32;
+typedef Zeroed<64, true> ZeroedBytes64;
+typedef Zeroed<32, true> ZeroedBytes32;
+typedef Wide<64, false> Wide64;
+typedef Wide<32, false> Wide32;
+typedef Wide<64, true> WideBytes64;
+typedef Wide<32, true> WideBytes32;
 #define EACH_TYPE(DO) \
     switch (t.type) { \
         case 0: DO(Q4_0) break; case 1: DO(Q4_1) break; case 2: DO(Q5_0) break; case 3: DO(Q5_1) break; \
@@ -161,6 +180,8 @@ typedef GridBytes<32, true> AffineBytes32;
         case 10: DO(Signed64) break; case 11: DO(Signed32) break; case 12: DO(Unsigned64) break; case 13: DO(Unsigned32) break; \
         case 14: DO(Affine64) break; case 15: DO(Affine32) break; case 16: DO(Bytes64) break; case 17: DO(Bytes32) break; \
         case 18: DO(AffineBytes64) break; case 19: DO(AffineBytes32) break; \
+        case 20: DO(Zeroed64) break; case 21: DO(Zeroed32) break; case 22: DO(ZeroedBytes64) break; case 23: DO(ZeroedBytes32) break; \
+        case 24: DO(Wide64) break; case 25: DO(Wide32) break; case 26: DO(WideBytes64) break; case 27: DO(WideBytes32) break; \
     }
 
 #define SIZE_OF(T) size = T::size;
@@ -185,7 +206,7 @@ static std::vector<View> views_of(const Blocks &t, const Move *moves, int64_t co
         for (int64_t j = 0; j < i; j++)
             if (!std::memcmp(&moves[i].direction, &moves[j].direction, sizeof(Direction))) v.same = views[j].same;
         if (count) v.u.u = moves[i].direction;
-        v.coordinate.resize(count && v.same == &v ? t.blocks * (t.part == CODE ? block_size(t) : 1) : 0);
+        v.coordinate.resize(count && v.same == &v ? (t.part == CODE ? t.blocks * block_size(t) : values_in_row(t)) : 0);
         v.scale.resize(t.blocks), v.offset.resize(t.blocks);
     }
     return views;
@@ -243,7 +264,7 @@ template <class T> INLINE void pack_row(const Blocks &t, std::vector<View> &view
             }
             for (int64_t j = 0, g = k * T::groups; j < T::size; j += group, g++) {
                 p.scale[g * PANEL + r] = T::groups == 1 ? v.scale[k] : v.scale[k] * multiplier[j / group];
-                if (T::offset_at >= 0) p.offset[g * PANEL + r] = T::groups == 1 ? v.offset[k] : v.offset[k] * offset_multiplier[j / group];
+                if (T::offset_at >= 0) p.offset[g * PANEL + r] = T::groups == 1 && !has_zero_point<T> ? v.offset[k] : v.offset[k] * offset_multiplier[j / group];
                 if (shown) continue;
                 uint32_t *at[2] = {&p.code[0][g * group / 4 * PANEL], &p.code[1][g * group / 4 * PANEL]};
                 for (int i = 0; i < group; i += 4) std::memcpy(at[0] + i / 4 * PANEL + r, low + j + i, 4);
@@ -350,7 +371,7 @@ MULTIPLY(multiply_bf16, uint16_t)
         const int64_t n = std::min(end, (first / 128 + 1) * 128) - first; \
         float unit[128] = {0}, least[128] = {0}, most[128] = {0}, x[128] = {0}, z[128] = {0}; \
         for (int64_t i = 0; i < n; i++) { \
-            const Room room = room_of<T>(t, t.packed + (first + i) * T::nbytes); \
+            const Room room = room_of<T>(t, t.packed + block_of(t, first + i) * T::nbytes); \
             unit[i] = room.unit, least[i] = room.least, most[i] = room.most; \
         } \
         std::memcpy(x, t.master + first, sizeof(float) * n); \

@@ -120,6 +120,7 @@ def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
             reference.move_blocks(tensor, [move])
             continue
         numbers = {"master": master, "coefficient_0": move.coefficient, "decay_0": move.decay, "n": master.numel()}
+        numbers["blocks"] = tensor.packed.shape[1]
         _run(
             programs.move_blocks,
             **numbers,
@@ -249,6 +250,8 @@ def _fields(tensor: QuantTensor) -> dict[str, Any]:
         "NBYTES": block.nbytes,
         "SCALE_AT": block.scale_at,
         "OFFSET_AT": -1 if block.offset_at is None else block.offset_at,
+        "SHARE": tensor.share,
+        "WIDE": block.scale_type is torch.float32,
         "PART": _PARTS[tensor.part],
         "RELATIVE": tensor.relative,
         "KEEPS_SIGN": tensor.keeps_sign,
@@ -330,12 +333,13 @@ def _layout(block: BlockType, device: torch.device) -> tuple[int, Tensor, Tensor
 
 
 def _multipliers_of(tensor: QuantTensor) -> tuple[Tensor | None, Tensor | None]:
-    """The integers of each group, int8 (blocks, groups), which no update changes; None where they are 1 or have no offset."""
-    if _groups(tensor.block) == 1:
+    """The integers of each group, (blocks, groups), which no update changes; None where they are 1 or have no offset."""
+    if _groups(tensor.block) == 1 and not tensor.block.has_zero_point:
         return None, None
     if tensor not in _multipliers or _multipliers[tensor][0].device != tensor.packed.device:
         unpacked = [tensor.block.unpack(some)[1:] for some in torch.split(tensor.packed.flatten(0, 1), 1 << 14)]
-        multiplier, offset_multiplier = (torch.cat(each).to(torch.int8) for each in zip(*unpacked, strict=True))
+        dtype = torch.int16 if tensor.block.has_zero_point else torch.int8
+        multiplier, offset_multiplier = (torch.cat(each).to(dtype) for each in zip(*unpacked, strict=True))
         _multipliers[tensor] = multiplier, None if tensor.block.offset_at is None else offset_multiplier
     return _multipliers[tensor]
 

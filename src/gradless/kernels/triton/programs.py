@@ -85,6 +85,25 @@ def signs(x):
 
 
 @triton.jit
+def value_of(block, blocks, SHARE: tl.constexpr):
+    """Which tuned value each block reads: int64."""
+    value = block
+    if SHARE > 1:
+        value = block // blocks * ((blocks + SHARE - 1) // SHARE) + block % blocks // SHARE
+    return value
+
+
+@triton.jit
+def scale_of(packed, block, here, NBYTES: tl.constexpr, AT: tl.constexpr, WIDE: tl.constexpr):
+    """The scale d at byte AT of blocks, fp16 or, where WIDE, fp32: fp32."""
+    if WIDE:
+        scale = tl.load((packed + block * NBYTES + AT).to(tl.pointer_type(tl.float32)), mask=here, other=0)
+    else:
+        scale = field(packed, block, here, NBYTES, AT)
+    return scale
+
+
+@triton.jit
 def field(packed, block, here, NBYTES: tl.constexpr, AT: tl.constexpr):
     """The fp16 field at byte AT of blocks: fp32."""
     at = packed + block * NBYTES + AT
@@ -105,10 +124,10 @@ def moved(x, z, base, unit, coefficient, decay, KEEPS_SIGN: tl.constexpr):
 @triton.jit
 def base_and_unit(
     packed, block, here, unit_of_offset, NBYTES: tl.constexpr, SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr,
-    PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
+    PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The file's value of the tuned field of each block, and what a move of 1 means for it."""
-    d = field(packed, block, here, NBYTES, SCALE_AT)
+    d = scale_of(packed, block, here, NBYTES, SCALE_AT, WIDE)
     base, unit = d, tl.abs(d)
     if PART == OFFSET:
         base = field(packed, block, here, NBYTES, OFFSET_AT)
@@ -132,19 +151,24 @@ def codes_of(packed, block, i, here, pieces, zero, NBYTES: tl.constexpr, SIZE: t
 
 @triton.jit
 def read(
-    packed, master, block, here, z, coefficient, decay, unit_of_offset, NBYTES: tl.constexpr, SCALE_AT: tl.constexpr,
-    OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr, MOVED: tl.constexpr,
+    packed, master, block, value, blocks, here, z, coefficient, decay, unit_of_offset, NBYTES: tl.constexpr,
+    SCALE_AT: tl.constexpr,
+    OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr, SHARE: tl.constexpr,
+    WIDE: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
-    """Scale and offset of each block under a view; z: the view's coordinate of each block."""
-    scale = field(packed, block, here, NBYTES, SCALE_AT)
+    """Scale and offset of each block under a view; z: the view's coordinate of each block's tuned value."""
+    scale = scale_of(packed, block, here, NBYTES, SCALE_AT, WIDE)
     offset = tl.zeros_like(scale)
     if OFFSET_AT >= 0:
         offset = field(packed, block, here, NBYTES, OFFSET_AT)
     if PART > 0 and PART != CODE:
-        x = tl.load(master + block, mask=here, other=0)
+        x = tl.load(master + value, mask=here, other=0)
         if MOVED:
+            first = block
+            if SHARE > 1:
+                first = block - block % blocks % SHARE
             base, unit = base_and_unit(
-                packed, block, here, unit_of_offset, NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN
+                packed, first, here, unit_of_offset, NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, WIDE
             )
             x = moved(x, z, base, unit, coefficient, decay, KEEPS_SIGN)
         if PART == OFFSET:
@@ -153,20 +177,23 @@ def read(
             if PART == BOTH:
                 offset = offset * tl.where(scale == 0, 1.0, tl.div_rn(x, tl.where(scale == 0, 1.0, scale)))
             scale = x
+    if OFFSET_AT == SCALE_AT:
+        offset = scale
     return scale, offset
 
 
 @triton.jit
 def weights_of(
     level, scale, offset, block, i, here, multiplier, offset_multiplier, SIZE: tl.constexpr, GROUPS: tl.constexpr,
-    OFFSET_AT: tl.constexpr,
+    SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr,
 ):  # fmt: skip
     """(scale * multiplier) * level + offset * offset_multiplier of codes i: fp32 (P, N)."""
     s = tl.broadcast_to(scale[:, None], level.shape)
     o = tl.broadcast_to(offset[:, None], level.shape)
-    if GROUPS > 1:
+    if GROUPS > 1 or OFFSET_AT == SCALE_AT:
         group = (block * GROUPS)[:, None] + (i // (SIZE // GROUPS))[None, :]
-        s = s * tl.load(multiplier + group, mask=here[:, None], other=0).to(tl.float32)
+        if GROUPS > 1:
+            s = s * tl.load(multiplier + group, mask=here[:, None], other=0).to(tl.float32)
         if OFFSET_AT >= 0:
             o = o * tl.load(offset_multiplier + group, mask=here[:, None], other=0).to(tl.float32)
     w = s * level
@@ -182,27 +209,28 @@ def dequantize(
     n, blocks, zero, lowest, highest, stride,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
-    LEVELS: tl.constexpr, CLAMP: tl.constexpr, VIEWS: tl.constexpr, P: tl.constexpr,
+    SHARE: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, CLAMP: tl.constexpr, VIEWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """P blocks of one row under each view; out: (views, n, blocks * SIZE)."""
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i)
     k = tl.program_id(1) * P + tl.arange(0, P)
     here, block = k < blocks, row * blocks + k
+    value = value_of(block, blocks, SHARE)
     code = codes_of(packed, block, tl.arange(0, SIZE), here, pieces, zero, NBYTES, SIZE)
     element = (block * SIZE)[:, None] + tl.arange(0, SIZE)[None, :]
     z, step_of_code = tl.zeros((P,), tl.float32), tl.zeros((P, SIZE), tl.float32)
     if VIEWS > 0 and PART == CODE and row % stride == 0:
         step_of_code = coordinate(element, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
     if VIEWS > 0 and PART > 0 and PART != CODE:
-        z = coordinate(block, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+        z = coordinate(value, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
     for view in tl.static_range(max(1, VIEWS)):
         coefficient, decay = coefficient_0, decay_0
         if view == 1:
             coefficient, decay = coefficient_1, decay_1
         scale, offset = read(
-            packed, master, block, here, z, coefficient, decay, unit_of_offset,
-            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, VIEWS > 0,
+            packed, master, block, value, blocks, here, z, coefficient, decay, unit_of_offset,
+            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
         )  # fmt: skip
         level = code.to(tl.float32) + step_of_code * coefficient
         if LEVELS or CLAMP:
@@ -210,7 +238,9 @@ def dequantize(
         if LEVELS:
             level = tl.load(levels + (level - lowest).to(tl.int32))
         i_of = tl.arange(0, SIZE)
-        w = weights_of(level, scale, offset, block, i_of, here, multiplier, offset_multiplier, SIZE, GROUPS, OFFSET_AT)
+        w = weights_of(
+            level, scale, offset, block, i_of, here, multiplier, offset_multiplier, SIZE, GROUPS, SCALE_AT, OFFSET_AT
+        )
         at = ((view * n + i) * blocks + k) * SIZE
         tl.store(out + at[:, None] + tl.arange(0, SIZE)[None, :], rounded(w, out.dtype.element_ty), mask=here[:, None])
 
@@ -222,7 +252,8 @@ def linear(
     tokens, n, blocks, zero, lowest, highest,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
-    LEVELS: tl.constexpr, VIEWS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
+    SHARE: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, VIEWS: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """x @ W.T for ROWS of a weight whose codes stay as they are and TOKENS of each view; x: (views, tokens, blocks * SIZE)."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -232,30 +263,44 @@ def linear(
     first, second_view = tl.zeros((TOKENS, ROWS), tl.float32), tl.zeros((TOKENS, ROWS), tl.float32)
     for k in range(blocks):
         block, z = row * blocks + k, tl.zeros((ROWS,), tl.float32)
+        value = value_of(block, blocks, SHARE)
         if VIEWS > 0 and PART > 0:
-            z = coordinate(block, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+            z = coordinate(value, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
         scale, offset = read(
-            packed, master, block, here, z, coefficient_0, decay_0, unit_of_offset,
-            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, VIEWS > 0,
+            packed, master, block, value, blocks, here, z, coefficient_0, decay_0, unit_of_offset,
+            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
         )  # fmt: skip
         scale_1, offset_1 = scale, offset
         if VIEWS > 1:
             scale_1, offset_1 = read(
-                packed, master, block, here, z, coefficient_1, decay_1, unit_of_offset,
-                NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, VIEWS > 0,
+                packed, master, block, value, blocks, here, z, coefficient_1, decay_1, unit_of_offset,
+                NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
             )  # fmt: skip
         for part in tl.static_range(SIZE // K):
             column = part * K + tl.arange(0, K)
             level = codes_of(packed, block, column, here, pieces, zero, NBYTES, SIZE).to(tl.float32)
             if LEVELS:
                 level = tl.load(levels + (tl.minimum(tl.maximum(level, lowest), highest) - lowest).to(tl.int32))
-            w = weights_of(level, scale, offset, block, column, here, multiplier, offset_multiplier, SIZE, GROUPS, OFFSET_AT)
+            w = weights_of(
+                level, scale, offset, block, column, here, multiplier, offset_multiplier, SIZE, GROUPS, SCALE_AT, OFFSET_AT
+            )
             at = x + ((t.to(tl.int64) * blocks + k) * SIZE)[:, None] + column[None, :]
             inputs = tl.load(at, mask=there[:, None], other=0.0)
             first += tl.dot(inputs, tl.trans(rounded(w, inputs.dtype)))
             if VIEWS > 1:
                 w = weights_of(
-                    level, scale_1, offset_1, block, column, here, multiplier, offset_multiplier, SIZE, GROUPS, OFFSET_AT
+                    level,
+                    scale_1,
+                    offset_1,
+                    block,
+                    column,
+                    here,
+                    multiplier,
+                    offset_multiplier,
+                    SIZE,
+                    GROUPS,
+                    SCALE_AT,
+                    OFFSET_AT,
                 )
                 inputs = tl.load(at + tokens.to(tl.int64) * blocks * SIZE, mask=there[:, None], other=0.0)
                 second_view += tl.dot(inputs, tl.trans(rounded(w, inputs.dtype)))
@@ -272,7 +317,8 @@ def linear_int8(
     tokens, n, blocks, zero, lowest, highest, stride,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
-    CLAMP: tl.constexpr, VIEWS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
+    SHARE: tl.constexpr, WIDE: tl.constexpr, CLAMP: tl.constexpr, VIEWS: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """reference.linear_int8 for ROWS and TOKENS of one view; x: int8 (views, tokens, blocks * SIZE), s: fp32 (views, tokens).
 
@@ -289,11 +335,12 @@ def linear_int8(
     y = tl.zeros((TOKENS, ROWS), tl.float32)
     for k in range(blocks):
         block, z = row * blocks + k, tl.zeros((ROWS,), tl.float32)
+        value = value_of(block, blocks, SHARE)
         if VIEWS > 0 and PART > 0 and PART != CODE:
-            z = coordinate(block, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+            z = coordinate(value, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
         scale, offset = read(
-            packed, master, block, here, z, coefficient, decay, unit_of_offset,
-            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, VIEWS > 0,
+            packed, master, block, value, blocks, here, z, coefficient, decay, unit_of_offset,
+            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
         )  # fmt: skip
         for group in tl.static_range(GROUPS):
             first = group * (SIZE // GROUPS) // K * K
@@ -316,8 +363,8 @@ def linear_int8(
             by, by_offset, at_group = scale, offset, block * GROUPS + group
             if GROUPS > 1:
                 by = by * tl.load(multiplier + at_group, mask=here, other=0).to(tl.float32)
-                if OFFSET_AT >= 0:
-                    by_offset = by_offset * tl.load(offset_multiplier + at_group, mask=here, other=0).to(tl.float32)
+            if OFFSET_AT == SCALE_AT or (GROUPS > 1 and OFFSET_AT >= 0):
+                by_offset = by_offset * tl.load(offset_multiplier + at_group, mask=here, other=0).to(tl.float32)
             y = tl.fma(tl.broadcast_to(by[None, :], y.shape), acc.to(tl.float32), y)
             if OFFSET_AT >= 0:
                 total = tl.sum(inputs.to(tl.int32), axis=1).to(tl.float32)
@@ -338,16 +385,23 @@ def coordinates(
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def move_blocks(
-    packed, master, unit_of_offset, key_low, key_high, step, stream, second, normal, edges, m, eps, coefficient_0, decay_0, n,
+    packed, master, unit_of_offset, key_low, key_high, step, stream, second, normal, edges, m, eps, coefficient_0,
+    decay_0, n, blocks,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr,
-    PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr, P: tl.constexpr,
+    PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
+    SHARE: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
-    here = block < n
-    z = coordinate(block, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
-    base, unit = base_and_unit(packed, block, here, unit_of_offset, NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN)
-    x = tl.load(master + block, mask=here, other=0)
-    tl.store(master + block, moved(x, z, base, unit, coefficient_0, decay_0, KEEPS_SIGN), mask=here)
+    value = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+    here, block = value < n, value
+    if SHARE > 1:
+        values = (blocks + SHARE - 1) // SHARE
+        block = value // values * blocks + value % values * SHARE
+    z = coordinate(value, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+    base, unit = base_and_unit(
+        packed, block, here, unit_of_offset, NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, WIDE
+    )
+    x = tl.load(master + value, mask=here, other=0)
+    tl.store(master + value, moved(x, z, base, unit, coefficient_0, decay_0, KEEPS_SIGN), mask=here)
 
 
 @triton.jit

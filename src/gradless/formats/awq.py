@@ -1,0 +1,45 @@
+"""AWQ's checkpoints in gemm order: 4 bits, a zero point a group.
+
+Codes lie along the rows: a word holds rows 8 k .. 8 k + 7 of one column, in the order in which its kernel unpacks them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from gradless.errors import GradlessError
+from gradless.formats.words import Words, pack_words, unpack_words
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The row, of eight, that each nibble of a word holds, from the lowest on."""
+
+
+class AWQ(Words):
+    """A layer's tensors as AWQ's tools write them."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """From `quantization_config`.
+
+        Raises:
+            GradlessError: it is another order than gemm's, or has other bits than 4.
+        """
+        version, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit", 4))
+        if version != "gemm" or bits != 4:
+            raise GradlessError(f"AWQ in {version} order with {bits} bits; supported is gemm with 4.")
+        group = config.get("group_size", config.get("q_group_size", 128))
+        return cls(bits, None if group == -1 else group)
+
+    def codes(self, words: Tensor) -> Tensor:
+        rows = unpack_words(words.T.contiguous(), self.bits).view(-1, len(ORDER), len(words))
+        return torch.empty_like(rows).index_copy_(1, torch.tensor(ORDER), rows).flatten(0, 1).T
+
+    def zeros(self, words: Tensor) -> Tensor:
+        return self.codes(words).to(torch.int16)
+
+    def words(self, codes: Tensor) -> Tensor:
+        rows = codes.T.reshape(-1, len(ORDER), len(codes))[:, torch.tensor(ORDER)].flatten(0, 1)
+        return pack_words(rows, self.bits).T

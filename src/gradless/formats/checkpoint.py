@@ -1,0 +1,206 @@
+"""A checkpoint that is mapped into memory as it is, and whose export patches only what was tuned.
+
+Whatever the container, a checkpoint is tensors at offsets of files, floats and packed matrices; a `Layout` says how the tensors
+of a packed matrix become our blocks and what of them changes when these were tuned.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradless import kernels
+from gradless.blocks import block_type
+from gradless.tensor import Part, QuantTensor
+
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = FLOAT_TYPES | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `shape` is in row-major order (rows first), `offset` and `nbytes` are in `file`."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+class Layout(ABC):
+    """How a format packs a matrix.
+
+    Attributes:
+        parts: what the names of its tensors end with, after the module's path; the first is in no other layer.
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+
+    def matrices(self, names: Iterable[str]) -> list[str]:
+        """The names of the packed matrices among those of a checkpoint's tensors."""
+        first = "." + self.parts[0]
+        return [name.removesuffix(first) + ".weight" for name in names if name.endswith(first)]
+
+    @abstractmethod
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+        """The matrix in our blocks.
+
+        Raises:
+            GradlessError: its tensors contradict each other, or hold what cannot be tuned.
+        """
+
+    @abstractmethod
+    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts that tuning changed, each whole, of the file's own types and shapes."""
+
+    def kind(self, tensor: QuantTensor) -> str:
+        """What to call the matrix's type in a table."""
+        return tensor.block.name
+
+    def saved(self, tensor: QuantTensor) -> Tensor:
+        """What the file will hold of the tuned values: fp32, (rows, values)."""
+        assert tensor.master is not None
+        return to_fp16(tensor.master).float()
+
+
+class Blocks(Layout):
+    """Matrices that lie in the file in blocks of ours."""
+
+    parts = ("weight",)
+
+    def __init__(self, types: Mapping[str, str]) -> None:
+        self.types = types
+
+    def matrices(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in self.types]
+
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+        block = block_type(self.types[name])
+        rows = math.prod(parts["weight"].shape[:-1])
+        return QuantTensor(name, block, parts["weight"].view(rows, -1, block.nbytes))
+
+    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        packed = tensor.packed.cpu().clone()
+        if tensor.master is not None:
+            block, saved = tensor.block, {tensor.part: to_fp16(tensor.master)}
+            if tensor.part is Part.BOTH:
+                saved = {Part.SCALE: to_fp16(tensor.master), Part.OFFSET: to_fp16(kernels.exported_offset(tensor))}
+            for part, values in saved.items():
+                at = block.offset_at if part is Part.OFFSET else block.scale_at
+                assert at is not None
+                packed[..., at : at + 2] = values.cpu().unsqueeze(-1).view(torch.uint8)
+        return {"weight": packed.view_as(parts["weight"])}
+
+
+@dataclass
+class Checkpoint(ABC):
+    """Memory-mapped tensors.
+
+    Attributes:
+        path: of the file or folder.
+        tensors: every tensor's place, in the file's order.
+        layout: of the packed matrices; None where there are none.
+        contents: the tensors, by name, as views of the file in their own type; those in blocks as bytes.
+        quantized: the packed matrices, by the name of their module's weight.
+        floats: the floating-point tensors that are no part of a packed matrix, by name.
+    """
+
+    output_name: ClassVar[str]
+
+    path: Path
+    tensors: dict[str, TensorInfo] = field(repr=False)
+    layout: Layout
+    contents: dict[str, Tensor] = field(repr=False, init=False)
+    quantized: dict[str, QuantTensor] = field(repr=False, init=False, default_factory=dict)
+    floats: dict[str, Tensor] = field(repr=False, init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Copy-on-write: torch sees writable memory, tuned codes get pages of their own, and the file itself never changes.
+        mapped = cache(lambda path: np.memmap(path, dtype=np.uint8, mode="c"))
+        self.contents = {}
+        for name, info in self.tensors.items():
+            raw = torch.from_numpy(mapped(info.file)[info.offset : info.offset + info.nbytes])
+            if info.type in TYPES:
+                self.contents[name] = raw.view(TYPES[info.type]).view(info.shape)
+            else:
+                self.contents[name] = raw.view(*info.shape[:-1], -1)
+        packed: set[str] = set()
+        for name in self.layout.matrices(self.tensors):
+            self.quantized[name] = self.layout.read(name, self._contents(name))
+            packed.update(info.name for info in self.parts(name).values())
+        for name, info in self.tensors.items():
+            if info.type in FLOAT_TYPES and name not in packed:
+                self.floats[name] = self.contents[name]
+
+    def parts(self, name: str) -> dict[str, TensorInfo]:
+        """The places of a packed matrix's tensors, by part."""
+        stem = name.removesuffix("weight")
+        return {part: self.tensors[stem + part] for part in self.layout.parts if stem + part in self.tensors}
+
+    def _contents(self, name: str) -> dict[str, Tensor]:
+        return {part: self.contents[info.name] for part, info in self.parts(name).items()}
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """transformers' or GGUF's name of the model's kind."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What the checkpoint calls its model."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """One hash of all weights."""
+
+    @abstractmethod
+    def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
+        """Write a copy with what was tuned.
+
+        Args:
+            path: of the new file or folder; replaced whole.
+            floats: tuned values of float tensors by name, rounded to nearest in each tensor's own type.
+
+        Raises:
+            GradlessError: the disk is full; nothing is left behind.
+        """
+
+    def linear_layers(self) -> list[str]:
+        """The packed matrices that are trained by default: all but the embeddings and the head."""
+        return list(self.quantized)
+
+    def changes(self, floats: Mapping[str, Tensor]) -> Iterator[tuple[TensorInfo, Tensor]]:
+        """What a copy differs in: tensors' places and their new contents."""
+        for name, tensor in self.quantized.items():
+            if tensor.part is not None:
+                for part, content in self.layout.write(tensor, self._contents(name)).items():
+                    yield self.parts(name)[part], content
+        for name, values in floats.items():
+            yield self.tensors[name], values.cpu().to(FLOAT_TYPES[self.tensors[name].type])
+
+
+def patch(path: Path, info: TensorInfo, content: Tensor) -> None:
+    """Write a tensor over its place in a copy of its file."""
+    raw = content.contiguous().flatten().view(torch.uint8)
+    assert len(raw) == info.nbytes, info.name
+    with path.open("rb+") as file:
+        file.seek(info.offset)
+        file.write(raw.numpy().tobytes())
+
+
+def to_fp16(values: Tensor) -> Tensor:
+    """Round to nearest fp16, saturating at its largest finite value."""
+    return values.clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)

@@ -1,0 +1,138 @@
+"""Integer codes in 32-bit words, with a scale and a zero point for each group of a row: w = scale * (code - zero).
+
+GPTQ's checkpoints and AWQ's both hold a layer like this, as columns by rows: `qweight` (the codes), `qzeros` and `scales`
+(groups by rows), and GPTQ's also `g_idx`, the group of each column. They differ in how codes lie in words.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradless.blocks import GROUP_SIZES, assemble, grid_block
+from gradless.errors import GradlessError
+from gradless.formats.checkpoint import Layout, to_fp16
+from gradless.grids import integers
+from gradless.tensor import Part, QuantTensor
+
+
+@dataclass(frozen=True)
+class Words(Layout):
+    """A layout of codes in words.
+
+    Attributes:
+        bits: of a code.
+        group_size: columns of a group; None for a whole row.
+    """
+
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+
+    bits: int
+    group_size: int | None
+
+    @abstractmethod
+    def codes(self, words: Tensor) -> Tensor:
+        """`qweight` int32 -> uint8 (columns, rows)."""
+
+    @abstractmethod
+    def zeros(self, words: Tensor) -> Tensor:
+        """`qzeros` int32 -> int16 (groups, rows)."""
+
+    @abstractmethod
+    def words(self, codes: Tensor) -> Tensor:
+        """uint8 (columns, rows) -> `qweight` int32."""
+
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+        missing = {"qweight", "qzeros", "scales"} - set(parts)
+        if missing:
+            raise GradlessError(f"{name}: there is no {min(missing)} beside its codes; download or copy the model again.")
+        codes, zeros, scales = self.codes(parts["qweight"]), self.zeros(parts["qzeros"]), parts["scales"]
+        columns, rows = codes.shape
+        group = self.group_size or columns
+        groups = -(-columns // group)
+        for part, tensor in (("qzeros", zeros), ("scales", scales)):
+            if tensor.shape != (groups, rows):
+                raise GradlessError(
+                    f"{name} has {columns} columns in groups of {group} and {rows} rows, "
+                    f"but its {part} are for {' x '.join(map(str, tensor.shape))}, not {groups} x {rows}."
+                )
+        if not scales.isfinite().all():
+            raise GradlessError(f"{name} has a scale that is not a finite number; download or quantize the model again.")
+        if not torch.equal(scales.half().to(scales.dtype), scales):
+            raise GradlessError(f"{name} has {scales.dtype} scales that fp16 cannot hold; such files are not supported yet.")
+        size = next((size for size in GROUP_SIZES if group % size == 0 and columns % size == 0), None)
+        if size is None:
+            raise GradlessError(f"{name} has groups of {group} in rows of {columns}; multiples of 32 are supported.")
+        order = None if "g_idx" not in parts else column_order(name, parts["g_idx"], columns, group)
+        block = grid_block(integers(self.bits, symmetric=False), size, "zero")
+        lowest, share = block.codes[0], group // size
+        codes = (codes if order is None else codes[order]).T.reshape(rows, -1, size)
+        scale, zero = (x.T.repeat_interleave(share, 1)[:, : columns // size] for x in (scales, zeros))
+        packed = assemble(block, codes.to(torch.int16) + lowest, scale, zero=zero + lowest)
+        return QuantTensor(name, block, packed, column_order=order, share=share)
+
+    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if tensor.part is not Part.CODE:
+            return {"scales": self.saved(tensor).T.cpu().to(parts["scales"].dtype)}
+        raw = tensor.block.unpack(tensor.packed.flatten(0, 1).cpu()).codes - tensor.block.codes[0]
+        codes = raw.to(torch.uint8).view(tensor.rows, tensor.columns).T
+        if tensor.column_order is not None:
+            codes = torch.empty_like(codes).index_copy_(0, tensor.column_order.cpu(), codes)
+        return {"qweight": self.words(codes)}
+
+    def saved(self, tensor: QuantTensor) -> Tensor:
+        assert tensor.master is not None
+        return to_fp16(tensor.master).float()
+
+
+def column_order(name: str, g_idx: Tensor, columns: int, group: int) -> Tensor | None:
+    """The model's column of each packed one, so that groups lie together: int64 (columns,); None where they do already.
+
+    Raises:
+        GradlessError: a group is out of range, or is not as long as the others.
+    """
+    groups = torch.arange(columns) // group
+    if g_idx.shape != (columns,) or g_idx.min() < 0 or g_idx.max() > groups[-1]:
+        raise GradlessError(
+            f"{name}: g_idx names groups beyond 0 .. {groups[-1]}, or is not one for each of {columns} columns."
+        )
+    order = g_idx.argsort(stable=True)
+    if not torch.equal(g_idx[order].long(), groups):
+        raise GradlessError(f"{name}: g_idx makes groups that are not of {group} columns each.")
+    return None if torch.equal(g_idx.long(), groups) else order
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """Codes that lie one after the other in int32 words, lowest bits first: (n, m) -> uint8 (32 n / bits, m)."""
+    together = _words_together(bits)
+    mask, taken = (1 << bits) - 1, []
+    for first in range(0, 32 * together, bits):
+        word, low = divmod(first, 32)
+        code = words[word::together] >> low & mask
+        if low + bits > 32:
+            code = code & ((1 << (32 - low)) - 1) | (words[word + 1 :: together] << (32 - low) & mask)
+        taken.append(code.to(torch.uint8))
+    return torch.stack(taken, 1).flatten(0, 1)
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of `unpack_words`: uint8 (n, m) -> int32 (n * bits / 32, m)."""
+    together = _words_together(bits)
+    each = 32 * together // bits
+    words = torch.zeros(len(codes) // each * together, codes.shape[1], dtype=torch.int32)
+    for i in range(each):
+        word, low = divmod(i * bits, 32)
+        code = codes[i::each].to(torch.int32)
+        words[word::together] |= code << low
+        if low + bits > 32:
+            words[word + 1 :: together] |= code >> (32 - low)
+    return words
+
+
+def _words_together(bits: int) -> int:
+    """In how many words codes begin and end together."""
+    return 3 if bits == 3 else 1
