@@ -22,7 +22,7 @@ IDS = torch.tensor([[7, 70, 30, 200, 5, 31]])
 def adapted(path, *, rank=4, bits=8, moved=True):
     """A tiny model with adapters; `moved` gives B values too."""
     model = AdaptedModel(load_gguf(path, dtype=torch.float32), LoRA(rank, bits=bits, seed=3))
-    spaces = model.spaces("codes", model.tunable()["codes"], residual=True)
+    spaces = model.spaces("codes", model.tunable("codes"), residual=True)
     if moved:
         for space in spaces:
             space.values.add_(torch.arange(space.values.numel(), dtype=torch.int16).view_as(space.values) % 41 - 20)

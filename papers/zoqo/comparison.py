@@ -34,7 +34,7 @@ def tune(row: Row) -> Row:
     loaded = run.load_model(base("int8"))
     train = run.prepare(str(DATA / "train.tsv"), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
     dev = run.prepare(str(DATA / "dev.tsv"), loaded, options).examples
-    spaces = loaded.spaces("codes", loaded.tunable()["codes"], stride=DEFAULT_STRIDE, residual=True)
+    spaces = loaded.spaces("codes", loaded.tunable("codes"), stride=DEFAULT_STRIDE, residual=True)
 
     def right(answers: list[int]) -> int:
         return sum(answer == example.label for answer, example in zip(answers, asked, strict=True))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,9 +162,13 @@ NF4 = codebook(
     ),
 )
 
+# bitsandbytes' 4-bit floats, in twelfths: two zeros are one level.
+_FP4 = (0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+FP4 = codebook("fp4", tuple(float(np.float32(level / 12)) for level in (*(-x for x in reversed(_FP4)), 0.0, *_FP4)))
+
 GRIDS: dict[str, Grid] = {
     **{grid.name: grid for bits in range(2, 9) for grid in (integers(bits), integers(bits, symmetric=False))},
-    **{grid.name: grid for grid in (floating(torch.float8_e4m3fn), floating(torch.float8_e5m2), NF4)},
+    **{grid.name: grid for grid in (floating(torch.float8_e4m3fn), floating(torch.float8_e5m2), NF4, FP4)},
 }
 """The named grids."""
 

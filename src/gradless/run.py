@@ -454,7 +454,7 @@ def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> 
         for tensor, master in tuned:
             tensor.master = master
             if tensor.block.name in rounded:
-                tensor.master = loaded.file.layout.saved(tensor).to(master.device)
+                tensor.master = loaded.file.saved(tensor).to(master.device)
         return objectives.evaluate(loaded.model, examples, loaded.tokenizer, generating=False)["loss"]
 
     before = loss([])

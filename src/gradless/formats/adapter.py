@@ -30,6 +30,7 @@ from gradless.grids import integers, lora_scale
 from gradless.layers import QuantLinear, file_rows
 from gradless.noise import Direction, Stream, uniform
 from gradless.spaces import GridSpace, Space, linear_layers
+from gradless.targets import EVERYTHING, Targets
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -95,9 +96,13 @@ class AdaptedModel:
         """The base's."""
         return self.base.fingerprint()
 
-    def tunable(self) -> dict[str, list[str]]:
-        """The layers that get adapters."""
-        return {"codes": list(self.layers)}
+    def tunable(self, kind: str, targets: Targets = EVERYTHING) -> list[str]:
+        """The layers that get adapters.
+
+        Raises:
+            GradlessError: the targets leave nothing.
+        """
+        return targets.choose([(path, path) for path in self.layers], self.layers) if kind == "codes" else []
 
     def grid_length(self, name: str) -> float:
         """How many steps the factors' grid has from end to end."""

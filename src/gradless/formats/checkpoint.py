@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gradless import kernels
 from gradless.blocks import block_type
+from gradless.errors import GradlessError
 from gradless.tensor import Part, QuantTensor
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -69,8 +70,9 @@ class Layout(ABC):
         """What to call the matrix's type in a table."""
         return tensor.block.name
 
-    def saved(self, tensor: QuantTensor) -> Tensor:
+    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
         """What the file will hold of the tuned values: fp32, (rows, values)."""
+        del parts
         assert tensor.master is not None
         return to_fp16(tensor.master).float()
 
@@ -182,6 +184,10 @@ class Checkpoint(ABC):
         """The packed matrices that are trained by default: all but the embeddings and the head."""
         return list(self.quantized)
 
+    def saved(self, tensor: QuantTensor) -> Tensor:
+        """What the checkpoint will hold of a matrix's tuned values: fp32, (rows, values)."""
+        return self.layout.saved(tensor, self._contents(tensor.name))
+
     def changes(self, floats: Mapping[str, Tensor]) -> Iterator[tuple[TensorInfo, Tensor]]:
         """What a copy differs in: tensors' places and their new contents."""
         for name, tensor in self.quantized.items():
@@ -199,6 +205,17 @@ def patch(path: Path, info: TensorInfo, content: Tensor) -> None:
     with path.open("rb+") as file:
         file.seek(info.offset)
         file.write(raw.numpy().tobytes())
+
+
+def finite(name: str, scales: Tensor) -> Tensor:
+    """The scales themselves.
+
+    Raises:
+        GradlessError: one is not a finite number.
+    """
+    if not scales.isfinite().all():
+        raise GradlessError(f"{name} has a scale that is not a finite number; download or quantize the model again.")
+    return scales
 
 
 def to_fp16(values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from gradless.errors import GradlessError
 from gradless.files import replacing_folder, sha256
 from gradless.spaces import Space, parameter_sites, parameters
+from gradless.targets import EVERYTHING, Targets
 
 
 @dataclass
@@ -48,9 +49,16 @@ class DenseModel:
         parts = "".join(f"{file.name}:{sha256(file)};" for file in sorted(self.path.glob("*.safetensors")))
         return hashlib.sha256(parts.encode()).hexdigest()
 
-    def tunable(self) -> dict[str, list[str]]:
-        """Names of what can be searched, by kind."""
-        return {"parameters": list(parameter_sites(self.model))}
+    def tunable(self, kind: str, targets: Targets = EVERYTHING) -> list[str]:
+        """Names of the parameters that are searched; of other kinds there are none.
+
+        Raises:
+            GradlessError: the targets leave nothing.
+        """
+        if kind != "parameters":
+            return []
+        everything = parameter_sites(self.model, lambda _name, _module: True)
+        return targets.choose([(name.rpartition(".")[0], name) for name in everything], list(parameter_sites(self.model)))
 
     def spaces(self, kind: str, names: list[str], *, master: bool = False) -> list[Space]:
         """Spaces over the named parameters."""

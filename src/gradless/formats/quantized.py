@@ -20,6 +20,7 @@ from gradless.errors import GradlessError
 from gradless.formats.checkpoint import Checkpoint
 from gradless.layers import QuantEmbedding, QuantLinear, file_rows
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space
+from gradless.targets import EVERYTHING, Targets
 from gradless.tensor import QuantTensor
 
 NOT_SET = (0, float("nan"))
@@ -72,17 +73,21 @@ class QuantizedModel:
         """The packed tensors whose block values are being tuned."""
         return [tensor for tensor in self.file.quantized.values() if tensor.master is not None]
 
-    def tunable(self) -> dict[str, list[str]]:
-        """Names of what can be searched, by kind: block values or codes of linear layers, float tensors, norms and biases."""
-        head = self.model.get_output_embeddings()
-        floats = [
-            name
-            for name, shown in self.floats.items()
-            if not any(isinstance(module, nn.Embedding) or module is head for module, _ in shown.sites)
-        ]
-        vectors = [name for name in floats if self.floats[name].values.ndim == 1]
-        linear = self.file.linear_layers()
-        return {"blocks": linear, "codes": linear, "floats": floats, "vectors": vectors}
+    def tunable(self, kind: str, targets: Targets = EVERYTHING) -> list[str]:
+        """Names of what is searched: "blocks" or "codes" of linear layers, "floats" or "vectors" (norms and biases).
+
+        Raises:
+            GradlessError: the targets leave nothing.
+        """
+        modules = dict(self.model.named_modules())
+        if kind in ("blocks", "codes"):
+            packed = [(path, m.packed.name) for path, m in modules.items() if isinstance(m, QuantLinear | QuantEmbedding)]
+            return targets.choose(packed, self.file.linear_layers())
+        places, head = {module: path for path, module in modules.items()}, self.model.get_output_embeddings()
+        shown = {name: [module for module, _ in shown.sites] for name, shown in self.floats.items()}
+        default = [name for name, sites in shown.items() if not any(isinstance(m, nn.Embedding) or m is head for m in sites)]
+        chosen = targets.choose([(places[m], name) for name, sites in shown.items() for m in sites], default)
+        return [name for name in chosen if kind == "floats" or self.floats[name].values.ndim == 1]
 
     def grid_length(self, name: str) -> float:
         """How many steps the grid of a tensor's codes has from end to end."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradless.blocks import GROUP_SIZES, assemble, grid_block
 from gradless.errors import GradlessError
-from gradless.formats.checkpoint import Layout, to_fp16
+from gradless.formats.checkpoint import Layout, finite
 from gradless.grids import integers
 from gradless.tensor import Part, QuantTensor
 
@@ -29,7 +30,7 @@ class Words(Layout):
         group_size: columns of a group; None for a whole row.
     """
 
-    parts = ("qweight", "qzeros", "scales", "g_idx")
+    parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
 
     bits: int
     group_size: int | None
@@ -60,8 +61,7 @@ class Words(Layout):
                     f"{name} has {columns} columns in groups of {group} and {rows} rows, "
                     f"but its {part} are for {' x '.join(map(str, tensor.shape))}, not {groups} x {rows}."
                 )
-        if not scales.isfinite().all():
-            raise GradlessError(f"{name} has a scale that is not a finite number; download or quantize the model again.")
+        finite(name, scales)
         if not torch.equal(scales.half().to(scales.dtype), scales):
             raise GradlessError(f"{name} has {scales.dtype} scales that fp16 cannot hold; such files are not supported yet.")
         size = next((size for size in GROUP_SIZES if group % size == 0 and columns % size == 0), None)
@@ -77,16 +77,12 @@ class Words(Layout):
 
     def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if tensor.part is not Part.CODE:
-            return {"scales": self.saved(tensor).T.cpu().to(parts["scales"].dtype)}
+            return {"scales": self.saved(tensor, parts).T.cpu().to(parts["scales"].dtype)}
         raw = tensor.block.unpack(tensor.packed.flatten(0, 1).cpu()).codes - tensor.block.codes[0]
         codes = raw.to(torch.uint8).view(tensor.rows, tensor.columns).T
         if tensor.column_order is not None:
             codes = torch.empty_like(codes).index_copy_(0, tensor.column_order.cpu(), codes)
         return {"qweight": self.words(codes)}
-
-    def saved(self, tensor: QuantTensor) -> Tensor:
-        assert tensor.master is not None
-        return to_fp16(tensor.master).float()
 
 
 def column_order(name: str, g_idx: Tensor, columns: int, group: int) -> Tensor | None:

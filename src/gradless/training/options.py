@@ -78,6 +78,12 @@ class MethodOptions:
         False, "quzo, zoqo: round every update at once, as in the papers, and keep no residual (a byte a code).", methods=CODES
     )
     clamp: bool = option(False, "quzo, zoqo: stop at the grid's ends in queries too.", methods=CODES)
+    target_modules: str | None = option(
+        None,
+        "Tune these modules instead of all linear layers: names that their paths end with, or a regular expression.",
+        metavar="A,B,..|REGEX",
+    )
+    exclude_modules: str | None = option(None, "Leave these modules out.", metavar="A,B,..|REGEX")
     weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.")
 
     def check(self) -> None:

@@ -34,6 +34,7 @@ from gradless.methods.quzo import eps_of_share
 from gradless.methods.zoqo import mu_of_share
 from gradless.noise import discretized_gaussian
 from gradless.objectives import TokenizedExample
+from gradless.targets import Targets
 from gradless.training.options import (
     DEFAULT_GRID,
     DEFAULT_SPAN,
@@ -217,7 +218,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     def _group(self, kind: str, default: str, missing: str, names: str | None = None) -> dict[str, Any]:
         """One group over all tunable tensors of a kind."""
-        args, tunable = self.args, self.checkpoint.tunable().get(names or kind)
+        args = self.args
+        tunable = self.checkpoint.tunable(names or kind, Targets(args.target_modules, args.exclude_modules))
         if not tunable:
             raise GradlessError(f"{missing}.")
         lr, eps = DEFAULTS[default]

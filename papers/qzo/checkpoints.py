@@ -1,0 +1,145 @@
+"""Checkpoints of a dense model, made and read by the formats' own tools; runs in an environment that has them.
+
+    make tools
+    .venv-tools/bin/python papers/qzo/checkpoints.py make gptq --bits 4 --group 64 --dense DIR --text FILE --output DIR
+    .venv-tools/bin/python papers/qzo/checkpoints.py logits --model DIR --ids IDS.safetensors --output LOGITS.safetensors
+    .venv-tools/bin/python papers/qzo/checkpoints.py weights --model DIR --output WEIGHTS.safetensors
+
+`make` quantizes with real text (a line is a sample); `logits` loads a checkpoint through transformers, as its users do, and
+writes the logits (n, length, vocabulary) of token ids (n, length); `weights` writes what its layers multiply with. gradless
+itself is neither needed nor imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+
+def with_gptqmodel(arguments: argparse.Namespace, text: list[str]) -> None:
+    """GPTQ in its first or second format, and AWQ."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it wants two, on whatever machine
+    from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel.quantization.config import AWQConfig, QuantizeConfig
+
+    shape = {"bits": arguments.bits, "group_size": arguments.group, "sym": not arguments.asymmetric}
+    if arguments.format == "awq":
+        config, backend = AWQConfig(**shape | {"sym": False}), BACKEND.AWQ_TORCH
+    else:
+        aware = arguments.group > 0 and not arguments.act_order
+        order = {"desc_act": arguments.act_order, "act_group_aware": aware}
+        config, backend = QuantizeConfig(**shape, **order, format=arguments.format.replace("-", "_")), BACKEND.AUTO
+    model = GPTQModel.load(str(arguments.dense), config, device="cpu", dtype=torch.bfloat16)
+    model.quantize(text, batch_size=4, backend=backend)
+    model.save(str(arguments.output))
+
+
+def with_autoround(arguments: argparse.Namespace, text: list[str]) -> None:
+    from auto_round import AutoRound
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.dense, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.dense)
+    tokens = [tokenizer(line, return_tensors="pt").input_ids[:, :64] for line in text]
+    tokens = [ids for ids in tokens if ids.shape[1] == 64]
+    rounding = AutoRound(
+        model, tokenizer, bits=arguments.bits, group_size=arguments.group, sym=not arguments.asymmetric,
+        iters=arguments.iterations, nsamples=len(tokens), seqlen=64, dataset=tokens, device_map="cpu",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=arguments.output.parent) as folder:
+        rounding.quantize_and_save(folder, format="auto_round")
+        next(Path(folder).glob("**/config.json")).parent.rename(arguments.output)  # it writes into a folder of its own choice
+
+
+def with_bitsandbytes(arguments: argparse.Namespace, _text: list[str]) -> None:
+    if arguments.format == "bnb-int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=arguments.format.removeprefix("bnb-"),
+            bnb_4bit_use_double_quant=arguments.double,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.dense, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    model.save_pretrained(arguments.output)
+    AutoTokenizer.from_pretrained(arguments.dense).save_pretrained(arguments.output)
+
+
+MAKERS = {
+    "gptq": with_gptqmodel,
+    "gptq-v2": with_gptqmodel,
+    "awq": with_gptqmodel,
+    "auto-round": with_autoround,
+    "bnb-nf4": with_bitsandbytes,
+    "bnb-fp4": with_bitsandbytes,
+    "bnb-int8": with_bitsandbytes,
+}
+
+
+def logits(arguments: argparse.Namespace) -> None:
+    ids = load_file(arguments.ids)["ids"]
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, device_map={"": "cpu"}).eval()
+    with torch.inference_mode():
+        found = torch.cat([model(some).logits.float() for some in ids.split(4)])
+    save_file({"logits": found.contiguous()}, arguments.output)
+
+
+def weights(arguments: argparse.Namespace) -> None:
+    """The weights (rows, columns) that the tool's own plain path makes of codes: each layer's outputs for unit vectors."""
+    method = json.loads((arguments.model / "config.json").read_text())["quantization_config"]["quant_method"]
+    if method in ("gptq", "awq"):
+        from gptqmodel import BACKEND, GPTQModel
+
+        backend = BACKEND.AWQ_TORCH if method == "awq" else BACKEND.TORCH
+        model = GPTQModel.load(str(arguments.model), backend=backend, device="cpu", dtype=torch.float16).model
+    else:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, device_map={"": "cpu"})
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "in_features") and (type(module) is not torch.nn.Linear)
+    }
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point)
+    with torch.inference_mode():
+        found = {name: layer(torch.eye(layer.in_features, dtype=dtype)).T.float() for name, layer in layers.items()}
+    save_file({name: weight.contiguous() for name, weight in found.items()}, arguments.output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    make = commands.add_parser("make")
+    make.set_defaults(run=lambda given: MAKERS[given.format](given, given.text.read_text().splitlines()[: given.samples]))
+    make.add_argument("format", choices=MAKERS)
+    make.add_argument("--dense", type=Path, required=True)
+    make.add_argument("--text", type=Path, required=True)
+    make.add_argument("--output", type=Path, required=True)
+    make.add_argument("--bits", type=int, default=4)
+    make.add_argument("--group", type=int, default=64)
+    make.add_argument("--asymmetric", action="store_true")
+    make.add_argument("--act-order", action="store_true")
+    make.add_argument("--double", action="store_true", help="quantize the scales too (bitsandbytes)")
+    make.add_argument("--samples", type=int, default=128, help="lines of text to calibrate with")
+    make.add_argument("--iterations", type=int, default=20, help="AutoRound's steps a block")
+    for read in (logits, weights):
+        command = commands.add_parser(read.__name__)
+        command.set_defaults(run=read)
+        command.add_argument("--model", type=Path, required=True)
+        command.add_argument("--output", type=Path, required=True)
+        if read is logits:
+            command.add_argument("--ids", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

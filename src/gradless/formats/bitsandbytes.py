@@ -1,0 +1,160 @@
+"""bitsandbytes' checkpoints: NF4 and FP4, with plain or quantized scales, and INT8.
+
+Of a 4-bit layer `weight` holds two codes in a byte, the high nibble first, along its rows; `absmax` a scale for every block of
+codes. With double quantization `absmax` is a code too: scale = nested_quant_map[absmax] * nested_absmax + nested_offset. Tuned
+scales are then rounded to the nearest of these, where they moved at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradless.blocks import GROUP_SIZES, assemble, grid_block
+from gradless.errors import GradlessError
+from gradless.formats.checkpoint import Layout, finite
+from gradless.grids import GRIDS, integers
+from gradless.tensor import Part, QuantTensor
+
+KINDS = ("nf4", "fp4")
+STATE = "weight.quant_state.bitsandbytes__"
+
+
+def from_config(config: dict[str, Any]) -> Layout:
+    """From `quantization_config`."""
+    return EightBit() if config.get("load_in_8bit") else FourBit(str(config.get("bnb_4bit_quant_type", "fp4")))
+
+
+class FourBit(Layout):
+    """NF4's and FP4's tensors.
+
+    Args:
+        kind: nf4 or fp4.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = (
+        *("weight.absmax", "weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
+        *(STATE + kind for kind in KINDS),
+    )
+
+    def __init__(self, kind: str) -> None:
+        self.state = STATE + kind
+        self.grid = GRIDS[kind]
+
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+        if missing := {"weight", "weight.quant_map", self.state} - set(parts):
+            raise GradlessError(f"{name}: there is no {min(missing)} beside its scales; download or copy the model again.")
+        state = _state(parts[self.state])
+        (rows, columns), length = state["shape"], state["blocksize"]
+        size = _size(name, columns, length)
+        scale = finite(name, _scales(parts, state)).view(-1)
+        if parts["weight"].numel() * 2 != rows * columns or scale.numel() * length != rows * columns:
+            raise GradlessError(
+                f"{name} is {rows} x {columns}, but has {2 * parts['weight'].numel()} codes "
+                f"and {len(scale)} scales for {length} each."
+            )
+        levels = parts["weight.quant_map"]
+        codes = torch.searchsorted(self.grid.table(), levels.clamp(-1, 1))
+        if not torch.equal(self.grid.table()[codes], levels):
+            raise GradlessError(f"{name} has a quant_map that is not {self.grid.name}'s.")
+        block = grid_block(self.grid, size, "fp32")
+        packed = assemble(
+            block,
+            codes[_nibbles(parts["weight"])].view(rows, -1, size),
+            scale.repeat_interleave(length // size).view(rows, -1),
+        )
+        return QuantTensor(name, block, packed, share=length // size)
+
+    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if tensor.part is not Part.CODE:
+            return {"weight.absmax": _absmax(tensor, parts, _state(parts[self.state]))}
+        raw = _nibbles(parts["weight"])
+        levels = parts["weight.quant_map"]
+        after = self.grid.values(tensor.block.unpack(tensor.packed.flatten(0, 1).cpu()).codes.flatten())
+        moved = levels[raw] != after
+        raw[moved] = (levels == after[moved].unsqueeze(1)).int().argmax(1)
+        high, low = raw.view(-1, 2).unbind(1)
+        return {"weight": (high << 4 | low).to(torch.uint8)}
+
+    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
+        assert tensor.master is not None
+        state = _state(parts[self.state])
+        return _scales(dict(parts) | {"weight.absmax": _absmax(tensor, parts, state)}, state).view_as(tensor.master)
+
+
+class EightBit(Layout):
+    """INT8's tensors: w = weight * SCB / 127, SCB being each row's largest value."""
+
+    parts: ClassVar[tuple[str, ...]] = ("SCB", "weight")
+
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+        codes, largest = parts["weight"], finite(name, parts["SCB"])
+        rows, columns = codes.shape
+        if len(largest) != rows:
+            raise GradlessError(f"{name} has {rows} rows, but {len(largest)} scales.")
+        size = _size(name, columns, columns)
+        block = grid_block(integers(8), size, "fp32")
+        packed = assemble(block, codes.view(rows, -1, size), (largest / 127).unsqueeze(1).expand(-1, columns // size))
+        return QuantTensor(name, block, packed, share=columns // size)
+
+    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if tensor.part is not Part.CODE:
+            assert tensor.master is not None
+            tuned = tensor.master.cpu()
+            return {"SCB": torch.where(tuned == tensor.base().cpu(), parts["SCB"].unsqueeze(1), tuned * 127)}
+        codes = tensor.block.unpack(tensor.packed.flatten(0, 1).cpu()).codes
+        return {"weight": codes.to(torch.int8)}
+
+    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
+        return self.write(tensor, parts)["SCB"] / 127
+
+
+def _state(stored: Tensor) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(bytes(stored.tolist()))
+    return result
+
+
+def _size(name: str, columns: int, length: int) -> int:
+    """Of our blocks, so that they divide rows and the format's own blocks."""
+    size = next((size for size in GROUP_SIZES if length % size == 0), None)
+    if size is None or columns % length:
+        raise GradlessError(f"{name} has blocks of {length} in rows of {columns}; blocks that divide a row are supported.")
+    return size
+
+
+def _nibbles(stored: Tensor) -> Tensor:
+    """Codes of bytes, the high nibble first: int64, (n,)."""
+    flat = stored.flatten()
+    return torch.stack([flat >> 4, flat & 15], 1).flatten().long()
+
+
+def _nested(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
+    """What each scale's code is multiplied by: fp32."""
+    n = parts["weight.absmax"].numel()
+    return parts["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[:n]
+
+
+def _scales(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
+    """The scales that `absmax` stands for: fp32, (n,)."""
+    absmax = parts["weight.absmax"].flatten()
+    if "nested_blocksize" not in state:
+        return absmax.float()
+    scales: Tensor = parts["weight.nested_quant_map"][absmax.long()] * _nested(parts, state) + state["nested_offset"]
+    return scales
+
+
+def _absmax(tensor: QuantTensor, parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
+    """`absmax` as the file holds the tuned scales: itself where they did not move, else the nearest."""
+    assert tensor.master is not None
+    before, tuned = parts["weight.absmax"], tensor.master.cpu().flatten()
+    if "nested_blocksize" not in state:
+        return tuned.to(before.dtype)
+    levels = parts["weight.nested_quant_map"]
+    unit = (tuned - state["nested_offset"]) / _nested(parts, state)
+    middles = (levels[1:] + levels[:-1]) / 2
+    nearest = torch.searchsorted(middles, unit.contiguous()).to(before.dtype)
+    return torch.where(tuned == tensor.base().cpu().flatten(), before.flatten(), nearest)
