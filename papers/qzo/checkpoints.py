@@ -103,14 +103,14 @@ def weights(arguments: argparse.Namespace) -> None:
         model = GPTQModel.load(str(arguments.model), backend=backend, device="cpu", dtype=torch.float16).model
     else:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, device_map={"": "cpu"})
-    layers = {
-        name: module
+    columns = {
+        name: getattr(module, "in_features", getattr(module, "infeatures", None))
         for name, module in model.named_modules()
-        if hasattr(module, "in_features") and (type(module) is not torch.nn.Linear)
+        if type(module) is not torch.nn.Linear
     }
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point)
     with torch.inference_mode():
-        found = {name: layer(torch.eye(layer.in_features, dtype=dtype)).T.float() for name, layer in layers.items()}
+        found = {name: model.get_submodule(name)(torch.eye(n, dtype=dtype)).T.float() for name, n in columns.items() if n}
     save_file({name: weight.contiguous() for name, weight in found.items()}, arguments.output)
 
 

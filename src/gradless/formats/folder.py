@@ -18,12 +18,13 @@ from torch import Tensor
 from gradless.blocks import block_type
 from gradless.errors import GradlessError
 from gradless.files import replacing_folder, sha256
-from gradless.formats import awq, bitsandbytes, gptq
+from gradless.formats import autoround, awq, bitsandbytes, gptq
 from gradless.formats.checkpoint import TYPES, Blocks, Checkpoint, Layout, TensorInfo, patch
 
 LAYOUTS: dict[str, Callable[[dict[str, Any]], Layout]] = {
     "gptq": gptq.GPTQ.from_config,
     "awq": awq.AWQ.from_config,
+    "auto-round": autoround.from_config,
     "bitsandbytes": bitsandbytes.from_config,
 }
 """Layouts by quant_method; each is made from config.json's `quantization_config`."""
