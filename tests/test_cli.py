@@ -28,7 +28,7 @@ def test_tune_eval_and_replay(tiny, rows, tmp_path, capsys):
     assert summary["finished"]
     assert summary["steps"] == 4
     assert set(summary["rounding"]["by_type"]) == {"Q4_1"}
-    assert sorted(file.name for file in run.iterdir()) == ["journal.db", "loss.png", "model.gguf"]
+    assert sorted(file.name for file in run.iterdir()) == ["README.md", "journal.db", "loss.png", "model.gguf"]
     assert (run / "model.gguf").stat().st_size == tiny.stat().st_size
     assert (run / "model.gguf").read_bytes() != tiny.read_bytes()
     assert [row["step"] for row in Journal.open(run / "journal.db").evaluations()] == [0, 2, 4]

@@ -21,6 +21,7 @@ examples:
   gradless tune model.gguf train.tsv --eval dev.tsv --task sst2 --output runs/first
   gradless tune model.gguf tickets.csv --template "{text} This is" --labels bug=broken,wish=desired --max-minutes 20
   gradless tune model.gguf train.tsv --task sst2 --output runs/first --resume
+  gradless tune org/Model-GPTQ-Int4 train.tsv --task sst2 --target-modules q_proj,v_proj --output runs/gptq
   gradless tune model.gguf train.tsv --task sst2 --method quzo --output runs/quzo
   gradless tune dense-folder/ train.tsv --task sst2 --method zoqo --bits 8 --output runs/zoqo
   gradless tune model.gguf train.tsv --task sst2 --method zoqo --lora 8 --output runs/lora
@@ -56,8 +57,20 @@ examples:
   gradless quantize dense-folder --bits 4 --group-size 64 --output packed-folder
   gradless quantize dense-folder --grid fp8 --group-size channel --output packed-folder
 """
+QUANTIZED_HELP = "A GGUF file, a quantized folder (GPTQ, AWQ, AutoRound, bitsandbytes, ours), or the name of either on the Hub."
 DATA_HELP = "JSONL, CSV, TSV, Parquet or SQuAD JSON, or the name of a data set."
-EVAL_OPTIONS = ("task", "template", "labels", "split", "eval_rows", "max_length", "batch_size", "activations", "threads")
+EVAL_OPTIONS = (
+    "task",
+    "template",
+    "labels",
+    "split",
+    "eval_rows",
+    "max_length",
+    "batch_size",
+    "activations",
+    "threads",
+    "trust_remote_code",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,13 +83,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     tune = _command(commands, "tune", "Tune a model on labelled rows.", TUNE_EXAMPLES)
-    tune.add_argument("model", help="A GGUF file, a packed folder, or a dense one (for mezo, --bits, --grid or --lora).")
+    tune.add_argument("model", help=f"{QUANTIZED_HELP} A dense folder for mezo, --bits, --grid or --lora.")
     tune.add_argument("data", help=DATA_HELP)
     tune.add_argument("--config", metavar="FILE", help="YAML with the same names as these options; options given here win.")
     _options(tune, [field.name for field in fields(RunOptions)])
 
     evaluate = _command(commands, "eval", "Measure a model on labelled rows.", EVAL_EXAMPLES)
-    evaluate.add_argument("model", help="A GGUF file, or a folder of a packed or a dense model.")
+    evaluate.add_argument("model", help=f"{QUANTIZED_HELP} A dense folder, too.")
     evaluate.add_argument("data", help=DATA_HELP)
     evaluate.add_argument("--adapter", metavar="DIR", help="Measure it with the LoRA adapter of this PEFT folder.")
     _options(evaluate, EVAL_OPTIONS)
@@ -93,11 +106,11 @@ def parser() -> argparse.ArgumentParser:
     replay.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
 
     info = _command(commands, "info", "Show what a file holds and what each method would tune.", INFO_EXAMPLES)
-    info.add_argument("model", help="A GGUF file, or a packed folder.")
+    info.add_argument("model", help=QUANTIZED_HELP)
     _options(info, ["eps"])
 
     plan = _command(commands, "plan", "Predict the peak memory of tuning a model, by method.", PLAN_EXAMPLES)
-    plan.add_argument("model", help="A GGUF file, a model's folder, packed or dense, or a config.json; weights are not read.")
+    plan.add_argument("model", help="A GGUF file, a model's folder, quantized or dense, or a config.json.")
     plan.add_argument(
         "--methods",
         default="all",
@@ -109,8 +122,8 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--bits", type=int, metavar="N", help="What a dense model would be quantized to. (default: 4)")
     plan.add_argument("--group-size", type=int, metavar="N", help="Weights of a row that would share a range. (default: 64)")
 
-    dequantize = _command(commands, "dequantize", "Write a GGUF file as a dense bf16 folder.", DEQUANTIZE_EXAMPLES)
-    dequantize.add_argument("model", help="A GGUF file.")
+    dequantize = _command(commands, "dequantize", "Write a quantized model as a dense bf16 folder.", DEQUANTIZE_EXAMPLES)
+    dequantize.add_argument("model", help=QUANTIZED_HELP)
     dequantize.add_argument("--output", required=True, metavar="DIR", help="The folder to write.")
     dequantize.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
 
@@ -271,9 +284,10 @@ def _info(parsed: argparse.Namespace) -> int:
 def _plan(parsed: argparse.Namespace) -> int:
     _prepare_libraries()
     from gradless import memory
+    from gradless.formats.hub import local
 
     methods = memory.METHODS if parsed.methods == "all" else [name.strip() for name in parsed.methods.split(",")]
-    shapes = memory.shapes_of(Path(parsed.model), bits=parsed.bits, group_size=parsed.group_size)
+    shapes = memory.shapes_of(local(parsed.model), bits=parsed.bits, group_size=parsed.group_size)
     planned = memory.plan(shapes, methods, batch_size=parsed.batch_size, length=parsed.length)
     print(json.dumps(planned) if parsed.json else memory.as_text(planned))
     return 0
@@ -281,12 +295,14 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _dequantize(parsed: argparse.Namespace) -> int:
     _prepare_libraries()
+    from gradless import run
     from gradless.formats.dense import write_folder
-    from gradless.formats.gguf_model import load_gguf
-    from gradless.formats.quantized import dequantized
+    from gradless.formats.quantized import QuantizedModel, dequantized
 
     output = _free_output(parsed)
-    loaded = load_gguf(parsed.model)
+    loaded = run.load_model(parsed.model)
+    if not isinstance(loaded, QuantizedModel):
+        raise GradlessError(f"{parsed.model} is dense already; give a quantized file or folder.")
     write_folder(dequantized(loaded), loaded.tokenizer, output)
     print(json.dumps({"output": str(output)}) if parsed.json else f"wrote {output}")
     return 0

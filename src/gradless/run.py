@@ -29,18 +29,22 @@ from gradless.formats.folder import WEIGHTS, Folder, is_quantized
 from gradless.formats.folder_model import load_folder
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_model import load_gguf
+from gradless.formats.hub import local
 from gradless.formats.quantized import QuantizedModel
 from gradless.journal import Journal
 from gradless.layers import set_activations
 from gradless.memory import resident_bytes
 from gradless.objectives import TokenizedExample
+from gradless.report.card import write_card
 from gradless.tasks.data import read_rows
 from gradless.tasks.prompts import Task, choose_task
 from gradless.training.options import MAY_CHANGE, MethodOptions, RunOptions, grid_name
 from gradless.training.trainer import ZOConfig, ZOTrainer, build_optimizer
 
 DEFAULT_STEPS = 1000
+CARD = "README.md"
 WRITTEN = (
+    CARD,
     "journal.db",
     "journal.db-wal",
     "journal.db-shm",
@@ -67,16 +71,18 @@ class Prepared:
 Model = QuantizedModel | DenseModel | AdaptedModel
 
 
-def load_model(path: str | Path) -> QuantizedModel | DenseModel:
-    """Load a GGUF file, or a folder of a quantized or a dense model."""
-    path = Path(path)
-    if path.is_dir():
-        return load_folder(path) if is_quantized(path) else DenseModel.load(path)
-    return load_gguf(path)
+def load_model(model: str | Path, *, trust_remote_code: bool = False) -> QuantizedModel | DenseModel:
+    """Load a GGUF file, or a folder of a quantized or a dense model, by its path or its name on the Hub."""
+    path = local(model, trust_remote_code=trust_remote_code)
+    if not path.is_dir():
+        return load_gguf(path)
+    load = load_folder if is_quantized(path) else DenseModel.load
+    return load(path, trust_remote_code=trust_remote_code)
 
 
-def open_model(path: Path) -> Model:
+def open_model(model: str) -> Model:
     """What a replay needs of a model: the tensors, and no module around them where they are packed."""
+    path = local(model)
     if path.is_dir() and not is_quantized(path):
         return DenseModel.load(path)
     return QuantizedModel(Folder.open(path) if path.is_dir() else GGUFFile.open(path))
@@ -133,7 +139,7 @@ def evaluate(model: str, data: str, options: RunOptions, *, adapter: str | None 
     Returns:
         `accuracy`, `f1`, `loss`, `examples`, `seconds`.
     """
-    loaded = load_model(model)
+    loaded = load_model(model, trust_remote_code=options.trust_remote_code)
     set_activations(loaded.model, options.activations)
     if adapter is not None:
         attach_peft(loaded, Path(adapter))
@@ -169,9 +175,9 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         torch.set_num_threads(options.threads)
     say = Console(stderr=True, quiet=quiet).print
     base = output / "base" if options.quantizes else None
-    source = base if base is not None and options.resume else Path(model)
+    source = base if base is not None and options.resume else model
     say(f"loading {source}")
-    loaded: Model = load_model(source)
+    loaded: Model = load_model(source, trust_remote_code=options.trust_remote_code)
     train = prepare(data, loaded, options, limit=options.train_rows, shuffled=True)
     held_out = (
         None
@@ -228,11 +234,12 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         summary["after"] = measure(loaded, held_out.examples, options.batch_size, quiet=quiet)
         journal.evaluated(journal.steps, summary["after"], journal.seconds)
         say(f"after:  {_shown(summary['after'])}")
+    write_card(output / CARD, journal, summary, model=str(base or model), target=target.name, data=data, held_out=options.eval)
     journal.finish()
     from gradless.report.curve import plot_run
 
     plot_run(output / "journal.db", output / "loss.png")
-    say(f"wrote {', '.join(map(str, _written(loaded, target)))}, {output / 'journal.db'} and {output / 'loss.png'}")
+    say(f"wrote {', '.join(map(str, _written(loaded, target)))}, {output / 'journal.db'}, loss.png and {CARD}")
     return summary
 
 
@@ -466,10 +473,10 @@ def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> 
 
 def replay(model: str, journal_path: str, output: str, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Rebuild a tuned model from its base and its journal, without data or forwards."""
-    target, path = Path(output), Path(model)
+    target, path = Path(output), local(model)
     journal = Journal.open(Path(journal_path))
     lora = journal.header.get("lora")
-    source = open_model(path) if lora is None else AdaptedModel(load_model(path), LoRA(**lora))
+    source = open_model(model) if lora is None else AdaptedModel(load_model(model), LoRA(**lora))
     for file in _written(source, target):
         _check_free(file, [path, Path(journal_path)], overwrite=overwrite)
     if source.fingerprint() != journal.header["base"]:

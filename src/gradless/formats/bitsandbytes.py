@@ -45,6 +45,10 @@ class FourBit(Layout):
         self.state = STATE + kind
         self.grid = GRIDS[kind]
 
+    @property
+    def title(self) -> str:
+        return f"bitsandbytes, {self.grid.name}"
+
     def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
         if missing := {"weight", "weight.quant_map", self.state} - set(parts):
             raise GradlessError(f"{name}: there is no {min(missing)} beside its scales; download or copy the model again.")
@@ -90,6 +94,7 @@ class EightBit(Layout):
     """INT8's tensors: w = weight * SCB / 127, SCB being each row's largest value."""
 
     parts: ClassVar[tuple[str, ...]] = ("SCB", "weight")
+    title = "bitsandbytes, int8"
 
     def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
         codes, largest = parts["weight"], finite(name, parts["SCB"])

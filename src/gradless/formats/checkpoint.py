@@ -35,7 +35,7 @@ class TensorInfo:
     name: str
     type: str
     shape: tuple[int, ...]
-    file: Path
+    file: Path = field(compare=False)
     offset: int
     nbytes: int
 
@@ -48,6 +48,11 @@ class Layout(ABC):
     """
 
     parts: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The format, its bits and its groups."""
 
     def matrices(self, names: Iterable[str]) -> list[str]:
         """The names of the packed matrices among those of a checkpoint's tensors."""
@@ -82,8 +87,12 @@ class Blocks(Layout):
 
     parts = ("weight",)
 
-    def __init__(self, types: Mapping[str, str]) -> None:
-        self.types = types
+    def __init__(self, types: Mapping[str, str], title: str) -> None:
+        self.types, self._title = types, title
+
+    @property
+    def title(self) -> str:
+        return self._title
 
     def matrices(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.types]

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from gradless.errors import GradlessError
 from gradless.files import replacing_folder, sha256
+from gradless.formats.folder import unbuildable, weight_files
 from gradless.spaces import Space, parameter_sites, parameters
 from gradless.targets import EVERYTHING, Targets
 
@@ -28,16 +29,28 @@ class DenseModel:
     quantized = False
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> DenseModel:
-        """Load a folder; safetensors only, no remote code."""
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        tokenizer: Any = None,
+        trust_remote_code: bool = False,
+    ) -> DenseModel:
+        """Load a folder; safetensors only, and no Python of the folder's own unless it is trusted."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         path = Path(path)
-        if not list(path.glob("*.safetensors")) or not (path / "config.json").is_file():
-            raise GradlessError(f"{path} holds no dense model; a folder needs config.json and *.safetensors.")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+        if not (path / "config.json").is_file():
+            raise GradlessError(f"{path} holds no model; a folder needs config.json and *.safetensors.")
+        weight_files(path)
+        how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **how)
+        except (ValueError, OSError, KeyError) as error:
+            raise GradlessError(unbuildable(path, error)) from error
         model.requires_grad_(False).eval()
-        return cls(model, tokenizer or AutoTokenizer.from_pretrained(path, local_files_only=True), path)
+        return cls(model, tokenizer or AutoTokenizer.from_pretrained(path, **how), path)
 
     def fingerprint(self) -> str:
         """One hash of the folder's weights, or of the parameters themselves where the model came from none."""

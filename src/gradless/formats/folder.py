@@ -56,7 +56,9 @@ class Folder(Checkpoint):
             types |= json.loads(metadata.get(FORMAT, "{}"))
             tensors |= more
         if types:
-            return cls(path, {name: _in_blocks(info, types) for name, info in tensors.items()}, Blocks(types))
+            return cls(
+                path, {name: _in_blocks(info, types) for name, info in tensors.items()}, Blocks(types, "packed by gradless")
+            )
         config = quantization(path)
         assert config is not None
         method = str(config.get("quant_method"))
@@ -129,6 +131,13 @@ def weight_files(path: Path) -> list[Path]:
             )
         raise GradlessError(f"{path} holds no *.safetensors; give the folder of a model.")
     return files
+
+
+def unbuildable(path: str | Path, error: Exception) -> str:
+    """Why transformers cannot build a folder's model, in a sentence."""
+    if "trust_remote_code" in str(error):
+        return f"{path} brings Python of its own, which is not run unless you trust it (--trust-remote-code)."
+    return f"transformers cannot build the model in {path}: {error}"
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -54,7 +54,7 @@ class GGUFFile(Checkpoint):
             raise GradlessError(f"there is no file {path}; give the path of a .gguf file.")
         metadata, tensors = _Header(path).parse()
         types = {name: info.type for name, info in tensors.items() if info.type in BLOCK_TYPES}
-        return cls(path, tensors, Blocks(types), metadata)
+        return cls(path, tensors, Blocks(types, "GGUF"), metadata)
 
     @property
     def architecture(self) -> str:

@@ -35,6 +35,11 @@ class Words(Layout):
     bits: int
     group_size: int | None
 
+    @property
+    def title(self) -> str:
+        groups = "a group a row" if self.group_size is None else f"groups of {self.group_size}"
+        return f"{type(self).__name__}, {self.bits} bits, {groups}"
+
     @abstractmethod
     def codes(self, words: Tensor) -> Tensor:
         """`qweight` int32 -> uint8 (columns, rows)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.formats.folder import Folder, is_quantized
 from gradless.formats.gguf import GGUFFile
+from gradless.formats.hub import local
 from gradless.noise import Direction
 from gradless.tensor import Move, Part, QuantTensor
 from gradless.training.options import DEFAULT_STRIDE, DEFAULTS
@@ -28,10 +28,10 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         path: of a GGUF file, or of a quantized folder.
         eps: the perturbation to check against the scratch's rounding; None for the default.
     """
-    folder = Path(path)
+    folder = local(path)
     if folder.is_dir() and not is_quantized(folder):
         raise GradlessError(f"{path} is a dense folder, or none; info shows GGUF files and quantized folders.")
-    file = Folder.open(folder) if folder.is_dir() else GGUFFile.open(path)
+    file = Folder.open(folder) if folder.is_dir() else GGUFFile.open(folder)
     counts, weights, nbytes = Counter[str](), Counter[str](), Counter[str]()
     for name, tensor in file.quantized.items():
         kind = file.layout.kind(tensor)
@@ -48,6 +48,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
     return {
         "path": str(file.path),
         "bytes": sum(each.stat().st_size for each in {info.file for info in file.tensors.values()}),
+        "format": file.layout.title,
         "architecture": file.architecture,
         "name": file.title,
         "types": [
@@ -93,7 +94,8 @@ def surviving(tensor: QuantTensor, eps: float, part: Part = Part.SCALE) -> float
 def as_text(description: dict[str, Any]) -> str:
     """The description for a person."""
     lines = [
-        f"{description['path']}: {description['name']} ({description['architecture']}), {description['bytes']:,} bytes",
+        f"{description['path']}: {description['name']} ({description['architecture']}), {description['format']}, "
+        f"{description['bytes']:,} bytes",
         "",
         f"  {'type':16} {'tensors':>8} {'weights':>14} {'bits':>7} {'bytes':>14}",
     ]

@@ -167,6 +167,7 @@ class RunOptions(MethodOptions):
     eval_every: int = option(200, "Steps between measurements on --eval.")
     seed: int = option(0, "Decides directions and the order of the data.")
     threads: int | None = option(None, "CPU threads (default: one a core).")
+    trust_remote_code: bool = option(False, "Let the model's folder run its own Python.")
     output: str = option("runs/latest", "Folder of the tuned model and its journal.", metavar="DIR")
     resume: bool = option(False, "Go on with the run that --output holds.")
     overwrite: bool = option(False, "Replace the run that --output holds.")

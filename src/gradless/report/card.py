@@ -1,0 +1,76 @@
+"""The README.md of a run: what the tuned model is, how it came about, and how to make it again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gradless.files import write_text
+from gradless.journal import Journal
+
+METHODS = {
+    "qzo": "QZO ([arXiv 2505.13430](https://arxiv.org/abs/2505.13430)): the scales of its quantized weights",
+    "quzo": "QuZO ([arXiv 2502.12346](https://arxiv.org/abs/2502.12346)): its integer codes",
+    "zoqo": "ZOQO ([arXiv 2501.06736](https://arxiv.org/abs/2501.06736)): its integer codes",
+    "mezo": "MeZO ([arXiv 2305.17333](https://arxiv.org/abs/2305.17333)): its plain weights",
+}
+
+
+def write_card(
+    path: Path, journal: Journal, summary: dict[str, Any], *, model: str, target: str, data: str, held_out: str | None
+) -> None:
+    """Write a model card.
+
+    Args:
+        path: of the README.md.
+        journal: the run's.
+        summary: the run's; see `run.tune`.
+        model: the base, as the user named it: a path, or a name on the Hub.
+        target: what the run calls the tuned model.
+        data: the rows it was tuned on, as the user named them.
+        held_out: those it was measured on.
+    """
+    header = journal.header
+    method, config = header["method"]["name"], header["config"]
+    groups = "; ".join(_shown_group(group) for group in header["groups"])
+    rows = {
+        "base": f"`{model}`, SHA-256 {header['base']}",
+        "tuned": METHODS[method] + (" of LoRA adapters" if header["lora"] else ""),
+        "settings": f"{groups}; seed {config['seed']}",
+        "data": f"`{data}`, task {header['task']}, SHA-256 of the tokens {header['data']}",
+        "steps": f"{journal.steps} of batch {config['batch_size']} ({summary['skipped']} skipped), {journal.seconds:.0f} s",
+    }
+    for name in ("before", "after"):
+        if metrics := summary.get(name):
+            rows[name] = ", ".join(f"{key} {metrics[key]:.4f}" for key in ("accuracy", "f1", "loss") if key in metrics)
+            rows[name] += f" on {metrics['examples']} rows of `{held_out}`" if name == "before" else ""
+    rows["made with"] = ", ".join(f"{name} {version}" for name, version in header["environment"].items())
+    front = {"library_name": "gradless", "tags": ["gradless", "zeroth-order", method]}
+    front |= {} if Path(model).exists() else {"base_model": model}
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        f"# {Path(model).name}, tuned with forward passes only",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        f"`{target}` is of the base's format and size. `journal.db` holds every step; from it and the base",
+        "",
+        f"    gradless replay {model} journal.db --output {target}",
+        "",
+        "makes the same bytes again, without data and without a forward.",
+        "",
+        "![loss and accuracy against steps](loss.png)",
+        "",
+    ]
+    write_text(path, "\n".join(lines))
+
+
+def _shown_group(group: dict[str, Any]) -> str:
+    shown = {key: value for key, value in group.items() if key not in ("kind", "names")}
+    values = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
+    return ", ".join([f"{len(group['names'])} {group['kind']}", *values])
