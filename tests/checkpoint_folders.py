@@ -95,7 +95,19 @@ def eight_bit(rng, rows, columns) -> Made:
     return tensors, codes.float() * (largest / 127).unsqueeze(1)
 
 
+def aqlm(rng, rows, columns, *, codebooks, bits) -> Made:
+    codes = rng.integers(0, 2**bits, (rows, columns // 8, codebooks))
+    table = (rng.standard_normal((codebooks, 2**bits, 1, 8)) * 0.02).astype(np.float16)
+    scales = rng.uniform(0.5, 1.5, (rows, 1, 1, 1)).astype(np.float16)
+    vectors = sum(table[i].astype(np.float32)[codes[..., i], 0] for i in range(codebooks))
+    dtype = np.int8 if bits <= 8 else np.int16
+    signed = np.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).astype(dtype)
+    tensors = {"codes": torch.from_numpy(signed), "codebooks": torch.from_numpy(table), "scales": torch.from_numpy(scales)}
+    return tensors, torch.from_numpy(vectors.reshape(rows, columns) * scales.astype(np.float32).reshape(rows, 1))
+
+
 AUTOROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+AQLM = {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
 FORMATS = {
     "gptq-4": (gptq, {"bits": 4, "symmetric": True}, {"bits": 4}),
@@ -111,9 +123,15 @@ FORMATS = {
     "nf4, blocks of 128": (four_bit, {"kind": "nf4", "nested": False, "block": 128}, BNB | {"bnb_4bit_quant_type": "nf4"}),
     "nf4, nested": (four_bit, {"kind": "nf4", "nested": True}, BNB | {"bnb_4bit_quant_type": "nf4"}),
     "fp4": (four_bit, {"kind": "fp4", "nested": False}, BNB | {"bnb_4bit_quant_type": "fp4"}),
+    "aqlm 2x8": (aqlm, {"codebooks": 2, "bits": 8}, AQLM | {"num_codebooks": 2, "nbits_per_codebook": 8}),
+    "aqlm 1x12": (aqlm, {"codebooks": 1, "bits": 12}, AQLM | {"num_codebooks": 1, "nbits_per_codebook": 12}),
     "int8": (eight_bit, {}, BNB | {"load_in_4bit": False, "load_in_8bit": True}),
 }  # fmt: skip
 """How each is made, and what its config.json says (GPTQ with groups of 64 unless it says otherwise)."""
+
+
+CODED = [name for name in FORMATS if not name.startswith("aqlm")]
+"""Those whose codes are on a grid."""
 
 
 def quantized_folder(dense: Path, folder: Path, name: str, *, shards: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -74,7 +74,58 @@ def with_bitsandbytes(arguments: argparse.Namespace, _text: list[str]) -> None:
     AutoTokenizer.from_pretrained(arguments.dense).save_pretrained(arguments.output)
 
 
+def with_codebooks(arguments: argparse.Namespace, _text: list[str]) -> None:
+    """AQLM's format, 2x8, by a plain fit: residual k-means of each layer's groups of 8 columns, then alternating improvements.
+
+    AQLM's own quantizer is a research script for GPUs; this is no substitute for its accuracy.
+    """
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(arguments.dense, dtype=torch.float32)
+    stored, skipped = {}, []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            skipped += [name + ".weight"] * isinstance(module, torch.nn.Linear)
+            continue
+        scales = module.weight.data.square().mean(1).sqrt().half()
+        vectors = (module.weight.data / scales.float().unsqueeze(1)).view(-1, 8)
+        codes, tables = fitted(vectors, codebooks=2, entries=256, rounds=arguments.iterations)
+        stored[name + ".codes"] = codes.view(len(scales), -1, 2).to(torch.int8)  # modulo 256
+        stored[name + ".codebooks"] = tables.half().unsqueeze(2)
+        stored[name + ".scales"] = scales.view(-1, 1, 1, 1)
+    packed = {name.rpartition(".")[0] + ".weight" for name in stored}
+    floats = {name: value for name, value in model.state_dict().items() if name not in packed and name != "lm_head.weight"}
+    arguments.output.mkdir(parents=True)
+    save_file({**{name: value.half() for name, value in floats.items()}, **stored}, arguments.output / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    config = json.loads((arguments.dense / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1, "num_codebooks": 2, "nbits_per_codebook": 8,
+        "linear_weights_not_to_quantize": skipped,
+    }  # fmt: skip
+    (arguments.output / "config.json").write_text(json.dumps(config, indent=2))
+    AutoTokenizer.from_pretrained(arguments.dense).save_pretrained(arguments.output)
+
+
+def fitted(vectors: torch.Tensor, *, codebooks: int, entries: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (n, codebooks) and tables (codebooks, entries, size) whose vectors' sums are near to the given ones."""
+    tables = torch.zeros(codebooks, entries, vectors.shape[1])
+    codes = torch.zeros(len(vectors), codebooks, dtype=torch.long)
+    for round_ in range(rounds):
+        for i in range(codebooks):
+            others = sum((tables[j][codes[:, j]] for j in range(codebooks) if j != i), torch.zeros(()))
+            left = vectors - others
+            if round_ == 0:
+                tables[i] = left[torch.randperm(len(left))[:entries]]
+            distance = tables[i].square().sum(1) - 2 * left @ tables[i].T
+            codes[:, i] = distance.argmin(1)
+            count = torch.zeros(entries).index_add_(0, codes[:, i], torch.ones(len(left)))
+            mean = torch.zeros_like(tables[i]).index_add_(0, codes[:, i], left) / count.clamp(min=1).unsqueeze(1)
+            tables[i] = torch.where(count.unsqueeze(1) > 0, mean, tables[i])
+    return codes, tables
+
+
 MAKERS = {
+    "aqlm": with_codebooks,
     "gptq": with_gptqmodel,
     "gptq-v2": with_gptqmodel,
     "awq": with_gptqmodel,
@@ -129,7 +180,7 @@ def main() -> None:
     make.add_argument("--act-order", action="store_true")
     make.add_argument("--double", action="store_true", help="quantize the scales too (bitsandbytes)")
     make.add_argument("--samples", type=int, default=128, help="lines of text to calibrate with")
-    make.add_argument("--iterations", type=int, default=20, help="AutoRound's steps a block")
+    make.add_argument("--iterations", type=int, default=20, help="AutoRound's steps a block, AQLM's rounds")
     for read in (logits, weights):
         command = commands.add_parser(read.__name__)
         command.set_defaults(run=read)

@@ -101,7 +101,7 @@ def set_activations(model: nn.Module, activations: str) -> None:
     for layer in layers:
         layer.activations = activations
         block = layer.packed.block
-        if activations == "int8" and block.levels is not None:
+        if activations == "int8" and not layer.packed.has_integers:
             raise GradlessError(
                 f"{layer.packed.name} is {block.name}, whose codes are no integers; "
                 "int8 activations need an integer grid: leave --activations out."

@@ -31,12 +31,13 @@ class Move(NamedTuple):
 
 
 class Part(StrEnum):
-    """What is tuned: fields of a block, with one fp32 value a block, or its integer codes, in place."""
+    """What is tuned: fields of a block, one fp32 value each; its integer codes, in place; or what codes stand for."""
 
     SCALE = "scale"  # d alone
     OFFSET = "offset"  # m alone; types without an m fall back to d
     BOTH = "both"  # d and m by one factor: the Delta of QZO's equations
     CODE = "code"  # the codes, in whole steps
+    CODEBOOK = "codebook"  # the entries of a weight's own codebooks
 
 
 @dataclass(eq=False)
@@ -90,6 +91,11 @@ class QuantTensor:
         return -(-self.packed.shape[1] // self.share)
 
     @property
+    def has_integers(self) -> bool:
+        """Whether codes are their own levels."""
+        return self.block.levels is None
+
+    @property
     def tuned_rows(self) -> int:
         """How many rows have codes that are tuned."""
         return -(-self.rows // self.stride)
@@ -123,6 +129,56 @@ class QuantTensor:
         """Choose what is tuned; a block value gets an fp32 master, starting at the file's values."""
         self.part = Part(part)
         if self.part is not Part.CODE:
-            self.part = Part.SCALE if self.block.offset_at is None or self.block.has_zero_point else self.part
+            one_value = self.block.offset_at is None or self.block.has_zero_point or self.part is Part.CODEBOOK
+            self.part = Part.SCALE if one_value else self.part
             self.relative = relative
             self.master = self.base()
+
+
+@dataclass(eq=False)
+class CodebookTensor(QuantTensor):
+    """A weight matrix whose codes stand for vectors (AQLM): a row is its scale times, for each group of columns, the sum of the
+    vectors that the group's codes name, one in each codebook.
+
+    Attributes:
+        packed: int8 or int16, (rows, groups, codebooks), as in the file: codes modulo the entries of a codebook.
+        block: of one group; of its fields only name and size are read.
+        scales: fp32, (rows, 1).
+        codebooks: the file's own type, (codebooks, entries, size).
+        master: fp32, (rows, 1) where scales are tuned, or (codebooks * entries, size) where codebooks are.
+    """
+
+    scales: Tensor = field(kw_only=True, repr=False)
+    codebooks: Tensor = field(kw_only=True, repr=False)
+
+    @property
+    def values(self) -> int:
+        return 1
+
+    @property
+    def has_integers(self) -> bool:
+        return False
+
+    @property
+    def keeps_sign(self) -> bool:
+        return self.part is not Part.CODEBOOK
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.scales, self.codebooks = self.scales.to(device), self.codebooks.to(device)
+
+    def base(self) -> Tensor:
+        return self.codebooks.float().flatten(0, 1) if self.part is Part.CODEBOOK else self.scales
+
+    def unit(self) -> Tensor:
+        """As of a matrix in blocks; for an entry, its codebook's mean size."""
+        base = self.base()
+        if not self.relative:
+            return torch.ones_like(base)
+        if self.part is Part.CODEBOOK:
+            return self.codebooks.float().abs().mean((1, 2), keepdim=True).expand(self.codebooks.shape).flatten(0, 1)
+        return base.abs()
+
+    def tune(self, part: Part | str, *, relative: bool = True) -> None:
+        self.part = Part.CODEBOOK if part == Part.CODEBOOK else Part.SCALE
+        self.relative, self.master = relative, self.base().clone()

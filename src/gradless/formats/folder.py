@@ -18,11 +18,12 @@ from torch import Tensor
 from gradless.blocks import block_type
 from gradless.errors import GradlessError
 from gradless.files import replacing_folder, sha256
-from gradless.formats import autoround, awq, bitsandbytes, gptq
+from gradless.formats import aqlm, autoround, awq, bitsandbytes, gptq
 from gradless.formats.checkpoint import TYPES, Blocks, Checkpoint, Layout, TensorInfo, patch
 
 LAYOUTS: dict[str, Callable[[dict[str, Any]], Layout]] = {
     "gptq": gptq.GPTQ.from_config,
+    "aqlm": aqlm.AQLM.from_config,
     "awq": awq.AWQ.from_config,
     "auto-round": autoround.from_config,
     "bitsandbytes": bitsandbytes.from_config,

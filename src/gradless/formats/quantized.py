@@ -21,7 +21,7 @@ from gradless.formats.checkpoint import Checkpoint
 from gradless.layers import QuantEmbedding, QuantLinear, file_rows
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space
 from gradless.targets import EVERYTHING, Targets
-from gradless.tensor import QuantTensor
+from gradless.tensor import CodebookTensor, QuantTensor
 
 NOT_SET = (0, float("nan"))
 
@@ -81,8 +81,10 @@ class QuantizedModel:
         """
         modules = dict(self.model.named_modules())
         if kind in ("blocks", "codes"):
-            packed = [(path, m.packed.name) for path, m in modules.items() if isinstance(m, QuantLinear | QuantEmbedding)]
-            return targets.choose(packed, self.file.linear_layers())
+            packed = {path: m.packed for path, m in modules.items() if isinstance(m, QuantLinear | QuantEmbedding)}
+            if kind == "codes":
+                packed = {path: tensor for path, tensor in packed.items() if not isinstance(tensor, CodebookTensor)}
+            return targets.choose([(path, tensor.name) for path, tensor in packed.items()], self.file.linear_layers())
         places, head = {module: path for path, module in modules.items()}, self.model.get_output_embeddings()
         shown = {name: [module for module, _ in shown.sites] for name, shown in self.floats.items()}
         default = [name for name, sites in shown.items() if not any(isinstance(m, nn.Embedding) or m is head for m in sites)]

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from gradless import noise
 from gradless.blocks import BLOCK_TYPES, block_type
-from gradless.kernels import reference
+from gradless.kernels import codebooks, reference
 from gradless.kernels.reference import exported_offset
 from gradless.noise import Direction, Signs
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import CodebookTensor, Move, Part, QuantTensor
 
 __all__ = [
     "attention",
@@ -56,13 +56,13 @@ _log = logging.getLogger(__name__)
 
 def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a weight under its views; see `reference.dequantize`."""
-    result: Tensor = _ops(tensor.packed).dequantize(tensor, rows, dtype)
+    result: Tensor = _serving(tensor).dequantize(tensor, rows, dtype)
     return result
 
 
 def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """x @ W.T in x's dtype, W under its views; see `reference.linear`."""
-    result: Tensor = _ops(tensor.packed).linear(tensor, rows, x)
+    result: Tensor = _serving(tensor).linear(tensor, rows, x)
     return result
 
 
@@ -74,7 +74,7 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
 
 def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
     """Update a weight's tuned values in place; see `reference.move_blocks`."""
-    _ops(tensor.packed).move_blocks(tensor, moves)
+    _serving(tensor).move_blocks(tensor, moves)
 
 
 def move_codes(tensor: QuantTensor, move: Move) -> int:
@@ -141,6 +141,10 @@ def products() -> dict[str, str]:
     compiled, _ = _own("cpu")
     result: dict[str, str] = (compiled or reference).instructions()
     return result
+
+
+def _serving(tensor: QuantTensor) -> ModuleType:
+    return codebooks if isinstance(tensor, CodebookTensor) else _ops(tensor.packed)
 
 
 def _ops(tensor: Tensor) -> ModuleType:

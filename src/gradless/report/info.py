@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from copy import copy
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from gradless.formats.folder import Folder, is_quantized
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.hub import local
 from gradless.noise import Direction
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import CodebookTensor, Move, Part, QuantTensor
 from gradless.training.options import DEFAULT_STRIDE, DEFAULTS
 
 ENOUGH = 0.9
@@ -43,6 +44,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         weights[info.type] += math.prod(info.shape)
         nbytes[info.type] += info.nbytes
     linear = [file.quantized[name] for name in file.linear_layers()]
+    coded = [tensor for tensor in linear if not isinstance(tensor, CodebookTensor)]
     floats = [values for values in file.floats.values() if values.ndim == 1]
     eps = eps or DEFAULTS["qzo"][1]
     return {
@@ -63,7 +65,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         ],
         "tunable": {
             "qzo": {"tensors": len(linear), "values": sum(tensor.rows * tensor.values for tensor in linear)},
-            "quzo, zoqo": {"tensors": len(linear), "values": sum(-(-t.rows // DEFAULT_STRIDE) * t.columns for t in linear)},
+            "quzo, zoqo": {"tensors": len(coded), "values": sum(-(-t.rows // DEFAULT_STRIDE) * t.columns for t in coded)},
             "mezo": {"tensors": len(floats), "values": sum(values.numel() for values in floats)},
         },
         "kernels": kernels.name(),
@@ -80,7 +82,7 @@ def _one_a_type(tensors: list[QuantTensor]) -> list[QuantTensor]:
 
 def surviving(tensor: QuantTensor, eps: float, part: Part = Part.SCALE) -> float:
     """The cosine between a perturbation of `tensor` as meant, in fp32, and as a bf16 scratch holds it."""
-    own = QuantTensor(tensor.name, tensor.block, tensor.packed)
+    own = copy(tensor)
     own.tune(part)
     own.views = (Move(Direction(0, 0), eps), Move(Direction(0, 0), -eps))
     rows = torch.arange(min(own.rows, 256))

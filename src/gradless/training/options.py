@@ -38,8 +38,8 @@ class MethodOptions:
     clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.")
     part: str = option(
         "scale",
-        "QZO: which value of a block is tuned; types without an offset tune their scale.",
-        choices=("scale", "offset", "both"),
+        "QZO: which value of a block is tuned; types without an offset, or without codebooks, tune their scale.",
+        choices=("scale", "offset", "both", "codebook"),
         methods=("qzo",),
     )
     absolute: bool = option(

@@ -1,0 +1,88 @@
+"""AQLM's checkpoints: a scale a row, and groups of columns that are sums of codebooks' vectors (1x16, 2x8, 8x8 ...).
+
+`codes` are rows by groups by codebooks, `codebooks` (codebooks, entries, 1, columns of a group), `scales` (rows, 1, 1, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from gradless.blocks import BlockType, Unpacked
+from gradless.errors import GradlessError
+from gradless.formats.checkpoint import Layout, finite
+from gradless.tensor import CodebookTensor, Part, QuantTensor
+
+
+@dataclass(frozen=True)
+class AQLM(Layout):
+    """A layer's tensors as AQLM writes them.
+
+    Attributes:
+        codebooks: how many vectors are added up.
+        bits: of a code.
+        size: columns of a group.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("codes", "codebooks", "scales")
+
+    codebooks: int
+    bits: int
+    size: int
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """From `quantization_config`.
+
+        Raises:
+            GradlessError: groups hold several rows.
+        """
+        if config.get("out_group_size", 1) != 1:
+            raise GradlessError(f"AQLM with groups of {config['out_group_size']} rows; groups within a row are supported.")
+        return cls(config.get("num_codebooks", 1), config.get("nbits_per_codebook", 16), config.get("in_group_size", 8))
+
+    @property
+    def title(self) -> str:
+        return f"AQLM, {self.codebooks}x{self.bits}, groups of {self.size}"
+
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+        if missing := {"codebooks", "scales"} - set(parts):
+            raise GradlessError(f"{name}: there is no {min(missing)} beside its codes; download or copy the model again.")
+        rows, groups, _ = parts["codes"].shape
+        expected = {
+            "codes": (rows, groups, self.codebooks),
+            "codebooks": (self.codebooks, 2**self.bits, 1, self.size),
+            "scales": (rows, 1, 1, 1),
+        }
+        for part, shape in expected.items():
+            if parts[part].shape != shape:
+                raise GradlessError(f"{name}: its {part} are {tuple(parts[part].shape)}; config.json says {shape}.")
+        for part in ("codebooks", "scales"):
+            finite(name, parts[part])
+        return CodebookTensor(
+            name,
+            BlockType(
+                f"{self.codebooks}x{self.bits}/{self.size}", -1, self.size, 0, 0, None, (0, 2**self.bits - 1), None, _none
+            ),
+            parts["codes"],
+            scales=parts["scales"].float().view(rows, 1),
+            codebooks=parts["codebooks"].view(self.codebooks, -1, self.size),
+        )
+
+    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        part = "codebooks" if tensor.part is Part.CODEBOOK else "scales"
+        return {part: self.saved(tensor, parts).to(parts[part].dtype).view(parts[part].shape)}
+
+    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
+        assert tensor.master is not None
+        dtype = parts["codebooks" if tensor.part is Part.CODEBOOK else "scales"].dtype
+        limit = torch.finfo(dtype).max
+        return tensor.master.cpu().clamp(-limit, limit).to(dtype).float()
+
+
+def _none(blocks: Tensor) -> Unpacked:
+    raise NotImplementedError("codes of vectors are no integers")
