@@ -23,6 +23,20 @@ WEAK = {"task": "sst2"}
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 Row = dict[str, Any]
+AGNEWS = {
+    "template": "{text} This is news about",
+    "labels": "World=politics,Sports=sports,Business=business,Sci/Tech=technology",
+}
+TASKS: dict[str, tuple[Path, Path, Row]] = {
+    "SST-2": (DATA / "train.tsv", DATA / "dev.tsv", WEAK),
+    "AG News": (SHARED / "agnews/dev.tsv", SHARED / "agnews/test.tsv", {**AGNEWS, "eval_rows": 500}),
+    "RTE": (SHARED / "rte/train.tsv", SHARED / "rte/dev.tsv", {"task": "rte"}),
+    "CB": (SHARED / "superglue/CB/train.jsonl", SHARED / "superglue/CB/val.jsonl", {"task": "cb"}),
+    "BoolQ": (SHARED / "superglue/BoolQ/train.jsonl", SHARED / "superglue/BoolQ/val.jsonl", {"task": "boolq"}),
+    "COPA": (SHARED / "superglue/COPA/train.jsonl", SHARED / "superglue/COPA/val.jsonl", {"task": "copa"}),
+    "SQuAD": (SHARED / "squad/train-v1.1.json", SHARED / "squad/dev-v1.1.json", {"task": "squad", "eval_rows": 100}),
+}
+"""Of each task: rows to train on, rows to measure on, and how they are read."""
 
 
 @dataclass
@@ -103,9 +117,8 @@ class WorkList:
         output = self.runs / "".join(c if c.isalnum() else "-" for c in row["name"])
         names = {field.name for field in fields(RunOptions)}
         chosen = RunOptions(
-            **{**{name: value for name, value in row.items() if name in names}, **row.get("prompt", WEAK)},
+            **{"train_rows": TRAIN_ROWS, **{name: row[name] for name in row if name in names}, **row.get("prompt", WEAK)},
             eval=str(dev),
-            train_rows=TRAIN_ROWS,
             batch_size=BATCH,
             eval_every=every,
             output=str(output),
@@ -130,18 +143,21 @@ class WorkList:
         journal.close()
         return found
 
-    def first_order(self, loaded: Any, steps: int, lr: float = 2e-5) -> Row:
-        """AdamW (constant lr, fp32) on all weights of a dense model, batch by batch in the order of seed 0."""
+    def first_order(self, loaded: Any, steps: int, lr: float = 2e-5, task: str = "SST-2") -> Row:
+        """AdamW (constant lr, fp32) on what a dense model trains, all of it or its adapters, in the order of seed 0."""
         import torch
 
         from gradless import noise, objectives, run
         from gradless.training.options import RunOptions
 
-        options = RunOptions(**WEAK)
-        train = run.prepare(str(DATA / "train.tsv"), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
-        dev = run.prepare(str(DATA / "dev.tsv"), loaded, options).examples
-        model = loaded.model.float().requires_grad_(True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        train_rows, dev_rows, how = TASKS[task]
+        options = RunOptions(**how)
+        train = run.prepare(str(train_rows), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
+        dev = run.prepare(str(dev_rows), loaded, options, limit=options.eval_rows).examples
+        model = loaded.model.float()
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            model.requires_grad_(True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
         curve, seconds, order = [], 0.0, noise.permutation(0, 0, len(train)).tolist()
         torch.set_float32_matmul_precision("medium")
         for step in range(steps + 1):

@@ -14,19 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sst2 import base
-from worklist import SHARED, Row, WorkList, figure
+from worklist import TASKS, Row, WorkList, figure
 
 STEPS = 400
-AGNEWS = {
-    "template": "{text} This is news about",
-    "labels": "World=politics,Sports=sports,Business=business,Sci/Tech=technology",
-}
-DATA = {
-    "COPA": (SHARED / "superglue/COPA/train.jsonl", SHARED / "superglue/COPA/val.jsonl", {"task": "copa"}),
-    "AG News": (SHARED / "agnews/dev.tsv", SHARED / "agnews/test.tsv", {**AGNEWS, "eval_rows": 500}),
-    "RTE": (SHARED / "rte/train.tsv", SHARED / "rte/dev.tsv", {"task": "rte"}),
-    "SQuAD": (SHARED / "squad/train-v1.1.json", SHARED / "squad/dev-v1.1.json", {"task": "squad", "eval_rows": 100}),
-}
+CHOSEN = ("COPA", "AG News", "RTE", "SQuAD")
 WAYS = {
     "QZO, Q4_1": {"model": "q4_1", "method": "qzo"},
     "QuZO, int8": {"model": "int8", "method": "quzo"},
@@ -37,7 +28,7 @@ WAYS = {
 def rows() -> dict[str, Row]:
     """Zero-shot, then every way, one seed; a task after the other."""
     made: dict[str, Row] = {}
-    for task in DATA:
+    for task in CHOSEN:
         made[f"{task}, zero-shot, Q4_1"] = {"kind": "zero", "data": task, "model": "q4_1"}
         for way, row in WAYS.items():
             made[f"{task}, {way}"] = {"kind": "tune", "data": task, **row, "steps": STEPS, "seed": 0}
@@ -48,12 +39,12 @@ def zero(row: Row) -> Row:
     from gradless import run
     from gradless.training.options import RunOptions
 
-    _, dev, options = DATA[row["data"]]
+    _, dev, options = TASKS[row["data"]]
     return run.evaluate(str(base(row["model"])), str(dev), RunOptions(**options))
 
 
 def tune(row: Row) -> Row:
-    train, dev, options = DATA[row["data"]]
+    train, dev, options = TASKS[row["data"]]
     return WORK.tune({**row, "prompt": options}, base(row["model"]), 200, train, dev)
 
 
