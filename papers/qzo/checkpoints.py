@@ -146,9 +146,11 @@ def scores(arguments: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, device_map={"": "cpu"}).eval()
     found = []
     with torch.inference_mode():
-        for ids, length in zip(asked["ids"], asked["lengths"], strict=True):
-            found.append(model(ids[None, :length], logits_to_keep=1).logits[0, -1, asked["candidates"]].float())
-    save_file({"scores": torch.stack(found)}, arguments.output)
+        for ids, lengths in zip(asked["ids"].split(16), asked["lengths"].split(16), strict=True):
+            mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+            last = model(ids, attention_mask=mask.long()).logits[torch.arange(len(ids)), lengths - 1]
+            found.append(last[:, asked["candidates"]].float())
+    save_file({"scores": torch.cat(found)}, arguments.output)
 
 
 def weights(arguments: argparse.Namespace) -> None:

@@ -50,8 +50,6 @@ class AQLM(Layout):
         return f"AQLM, {self.codebooks}x{self.bits}, groups of {self.size}"
 
     def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
-        if missing := {"codebooks", "scales"} - set(parts):
-            raise GradlessError(f"{name}: there is no {min(missing)} beside its codes; download or copy the model again.")
         rows, groups, _ = parts["codes"].shape
         expected = {
             "codes": (rows, groups, self.codebooks),

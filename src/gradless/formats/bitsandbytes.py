@@ -43,6 +43,7 @@ class FourBit(Layout):
 
     def __init__(self, kind: str) -> None:
         self.state = STATE + kind
+        self.optional = frozenset(part for part in self.parts if "nested" in part or part.startswith(STATE)) - {self.state}
         self.grid = GRIDS[kind]
 
     @property
@@ -50,8 +51,6 @@ class FourBit(Layout):
         return f"bitsandbytes, {self.grid.name}"
 
     def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
-        if missing := {"weight", "weight.quant_map", self.state} - set(parts):
-            raise GradlessError(f"{name}: there is no {min(missing)} beside its scales; download or copy the model again.")
         state = _state(parts[self.state])
         (rows, columns), length = state["shape"], state["blocksize"]
         size = _size(name, columns, length)

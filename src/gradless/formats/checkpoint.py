@@ -45,9 +45,11 @@ class Layout(ABC):
 
     Attributes:
         parts: what the names of its tensors end with, after the module's path; the first is in no other layer.
+        optional: those of them that may be missing.
     """
 
     parts: ClassVar[tuple[str, ...]]
+    optional: frozenset[str] = frozenset()
 
     @property
     @abstractmethod
@@ -149,8 +151,11 @@ class Checkpoint(ABC):
                 self.contents[name] = raw.view(*info.shape[:-1], -1)
         packed: set[str] = set()
         for name in self.layout.matrices(self.tensors):
+            parts = self.parts(name)
+            if missing := [part for part in self.layout.parts if part not in parts and part not in self.layout.optional]:
+                raise GradlessError(f"{self.path} has no {missing[0]} for {name}; download or copy it again.")
             self.quantized[name] = self.layout.read(name, self._contents(name))
-            packed.update(info.name for info in self.parts(name).values())
+            packed.update(info.name for info in parts.values())
         for name, info in self.tensors.items():
             if info.type in FLOAT_TYPES and name not in packed:
                 self.floats[name] = self.contents[name]

@@ -61,7 +61,8 @@ class Folder(Checkpoint):
                 path, {name: _in_blocks(info, types) for name, info in tensors.items()}, Blocks(types, "packed by gradless")
             )
         config = quantization(path)
-        assert config is not None
+        if config is None:
+            raise GradlessError(f"{path} is not quantized; give a quantized folder.")
         method = str(config.get("quant_method"))
         if method not in LAYOUTS:
             raise GradlessError(f"{path} is quantized by {method}; supported are GGUF files and {', '.join(LAYOUTS)}.")
@@ -69,7 +70,7 @@ class Folder(Checkpoint):
 
     @property
     def architecture(self) -> str:
-        return str(json.loads((self.path / "config.json").read_text()).get("model_type", "unknown"))
+        return str(read_json(self.path / "config.json").get("model_type", "unknown"))
 
     @property
     def title(self) -> str:
@@ -101,13 +102,22 @@ def is_quantized(path: Path) -> bool:
 def quantization(path: Path) -> dict[str, Any] | None:
     """config.json's `quantization_config`, or None."""
     file = path / "config.json"
-    if not file.is_file():
-        return None
+    return read_json(file).get("quantization_config") if file.is_file() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object.
+
+    Raises:
+        GradlessError: it holds none.
+    """
     try:
-        config: dict[str, Any] = json.loads(file.read_text())
+        content = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise GradlessError(f"{file} is not JSON ({error}); copy it again.") from error
-    return config.get("quantization_config")
+        raise GradlessError(f"{path} is not JSON ({error}); copy it again.") from error
+    if not isinstance(content, dict):
+        raise GradlessError(f"{path} is no JSON object; copy it again.")
+    return content
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -117,7 +127,7 @@ def weight_files(path: Path) -> list[Path]:
         GradlessError: a file is missing, or all there is are pickles.
     """
     if (path / INDEX).is_file():
-        shards = sorted({path / name for name in json.loads((path / INDEX).read_text())["weight_map"].values()})
+        shards = sorted({path / name for name in read_json(path / INDEX).get("weight_map", {}).values()})
         for shard in shards:
             if not shard.is_file():
                 raise GradlessError(f"{shard} is missing, though {INDEX} names it; download or copy it again.")

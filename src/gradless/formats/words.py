@@ -31,6 +31,7 @@ class Words(Layout):
     """
 
     parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+    optional = frozenset({"g_idx"})
 
     bits: int
     group_size: int | None
@@ -53,9 +54,6 @@ class Words(Layout):
         """uint8 (columns, rows) -> `qweight` int32."""
 
     def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
-        missing = {"qweight", "qzeros", "scales"} - set(parts)
-        if missing:
-            raise GradlessError(f"{name}: there is no {min(missing)} beside its codes; download or copy the model again.")
         codes, zeros, scales = self.codes(parts["qweight"]), self.zeros(parts["qzeros"]), parts["scales"]
         columns, rows = codes.shape
         group = self.group_size or columns
