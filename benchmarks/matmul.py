@@ -73,7 +73,7 @@ def main() -> None:
         return
     for name, row in times.items():
         print(
-            f"{name:40} {work[name] / row['median'] / 1e9:8.0f} GOP/s ({row['accepted']} undisturbed samples of {row['taken']})"
+            f"{name:40} {work[name] / row['median'] / 1e9:8.0f} GOP/s ({row['accepted']} undisturbed samples of {len(row['taken'])})"
         )
     for name, value in ratios.items():
         print(f"{name:60} {shown(value)}")

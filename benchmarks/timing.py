@@ -1,4 +1,4 @@
-"""Timing on a shared machine: interleave the variants, set aside samples that waited for a CPU, take medians."""
+"""Timing on a shared machine: interleave the variants, set aside samples that waited for a CPU, compare within a round."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 MOST_WAITING, MANY, MOST_SPREAD = 0.03, 5, 0.1
 """Of an undisturbed sample's time, waiting for a CPU; such samples, for a ratio; of their median, how far they may spread."""
-Times = dict[str, dict[str, float]]
+Times = dict[str, dict[str, Any]]
 
 
 def _waited() -> float:
@@ -26,46 +27,52 @@ def _waited() -> float:
 
 
 def medians(variants: dict[str, Callable[[], object]], *, samples: int = 7, rounds: int = 30) -> Times:
-    """Time each variant in turn, in random order, until it has `samples` undisturbed samples.
+    """Run the variants in rounds, each in a random order, until every one has `samples` undisturbed samples.
 
     Returns:
-        For each variant: `median`, `best` and `spread` (half the distance of the quartiles) in seconds, `accepted` and `taken`.
-        Where a variant had too few undisturbed samples in `rounds` rounds, the least disturbed ones stand in, and `accepted`
-        says so.
+        For each variant: `median`, `best` and `spread` (half the distance of the quartiles) in seconds, `accepted`, and
+        `taken`, its (share of time spent waiting, seconds) in each round. Where a variant had too few undisturbed samples in
+        `rounds` rounds, the least disturbed ones stand in, and `accepted` says so.
     """
     for run in variants.values():
         run()
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for _ in range(rounds):
-        pending = [name for name in variants if sum(w <= MOST_WAITING for w, _ in taken[name]) < samples]
-        if not pending:
-            break
-        for name in random.sample(pending, len(pending)):
+        for name in random.sample(list(variants), len(variants)):
             waited, began = _waited(), time.perf_counter()
             variants[name]()
             seconds = time.perf_counter() - began
             taken[name].append(((_waited() - waited) / seconds, seconds))
+        if all(sum(_undisturbed(sample) for sample in taken[name]) >= samples for name in variants):
+            break
     result = {}
     for name, all_samples in taken.items():
-        best = sorted(all_samples)[:samples]
+        best = sorted(all_samples)[: max(samples, sum(map(_undisturbed, all_samples)))]
         seconds = [s for _, s in best]
-        result[name] = {
-            "median": statistics.median(seconds),
-            "best": min(seconds),
-            "spread": (statistics.quantiles(seconds)[2] - statistics.quantiles(seconds)[0]) / 2,
-            "accepted": sum(w <= MOST_WAITING for w, _ in best),
-            "taken": len(all_samples),
-        }
+        accepted = sum(map(_undisturbed, best))
+        result[name] = {**_middle(seconds), "best": min(seconds), "accepted": accepted, "taken": all_samples}
     return result
 
 
+def _undisturbed(sample: tuple[float, float]) -> bool:
+    return sample[0] <= MOST_WAITING
+
+
+def _middle(values: list[float]) -> dict[str, float]:
+    quartiles = statistics.quantiles(values)
+    return {"median": statistics.median(values), "spread": (quartiles[2] - quartiles[0]) / 2}
+
+
 def ratio(times: Times, over: str, under: str) -> float | None:
-    """median of `over` / median of `under`; None where the machine was too noisy for one of them."""
-    for name in (over, under):
-        row = times[name]
-        if row["accepted"] < min(MANY, row["taken"]) or row["spread"] > MOST_SPREAD * row["median"]:
-            return None
-    return times[over]["median"] / times[under]["median"]
+    """The median over rounds of `over`'s time / `under`'s, which a machine that slows down for a minute moves together.
+
+    None where too few rounds were undisturbed, or their quotients too far apart.
+    """
+    rounds = [pair for pair in zip(times[over]["taken"], times[under]["taken"], strict=True) if all(map(_undisturbed, pair))]
+    if len(rounds) < MANY:
+        return None
+    quotients = _middle([mine[1] / its[1] for mine, its in rounds])
+    return None if quotients["spread"] > MOST_SPREAD * quotients["median"] else quotients["median"]
 
 
 def shown(value: float | None) -> str:
