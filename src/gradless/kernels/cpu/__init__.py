@@ -100,6 +100,7 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         library.gradless_move_codes.restype = ctypes.c_int64
         library.gradless_choose_path.restype = ctypes.c_char_p
+        library.gradless_keep_freed_memory()
         library.gradless_set_normal_table(normal_table().ctypes.data_as(ctypes.c_void_p))
         return library
     raise OSError("the C++ kernels were not built (no compiler when gradless was installed)")

@@ -7,6 +7,9 @@
 #include <cstring>
 #include <memory>
 #include <vector>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include "bf16.hpp"
 #include "blocks.hpp"
 #include "fused.hpp"
@@ -50,25 +53,41 @@ INLINE void store(uint16_t *out, float value) { *out = to_bf16(value); }
 INLINE float load(const float *in) { return *in; }
 INLINE float load(const uint16_t *in) { return from_bf16(*in); }
 
-// Of a block: what a move of 1 means for its tuned field, and where the field may lie: a scale keeps its sign, or stays at zero.
-struct Room {
-    float unit, least, most;
-};
-template <class T> INLINE Room room_of(const Blocks &t, const uint8_t *b) {
-    const float d = scale_of<T>(b), base = t.part == OFFSET ? half_to_float(b + T::offset_at) : d;
-    const bool by_scale = t.part == OFFSET && T::offset_unit != 0;  // such an offset may cross zero
-    const float unit = by_scale ? __builtin_fabsf(d) * T::offset_unit : __builtin_fabsf(base), far = __builtin_inff();
-    return {t.relative ? unit : 1.0f, by_scale || base < 0 ? -far : 0, by_scale || base > 0 ? far : 0};
-}
+// Of a run of tuned values: what a move of 1 means for each, and where it may lie: a scale keeps its sign, or stays at zero.
+struct Rooms {
+    float unit[128], least[128], most[128];
 
-// reference._moved_blocks for one block.
-INLINE float moved(float coefficient, float decay, Room room, float x, float z) {
-    float step = coefficient * z;
-    step = step * room.unit;
-    float y = x * decay + step;
-    y = y < room.least ? room.least : y;
-    y = y > room.most ? room.most : y;
-    return room.least < room.most ? y : 0;
+    // Of values [first, first + n).
+    template <class T> INLINE void read(Rooms &r, const Blocks &t, int64_t first, int n) {
+        float d[128] = {0}, base[128] = {0};
+        for (int i = 0; i < n; i++) {
+            const uint8_t *b = t.packed + block_of(t, first + i) * T::nbytes;
+            __builtin_prefetch(b + 128 * T::nbytes);
+            d[i] = scale_of<T>(b);
+            base[i] = t.part == OFFSET ? half_to_float(b + T::offset_at) : d[i];
+        }
+        const bool by_scale = t.part == OFFSET && T::offset_unit != 0;  // such an offset may cross zero
+        const float far = __builtin_inff();
+        for (int i = 0; i < 128; i++) {
+            const float unit = by_scale ? __builtin_fabsf(d[i]) * T::offset_unit : __builtin_fabsf(base[i]);
+            r.unit[i] = t.relative ? unit : 1.0f;
+            r.least[i] = by_scale || base[i] < 0 ? -far : 0;
+            r.most[i] = by_scale || base[i] > 0 ? far : 0;
+        }
+    }
+};
+
+// reference.moved_blocks for a run of values.
+INLINE void move_run(const Move &move, const Rooms &room, const float z[128], float x[128]) {
+    const float coefficient = move.coefficient, decay = move.decay;
+    for (int i = 0; i < 128; i++) {
+        float step = coefficient * z[i];
+        step = step * room.unit[i];
+        float y = x[i] * decay + step;
+        y = y < room.least[i] ? room.least[i] : y;
+        y = y > room.most[i] ? room.most[i] : y;
+        x[i] = room.least[i] < room.most[i] ? y : 0;
+    }
 }
 
 // A view of a row: what a forward reads of it.
@@ -77,25 +96,40 @@ struct View {
     const View *same;  // an earlier view along the same direction, or this one
     Coordinates u;
     std::vector<float> coordinate;  // of each tuned value, or of each code
+    std::vector<float> value;       // of each tuned one
     std::vector<float> scale, offset;
     bool moves_codes;
+
+    // The tuned values of one row, moved.
+    template <class T> INLINE void read_values(View &v, const Blocks &t, int64_t row) {
+        const int64_t values = values_in_row(t);
+        for (int64_t first = 0; first < values; first += 128) {
+            const int n = (int)std::min<int64_t>(128, values - first);
+            float x[128] = {0}, z[128] = {0};
+            std::memcpy(x, t.master + row * values + first, sizeof(float) * n);
+            if (v.move) {
+                Rooms room;
+                Rooms::read<T>(room, t, row * values + first, n);
+                std::memcpy(z, v.same->coordinate.data() + first, sizeof(float) * n);
+                move_run(*v.move, room, z, x);
+            }
+            std::memcpy(v.value.data() + first, x, sizeof(float) * n);
+        }
+    }
 
     // The coordinates, scales and offsets of one row.
     template <class T> INLINE void read(View &v, const Blocks &t, int64_t row) {
         const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
-        const float *master = t.master ? t.master + row * values_in_row(t) : nullptr;
         v.moves_codes = v.move && t.part == CODE && row % t.stride == 0;
         if (v.same == &v && v.move && (v.moves_codes || t.part != CODE)) {
             const int64_t n = t.part == CODE ? t.blocks * T::size : values_in_row(t);
             Coordinates::read(v.u, row * n, n, v.coordinate.data());
         }
-        const float *z = v.same->coordinate.data();
+        if (t.master) read_values<T>(v, t, row);
         for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes) {
             float d = scale_of<T>(b), m = T::offset_at < 0 ? 0 : half_to_float(b + T::offset_at);
-            if (master) {
-                const int64_t i = t.share == 1 ? k : k / t.share;
-                const uint8_t *first = t.share == 1 ? b : b - k % t.share * T::nbytes;
-                float x = v.move ? moved(v.move->coefficient, v.move->decay, room_of<T>(t, first), master[i], z[i]) : master[i];
+            if (t.master) {
+                const float x = v.value[t.share == 1 ? k : k / t.share];
                 if (t.part == OFFSET) m = x;
                 else {
                     if (t.part == BOTH) m = m * (d == 0 ? 1.0f : x / d);
@@ -207,6 +241,7 @@ static std::vector<View> views_of(const Blocks &t, const Move *moves, int64_t co
             if (!std::memcmp(&moves[i].direction, &moves[j].direction, sizeof(Direction))) v.same = views[j].same;
         if (count) v.u.u = moves[i].direction;
         v.coordinate.resize(count && v.same == &v ? (t.part == CODE ? t.blocks * block_size(t) : values_in_row(t)) : 0);
+        v.value.resize(t.master ? values_in_row(t) : 0);
         v.scale.resize(t.blocks), v.offset.resize(t.blocks);
     }
     return views;
@@ -369,18 +404,15 @@ MULTIPLY(multiply_bf16, uint16_t)
 #define MOVE(T) \
     for (int64_t first = begin; first < end; first = (first / 128 + 1) * 128) { \
         const int64_t n = std::min(end, (first / 128 + 1) * 128) - first; \
-        float unit[128] = {0}, least[128] = {0}, most[128] = {0}, x[128] = {0}, z[128] = {0}; \
-        for (int64_t i = 0; i < n; i++) { \
-            const Room room = room_of<T>(t, t.packed + block_of(t, first + i) * T::nbytes); \
-            unit[i] = room.unit, least[i] = room.least, most[i] = room.most; \
-        } \
+        Rooms room; \
+        Rooms::read<T>(room, t, first, (int)n); \
+        float x[128] = {0}, z[128] = {0}; \
         std::memcpy(x, t.master + first, sizeof(float) * n); \
         for (int64_t k = 0; k < count; k++) { \
-            const float coefficient = moves[k].coefficient, decay = moves[k].decay; \
             Coordinates u; \
             u.u = moves[k].direction; \
             Coordinates::read(u, first, n, z); \
-            for (int i = 0; i < 128; i++) x[i] = moved(coefficient, decay, {unit[i], least[i], most[i]}, x[i], z[i]); \
+            move_run(moves[k], room, z, x); \
         } \
         std::memcpy(t.master + first, x, sizeof(float) * n); \
     }
@@ -543,6 +575,15 @@ void gradless_linear_int8_bf16(const Blocks *t, const Move *moves, int64_t count
     linear_int8(t, moves, count, n, m, x, out, quantize_bf16, multiply_bf16);
 }
 
+// Freed memory stays with the process: forwards ask for the same sizes again and again, and pages that were given back would have
+// to be cleared and mapped anew.
+void gradless_keep_freed_memory() {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most that it takes
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
+}
+
 void gradless_set_normal_table(const uint16_t *table) { set_normal_table(table); }
 
 void gradless_coordinates(const Direction *direction, int64_t n, float *out) {
@@ -617,7 +658,7 @@ void gradless_attention(const Attention *a, int64_t batch, int64_t heads, const 
 }
 
 void gradless_move_blocks(const Blocks *t, const Move *moves, int64_t count, int64_t n) {
-    in_shares(n, 1 << 13, [&](int64_t begin, int64_t end) { move_range(*t, moves, count, begin, end); });
+    in_shares(n, 1 << 10, [&](int64_t begin, int64_t end) { move_range(*t, moves, count, begin, end); });
 }
 
 int64_t gradless_move_codes(const Blocks *t, const Move *move) {
