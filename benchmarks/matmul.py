@@ -72,9 +72,8 @@ def main() -> None:
         print(json.dumps({"ratios": ratios, "times": times}))
         return
     for name, row in times.items():
-        print(
-            f"{name:40} {work[name] / row['median'] / 1e9:8.0f} GOP/s ({row['accepted']} undisturbed samples of {len(row['taken'])})"
-        )
+        samples = f"{row['accepted']} undisturbed samples of {len(row['taken'])}"
+        print(f"{name:40} {work[name] / row['median'] / 1e9:8.0f} GOP/s ({samples})")
     for name, value in ratios.items():
         print(f"{name:60} {shown(value)}")
 

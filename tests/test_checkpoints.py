@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from gradless import kernels, run
 from gradless.cli import main
 from gradless.errors import GradlessError
+from gradless.formats.bitsandbytes import STATE
 from gradless.formats.folder import LAYOUTS, Folder
 from gradless.formats.quantized import dequantized
 from gradless.formats.words import pack_words, unpack_words
@@ -22,13 +23,6 @@ from tests.checkpoint_folders import CODED, FORMATS, quantized_folder, stream, w
 from tests.test_cli import TASK
 
 LAYER = "model.layers.1.mlp.down_proj"
-
-
-@pytest.fixture(scope="module")
-def dense(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dense") / "dense"
-    assert main(["dequantize", str(tiny), "--output", str(folder)]) == 0
-    return folder
 
 
 def weights_of(file: Folder) -> dict[str, torch.Tensor]:
@@ -200,6 +194,9 @@ def set_first(part, value):
         ("gptq-4", lambda t: t.pop("model.norm.weight"), "has no tensor for model.norm.weight"),
         ("int8", lambda t: t.update({f"{LAYER}.SCB": t[f"{LAYER}.SCB"][:4].clone()}), "has 256 rows, but 4 scales"),
         ("nf4", set_first("weight.quant_map", -0.9), "a quant_map that is not nf4's"),
+        ("nf4", set_first(f"{STATE}nf4", 0), "are not bitsandbytes, nf4"),
+        ("awq", lambda t: t.update({f"{LAYER}.qweight": t[f"{LAYER}.qweight"].flatten()}), "are not AWQ, 4 bits"),
+        ("aqlm 2x8", lambda t: t.update({f"{LAYER}.codes": t[f"{LAYER}.codes"].flatten()}), "are not AQLM, 2x8"),
     ],
 )
 def test_contradictions_are_refused(dense, tmp_path, name, change, message):
@@ -224,6 +221,7 @@ def test_a_layer_of_another_shape_than_the_configuration_says(dense, tmp_path):
         ({"dynamic": {"+:.*down.*": {"bits": 8}}}, "differ between layers"),
         ({"quant_method": "awq", "version": "gemv"}, "AWQ in gemv order"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:fp8"}, "AutoRound packed as auto_round:fp8"),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "af4"}, "4-bit type af4 is not known"),
     ],
 )
 def test_formats_that_are_not_supported(dense, tmp_path, change, message):
@@ -257,4 +255,9 @@ def test_info_and_plan_of_a_folder(dense, tmp_path, capsys):
     assert found["format"] == "GPTQ, 3 bits, groups of 64"
     assert found["types"][0]["type"] == "uint3/64+zero"
     assert found["tunable"]["qzo"]["values"] == sum(t.numel() for n, t in contents(tmp_path / "base").items() if "scales" in n)
-    assert main(["plan", str(tmp_path / "base"), "--methods", "qzo"]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(tmp_path / "base"), "--methods", "qzo", "--json"]) == 0
+    held = Folder.open(tmp_path / "base")
+    expected = sum(tensor.packed.nbytes for tensor in held.quantized.values())
+    expected += sum(held.tensors[name].nbytes for name in held.floats)
+    assert json.loads(capsys.readouterr().out)["packed"] == expected

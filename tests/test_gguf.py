@@ -7,7 +7,7 @@ import torch
 
 from gradless.blocks import BLOCK_TYPES
 from gradless.errors import GradlessError
-from gradless.formats.checkpoint import to_fp16
+from gradless.formats.checkpoint import rounded
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
@@ -63,11 +63,11 @@ def test_the_exported_file_holds_the_tuned_values(tmp_path, tiny):
     BlockSpace(tensor, Part.SCALE).move([Move(Direction(0, 0), 0.05)])
     file.export(tmp_path / "out.gguf")
     again = GGUFFile.open(tmp_path / "out.gguf").quantized["blk.1.attn_q.weight"]
-    assert torch.equal(again.block.field(again.packed, again.block.scale_at), to_fp16(tensor.master).float())
+    assert torch.equal(again.block.field(again.packed, again.block.scale_at), rounded(tensor.master, torch.float16).float())
 
 
 def test_huge_values_saturate():
-    assert to_fp16(torch.tensor([1e9, -1e9])).tolist() == [65504.0, -65504.0]
+    assert rounded(torch.tensor([1e9, -1e9]), torch.float16).tolist() == [65504.0, -65504.0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -50,6 +50,26 @@ def quant(name: str, rows: int, blocks: int, seed: int = 0) -> QuantTensor:
     return QuantTensor("w", block, packed.view(rows, blocks, block.nbytes), share=1 + seed % 3)
 
 
+@given(
+    codes=st.sampled_from([torch.int8, torch.int16]),
+    bits=st.integers(3, 8),
+    codebooks=st.integers(1, 8),
+    size=st.sampled_from([4, 8, 16]),
+    groups=st.integers(1, 9),
+    dtype=DTYPES,
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_sums_of_vectors(codes, bits, codebooks, size, groups, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(codebooks << bits, size, generator=generator)
+    names = torch.randint(-(1 << bits - 1), 1 << bits - 1, (5, groups, codebooks), generator=generator).to(codes)
+    ours, theirs = (kernels.vectors(names, table, dtype) for kernels in (cpu, reference))
+    assert torch.equal(ours, theirs)
+    first = sum(table.view(codebooks, -1, size)[k, names[0, 0, k] % (1 << bits)] for k in range(codebooks))
+    assert torch.allclose(theirs[0, :size].float(), first, rtol=2**-7, atol=2**-7)
+
+
 def test_the_compiled_kernels_are_in_use_here():
     assert kernels.name() == "cpu", kernels.why_not_compiled()
 

@@ -21,13 +21,6 @@ OPT = OPTConfig(hidden_size=64, ffn_dim=256, num_hidden_layers=2, num_attention_
 PARTS = ["weights", "gradients", "states", "activations", "logits", "scratch"]
 
 
-@pytest.fixture(scope="module")
-def dense(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dense") / "dense"
-    assert main(["dequantize", str(tiny), "--output", str(folder)]) == 0
-    return folder
-
-
 def planned(capsys, *arguments):
     assert main(["plan", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)

@@ -21,13 +21,6 @@ from gradless.training.options import DEFAULT_STRIDE
 from tests.test_cli import TASK
 
 
-@pytest.fixture(scope="module")
-def dense(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dense") / "dense"
-    assert main(["dequantize", str(tiny), "--output", str(folder)]) == 0
-    return folder
-
-
 def quantized(dense, folder, *options):
     assert main(["quantize", str(dense), "--output", str(folder), *options]) == 0
     return folder

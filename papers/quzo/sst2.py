@@ -9,7 +9,6 @@ A work list: each finished row is one line of papers/quzo/sst2.jsonl. 1000 train
 
 from __future__ import annotations
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -135,14 +134,7 @@ def table(done: dict[str, Row]) -> str:
         "peak MB": figure("peak_mb", ""),
         "codes moved a step": figure("moved_a_step", ".3%"),
     }
-    lines = WORK.table(done, columns)
-    for start in dict.fromkeys(name.rsplit(", seed", 1)[0] for name in done if ", seed" in name):
-        seeds = [row["accuracy"] for name, row in done.items() if name.rsplit(", seed", 1)[0] == start]
-        if len(seeds) > 1:
-            lines.append(
-                f"| **{start}, {len(seeds)} seeds** | 872 | {statistics.mean(seeds):.4f} ± {statistics.stdev(seeds):.4f} |"
-            )
-    return "\n".join(lines)
+    return "\n".join(WORK.table(done, columns))
 
 
 WORK = WorkList(Path(__file__).resolve(), rows(), {"zero": zero, "tune": tune, "ste": ste})

@@ -1,7 +1,7 @@
 """QZO's clipping of the directional derivative: how much it shrinks the estimate, and how often the loss spikes without it.
 
-    python papers/qzo/clipping.py shrinkage     # about five minutes
-    python papers/qzo/clipping.py spikes        # resumable runs: an hour
+    python papers/qzo/clipping.py shrinkage
+    python papers/qzo/clipping.py spikes        # runs that resume where they were stopped
 
 The paper calls the clipped estimate unbiased. For a linear loss, d = g . z, Gaussian z give E[clip(d) z] = P(|d| < C) g: an
 estimate of the right direction, shrunk by the share of derivatives that were not clipped. `shrinkage` measures both sides on
@@ -91,7 +91,7 @@ def spikes() -> None:
         journal.close()
         losses = [step.loss for step in steps]
         ratios = [loss / statistics.median(losses[i - WINDOW : i]) for i, loss in enumerate(losses) if i >= WINDOW]
-        clipped = sum(abs(plus - minus) / (2 * 2e-2) >= clip for step in steps for plus, minus in step.losses) / len(steps)
+        clipped = sum(abs(d) >= clip for step in steps for of_group in step.d for d in of_group) / len(steps)
         accuracy = summary["after"]["accuracy"]
         spiked = f"{sum(each > SPIKE for each in ratios)} of {len(ratios)}"
         print(f"| {clip:g} | {clipped:.3f} | {spiked} | {max(ratios):.2f} | {accuracy:.4f} |", flush=True)

@@ -8,7 +8,6 @@ A work list: each finished row is one line of papers/qzo/sst2.jsonl. 1000 traini
 
 from __future__ import annotations
 
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,34 +106,11 @@ def adamw(row: Row) -> Row:
 
 
 def table(finished: dict[str, Row]) -> str:
-    draw(finished)
+    WORK.draw([name for name in WORK.rows if name in finished], ROOT / "docs" / "sst2.png", ("accuracy",))
     columns = {"n": figure("examples", ""), "accuracy": figure("accuracy"), "loss": figure("loss")}
-    lines = WORK.table(finished, {**columns, "seconds": lambda row: f"{row.get('seconds', 0):.0f}"})
-    for row in ("QZO, 1000 steps", "QZO, int8 activations, 1000 steps"):
-        seeds = [finished[name]["accuracy"] for name in (f"{row}, seed {s}" for s in range(3)) if name in finished]
-        if len(seeds) > 1:
-            mean, spread = statistics.mean(seeds), statistics.stdev(seeds)
-            lines.append(f"| **{row}, mean of {len(seeds)} seeds** | 872 | {mean:.4f} ± {spread:.4f} | | |")
+    columns["seconds"] = lambda row: f"{row.get('seconds', 0):.0f}"
+    lines = WORK.table(finished, columns)
     return "\n".join(lines)
-
-
-def draw(finished: dict[str, Row]) -> None:
-    """docs/sst2.png: accuracy against steps and seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    for name, row in finished.items():
-        if "curve" in row and name in WORK.rows:
-            for axis, key in zip(axes, ("step", "seconds"), strict=True):
-                axis.plot([p[key] for p in row["curve"]], [p["accuracy"] for p in row["curve"]], "o-", markersize=3, label=name)
-    for axis, label in zip(axes, ("step", "seconds"), strict=True):
-        axis.set(xlabel=label, ylabel="SST-2 dev accuracy", xscale="symlog")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7, loc="lower right")
-    figure.savefig(ROOT / "docs" / "sst2.png", dpi=150)
 
 
 WORK = WorkList(

@@ -6,12 +6,11 @@
 
 A work list: a finished row is one line of papers/qzo/tasks.jsonl. SST-2, AG News (of which only the dev rows are here to train
 on) and RTE train on all rows; CB, BoolQ and COPA on the 32 that are here. GPTQModel wants groups that divide a row: for
-SmolLM2, whose rows have 576 columns, that is 64, not 128.
+SmolLM2, whose rows have 576 columns, that is 64; gemma-3-270m has the papers' 128.
 """
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -21,44 +20,66 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from worklist import ROOT, SHARED, TASKS, Row, WorkList, figure
 
-STEPS, SHORT = 1000, 400
-MAKE = {"GPTQ": ["gptq", "--samples", "64"], "AQLM": ["aqlm", "--iterations", "6"]}
-"""How the bases are made; AQLM's codebooks are a plain k-means fit (see checkpoints.py)."""
+STEPS, FIRST_ORDER = 400, 50
+MAKE: dict[str, tuple[str, list[str]]] = {
+    "bf16": ("SmolLM2", []),
+    "GPTQ": ("SmolLM2", ["gptq", "--samples", "64"]),
+    "AQLM": ("SmolLM2", ["aqlm", "--iterations", "6"]),
+    "gemma3 bf16": ("gemma3", []),
+    "gemma3 GPTQ": ("gemma3", ["gptq", "--group", "128", "--samples", "64"]),
+}
+"""Of each base its model, and how it is quantized; AQLM's codebooks are a plain k-means fit (see checkpoints.py)."""
+MAIN = ("SST-2", "RTE", "AG News")
+"""The tasks of the larger model's rows."""
+Q = f"QZO, {STEPS} steps"
 
 
 def rows() -> dict[str, Row]:
     """Every row of the table: zero-shot, QZO, then what it is held against; a task after the other."""
     made: dict[str, Row] = {}
+
+    def tuned(task: str, base: str, name: str, **options: Any) -> None:
+        made[f"{task}, {base}, {name}"] = {"kind": "tune", "task": task, "base": base, "steps": STEPS, "seed": 0, **options}
+
+    def zero_shot(task: str, base: str) -> None:
+        made[f"{task}, {base}, zero-shot"] = {"kind": "zero", "task": task, "base": base}
+
+    def by_lora(task: str, base: str) -> None:
+        name = f"{task}, {base}, first-order LoRA, {FIRST_ORDER} steps"
+        made[name] = {"kind": "lora", "task": task, "base": base, "steps": FIRST_ORDER}
+
     for task in TASKS:
-        steps = STEPS if task == "SST-2" else SHORT
-        for base in MAKE:
-            made[f"{task}, {base}, zero-shot"] = {"kind": "zero", "task": task, "base": base}
+        for base in ("GPTQ", "AQLM"):
+            zero_shot(task, base)
             for seed in range(3 if task == "SST-2" else 1):
-                row = {"kind": "tune", "task": task, "base": base, "steps": steps, "seed": seed}
-                made[f"{task}, {base}, QZO, {steps} steps, seed {seed}"] = row
-            made[f"{task}, {base}, first-order LoRA, 100 steps"] = {"kind": "lora", "task": task, "base": base, "steps": 100}
-        row = {"kind": "tune", "task": task, "base": "dense", "method": "mezo", "steps": steps, "seed": 0}
-        made[f"{task}, bf16, MeZO, {steps} steps, seed 0"] = row
+                tuned(task, base, f"{Q}, seed {seed}", seed=seed)
+            by_lora(task, base)
+        zero_shot(task, "bf16")
+        tuned(task, "bf16", f"MeZO, {STEPS} steps, seed 0", method="mezo")
     for clip in (1e9, 10.0, 1.0):
-        row = {"kind": "tune", "task": "SST-2", "base": "GPTQ", "steps": SHORT, "seed": 0, "clip": clip}
-        made[f"SST-2, GPTQ, QZO, {SHORT} steps, C = {clip:g}"] = row
+        tuned("SST-2", "GPTQ", f"{Q}, C = {clip:g}", clip=clip)
     for lr, eps in ((2e-4, 2e-2), (8e-4, 2e-2), (1.6e-3, 2e-2), (4e-4, 1e-2), (4e-4, 4e-2)):
-        row = {"kind": "tune", "task": "SST-2", "base": "GPTQ", "steps": SHORT, "seed": 0, "lr": lr, "eps": eps}
-        made[f"SST-2, GPTQ, QZO, {SHORT} steps, lr {lr:g}, eps {eps:g}"] = row
+        tuned("SST-2", "GPTQ", f"{Q}, lr {lr:g}, eps {eps:g}", lr=lr, eps=eps)
+    for task in MAIN:
+        zero_shot(task, "gemma3 GPTQ")
+        tuned(task, "gemma3 GPTQ", f"{Q}, seed 0")
+        by_lora(task, "gemma3 GPTQ")
+        tuned(task, "gemma3 bf16", f"MeZO, {STEPS} steps, seed 0", method="mezo")
     return made
 
 
 def base(name: str) -> Path:
     """A base's folder, made once by the format's own tool."""
-    dense = WORK.dense_folder()
-    if name == "dense":
+    model, how = MAKE[name]
+    dense = WORK.dense_folder(model)
+    if not how:
         return dense
-    folder, python = ROOT / "runs" / "papers" / name.lower(), ROOT / ".venv-tools" / "bin" / "python"
+    folder, python = ROOT / "runs" / "papers" / name.lower().replace(" ", "-"), ROOT / ".venv-tools" / "bin" / "python"
     if not folder.exists():
         text = ROOT / "runs" / "papers" / "text.txt"
         lines = [line.partition("\t")[0] for line in (SHARED / "agnews" / "dev.tsv").read_text().splitlines()]
         text.write_text("\n".join(line for line in lines if len(line) > 250))
-        command = [str(python), str(Path(__file__).with_name("checkpoints.py")), "make", *MAKE[name]]
+        command = [str(python), str(Path(__file__).with_name("checkpoints.py")), "make", *how]
         subprocess.run([*command, "--dense", str(dense), "--text", str(text), "--output", str(folder)], check=True)
     return folder
 
@@ -73,8 +94,7 @@ def zero(row: Row) -> Row:
 
 def tune(row: Row) -> Row:
     train, dev, options = TASKS[row["task"]]
-    every = row["steps"] // 4
-    return WORK.tune({**row, "prompt": options, "train_rows": None}, base(row["base"]), every, train, dev)
+    return WORK.tune({**row, "prompt": options, "train_rows": None}, base(row["base"]), STEPS // 4, train, dev)
 
 
 def lora(row: Row) -> Row:
@@ -94,12 +114,8 @@ def table(done: dict[str, Row]) -> str:
     columns = {"n": figure("examples", ""), "accuracy": figure("accuracy"), "F1": figure("f1"), "loss": figure("loss")}
     columns |= {"seconds": figure("seconds", ".0f"), "peak MB": figure("peak_mb", "")}
     lines = WORK.table(done, columns)
-    for name in MAKE:
-        seeds = [f"SST-2, {name}, QZO, {STEPS} steps, seed {seed}" for seed in range(3)]
-        found: list[Any] = [done[seed]["accuracy"] for seed in seeds if seed in done]
-        if len(found) > 1:
-            mean, spread = statistics.mean(found), statistics.stdev(found)
-            lines.append(f"| **SST-2, {name}, QZO, mean of {len(found)} seeds** | 872 | {mean:.4f} ± {spread:.4f} | | | | |")
+    drawn = [name for name in WORK.rows if name.startswith("SST-2") and name in done]
+    WORK.draw(drawn, ROOT / "docs" / "qzo-checkpoints.png", ("loss", "accuracy"))
     return "\n".join(lines)
 
 

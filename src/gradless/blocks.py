@@ -69,7 +69,7 @@ class BlockType:
 
     @property
     def fields(self) -> dict[int, torch.dtype]:
-        """Where the tuned fields lie, d first, and of which type they are."""
+        """Where the tuned fields lie and of which type they are; d comes last."""
         return ({} if self.offset_at is None else {self.offset_at: torch.float16}) | {self.scale_at: self.scale_type}
 
     @property
@@ -254,6 +254,13 @@ BLOCK_TYPES = {
 
 GROUP_SIZES = (64, 32)
 """Of our own blocks; a coarser range repeats its scale in every block."""
+
+
+def dividing_size(*lengths: int) -> int | None:
+    """The longest block of ours that divides all these lengths, or None."""
+    return next((size for size in GROUP_SIZES if all(length % size == 0 for length in lengths)), None)
+
+
 Form = Literal["", "offset", "zero", "fp32"]
 """What our own blocks hold beside an fp16 d and codes: nothing, an fp16 m, an int16 zero point; or d in fp32."""
 ZERO_AT = 2

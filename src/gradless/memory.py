@@ -18,10 +18,10 @@ adapters of rank 8 on all of them, T = batch * length the tokens and V the vocab
 
 Full tuning is in fp32: 16 bytes a parameter with AdamW, which is also what mixed precision takes (bf16 weights and gradients,
 fp32 masters and moments). QAT holds latent weights and their rounded copies. Adapters are fp32 on a bf16 base, as peft makes
-them. `packed` is the quantized checkpoint's own tensors: of a dense model what `gradless quantize` would write, blocks for
-linear layers and bf16 for all else. Where a file is mapped into memory, as gradless does it, rows of an embedding that no token
-looks up are counted though they are never read. ZOQO and QuZO tune one row in 16 (their default), and hold a byte
-a code of those.
+them. `packed` is the quantized checkpoint's tensors as they are held: a GGUF file's own, the blocks that other folders' layers
+become, and of a dense model what `gradless quantize` would write, blocks for linear layers and bf16 for all else. Where a file
+is mapped into memory, as gradless does it, rows of an embedding that no token looks up are counted though they are never read.
+ZOQO and QuZO tune one row in 16 (their default), and hold a byte a code of those.
 
 A backward keeps, of every token, the input and the output of every linear layer,
 
@@ -53,7 +53,7 @@ from typing import Any
 import psutil
 import torch
 
-from gradless.blocks import GROUP_SIZES, grid_block
+from gradless.blocks import dividing_size, grid_block
 from gradless.errors import GradlessError
 from gradless.formats.checkpoint import Checkpoint
 from gradless.formats.folder import Folder, is_quantized
@@ -224,7 +224,7 @@ def shapes_of_config(config: Any, name: str, *, bits: int | None = None, group_s
         raise GradlessError(f"--bits is {bits}; codes have 2 to 8.")
     model = _skeleton(config)
     weights = {name: getattr(*sites[0]) for name, sites in parameter_sites(model).items() if name.endswith("weight")}
-    size = next((size for size in GROUP_SIZES if group_size % size == 0), None)
+    size = dividing_size(group_size)
     for layer, weight in weights.items():
         if size is None or weight.shape[1] % group_size:
             raise GradlessError(
@@ -256,7 +256,7 @@ def _of_file(file: Checkpoint, vocabulary: int, hidden: int) -> Shapes:
         linear=tuple((tensor.rows, tensor.columns) for tensor in linear),
         vocabulary=vocabulary,
         hidden=hidden,
-        packed=sum(info.nbytes for info in file.tensors.values()),
+        packed=sum(t.nbytes for t in file.quantized.values()) + sum(file.tensors[name].nbytes for name in file.floats),
         blocks=sum(tensor.rows * tensor.values for tensor in linear),
     )
 

@@ -80,9 +80,8 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Quantiz
     return load(path, trust_remote_code=trust_remote_code)
 
 
-def open_model(model: str) -> Model:
+def open_model(path: Path) -> Model:
     """What a replay needs of a model: the tensors, and no module around them where they are packed."""
-    path = local(model)
     if path.is_dir() and not is_quantized(path):
         return DenseModel.load(path)
     return QuantizedModel(Folder.open(path) if path.is_dir() else GGUFFile.open(path))
@@ -476,7 +475,7 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
     target, path = Path(output), local(model)
     journal = Journal.open(Path(journal_path))
     lora = journal.header.get("lora")
-    source = open_model(model) if lora is None else AdaptedModel(load_model(model), LoRA(**lora))
+    source = open_model(path) if lora is None else AdaptedModel(load_model(path), LoRA(**lora))
     for file in _written(source, target):
         _check_free(file, [path, Path(journal_path)], overwrite=overwrite)
     if source.fingerprint() != journal.header["base"]:

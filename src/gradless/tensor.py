@@ -86,6 +86,11 @@ class QuantTensor:
         return self.packed.shape[1] * self.block.size
 
     @property
+    def nbytes(self) -> int:
+        """Of what the file gave it."""
+        return self.packed.nbytes
+
+    @property
     def values(self) -> int:
         """How many values of a row are tuned, where codes are not."""
         return -(-self.packed.shape[1] // self.share)
@@ -150,6 +155,10 @@ class CodebookTensor(QuantTensor):
 
     scales: Tensor = field(kw_only=True, repr=False)
     codebooks: Tensor = field(kw_only=True, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scales.nbytes + self.codebooks.nbytes
 
     @property
     def values(self) -> int:

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from gradless.blocks import BlockType, Unpacked
 from gradless.errors import GradlessError
-from gradless.formats.checkpoint import Layout, finite
+from gradless.formats.checkpoint import Layout, finite, rounded
 from gradless.tensor import CodebookTensor, Part, QuantTensor
 
 
@@ -72,14 +71,14 @@ class AQLM(Layout):
         )
 
     def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert tensor.master is not None
         part = "codebooks" if tensor.part is Part.CODEBOOK else "scales"
-        return {part: self.saved(tensor, parts).to(parts[part].dtype).view(parts[part].shape)}
+        return {part: rounded(tensor.master.cpu(), parts[part].dtype).view(parts[part].shape)}
 
     def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
         assert tensor.master is not None
-        dtype = parts["codebooks" if tensor.part is Part.CODEBOOK else "scales"].dtype
-        limit = torch.finfo(dtype).max
-        return tensor.master.cpu().clamp(-limit, limit).to(dtype).float()
+        (written,) = self.write(tensor, parts).values()
+        return written.float().view_as(tensor.master)
 
 
 def _none(blocks: Tensor) -> Unpacked:

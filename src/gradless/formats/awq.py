@@ -34,7 +34,7 @@ class AWQ(Words):
         return cls(bits, None if group == -1 else group)
 
     def codes(self, words: Tensor) -> Tensor:
-        rows = unpack_words(words.T.contiguous(), self.bits).view(-1, len(ORDER), len(words))
+        rows = unpack_words(words.mT.contiguous(), self.bits).view(-1, len(ORDER), len(words))
         return torch.empty_like(rows).index_copy_(1, torch.tensor(ORDER), rows).flatten(0, 1).T
 
     def zeros(self, words: Tensor) -> Tensor:

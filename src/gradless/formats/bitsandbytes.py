@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradless.blocks import GROUP_SIZES, assemble, grid_block
+from gradless.blocks import assemble, dividing_size, grid_block
 from gradless.errors import GradlessError
-from gradless.formats.checkpoint import Layout, finite
+from gradless.formats.checkpoint import Layout, finite, rounded
 from gradless.grids import GRIDS, integers
 from gradless.tensor import Part, QuantTensor
 
@@ -34,6 +34,9 @@ class FourBit(Layout):
 
     Args:
         kind: nf4 or fp4.
+
+    Raises:
+        GradlessError: it is another one.
     """
 
     parts: ClassVar[tuple[str, ...]] = (
@@ -42,6 +45,8 @@ class FourBit(Layout):
     )
 
     def __init__(self, kind: str) -> None:
+        if kind not in KINDS:
+            raise GradlessError(f"bitsandbytes' 4-bit type {kind} is not known; supported are {' and '.join(KINDS)}.")
         self.state = STATE + kind
         self.optional = frozenset(part for part in self.parts if "nested" in part or part.startswith(STATE)) - {self.state}
         self.grid = GRIDS[kind]
@@ -124,7 +129,7 @@ def _state(stored: Tensor) -> dict[str, Any]:
 
 def _size(name: str, columns: int, length: int) -> int:
     """Of our blocks, so that they divide rows and the format's own blocks."""
-    size = next((size for size in GROUP_SIZES if length % size == 0), None)
+    size = dividing_size(length)
     if size is None or columns % length:
         raise GradlessError(f"{name} has blocks of {length} in rows of {columns}; blocks that divide a row are supported.")
     return size
@@ -156,7 +161,7 @@ def _absmax(tensor: QuantTensor, parts: Mapping[str, Tensor], state: Mapping[str
     assert tensor.master is not None
     before, tuned = parts["weight.absmax"], tensor.master.cpu().flatten()
     if "nested_blocksize" not in state:
-        return tuned.to(before.dtype)
+        return rounded(tuned, before.dtype)
     levels = parts["weight.nested_quant_map"]
     unit = (tuned - state["nested_offset"]) / _nested(parts, state)
     middles = (levels[1:] + levels[:-1]) / 2

@@ -25,7 +25,6 @@ from gradless.tensor import Part, QuantTensor
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = FLOAT_TYPES | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-_FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -73,15 +72,9 @@ class Layout(ABC):
     def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts that tuning changed, each whole, of the file's own types and shapes."""
 
-    def kind(self, tensor: QuantTensor) -> str:
-        """What to call the matrix's type in a table."""
-        return tensor.block.name
-
+    @abstractmethod
     def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
         """What the file will hold of the tuned values: fp32, (rows, values)."""
-        del parts
-        assert tensor.master is not None
-        return to_fp16(tensor.master).float()
 
 
 class Blocks(Layout):
@@ -107,14 +100,19 @@ class Blocks(Layout):
     def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         packed = tensor.packed.cpu().clone()
         if tensor.master is not None:
-            block, saved = tensor.block, {tensor.part: to_fp16(tensor.master)}
+            block, tuned = tensor.block, {tensor.part: tensor.master}
             if tensor.part is Part.BOTH:
-                saved = {Part.SCALE: to_fp16(tensor.master), Part.OFFSET: to_fp16(kernels.exported_offset(tensor))}
-            for part, values in saved.items():
+                tuned = {Part.SCALE: tensor.master, Part.OFFSET: kernels.exported_offset(tensor)}
+            for part, values in tuned.items():
                 at = block.offset_at if part is Part.OFFSET else block.scale_at
                 assert at is not None
-                packed[..., at : at + 2] = values.cpu().unsqueeze(-1).view(torch.uint8)
+                packed[..., at : at + 2] = rounded(values, torch.float16).cpu().unsqueeze(-1).view(torch.uint8)
         return {"weight": packed.view_as(parts["weight"])}
+
+    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
+        del parts
+        assert tensor.master is not None
+        return rounded(tensor.master, torch.float16).float()
 
 
 @dataclass
@@ -124,7 +122,7 @@ class Checkpoint(ABC):
     Attributes:
         path: of the file or folder.
         tensors: every tensor's place, in the file's order.
-        layout: of the packed matrices; None where there are none.
+        layout: of the packed matrices.
         contents: the tensors, by name, as views of the file in their own type; those in blocks as bytes.
         quantized: the packed matrices, by the name of their module's weight.
         floats: the floating-point tensors that are no part of a packed matrix, by name.
@@ -154,7 +152,14 @@ class Checkpoint(ABC):
             parts = self.parts(name)
             if missing := [part for part in self.layout.parts if part not in parts and part not in self.layout.optional]:
                 raise GradlessError(f"{self.path} has no {missing[0]} for {name}; download or copy it again.")
-            self.quantized[name] = self.layout.read(name, self._contents(name))
+            try:
+                self.quantized[name] = self.layout.read(name, self._contents(name))
+            except GradlessError:
+                raise
+            except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
+                raise GradlessError(
+                    f"{self.path}: the tensors of {name} are not {self.layout.title} ({error}); download or quantize it again."
+                ) from error
             packed.update(info.name for info in parts.values())
         for name, info in self.tensors.items():
             if info.type in FLOAT_TYPES and name not in packed:
@@ -232,6 +237,7 @@ def finite(name: str, scales: Tensor) -> Tensor:
     return scales
 
 
-def to_fp16(values: Tensor) -> Tensor:
-    """Round to nearest fp16, saturating at its largest finite value."""
-    return values.clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to nearest in a file's type, saturating at its largest finite value."""
+    most = torch.finfo(dtype).max
+    return values.clamp(-most, most).to(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def local(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     match = _NAME.fullmatch(str(model))
     if path.exists() or match is None:
         return path
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = [*WANTED, *(["*.py"] if trust_remote_code else [])]
@@ -37,8 +36,8 @@ def local(model: str | Path, *, trust_remote_code: bool = False) -> Path:
             return Path(hf_hub_download(match["repository"], match["file"]))
         return Path(snapshot_download(match["repository"], allow_patterns=wanted))
     except (LocalEntryNotFoundError, OSError, EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        why = "HF_HUB_OFFLINE forbids to look for it on the Hub" if offline else f"the Hub gave none ({_first_line(error)})"
+        forbidden = "HF_HUB_OFFLINE forbids to look for it on the Hub"
+        why = forbidden if constants.HF_HUB_OFFLINE else f"the Hub gave none ({_first_line(error)})"
         raise GradlessError(f"there is no file or folder {model}, none of that name in the Hub's cache, and {why}.") from error
 
 

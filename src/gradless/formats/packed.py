@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradless.blocks import GROUP_SIZES, assemble, grid_block
+from gradless.blocks import assemble, dividing_size, grid_block
 from gradless.errors import GradlessError
 from gradless.files import replacing_folder
 from gradless.formats.folder import FORMAT, WEIGHTS
@@ -73,8 +73,8 @@ def packed_rows(weight: Tensor, name: str, grid: str, group_size: int | None, *,
         raise GradlessError(f"there is no grid {grid}; there are {', '.join(GRIDS)}.")
     rows, columns = weight.shape
     group = group_size or columns
-    size = next((size for size in GROUP_SIZES if group % size == 0 and columns % group == 0), None)
-    if size is None:
+    size = dividing_size(group)
+    if size is None or columns % group:
         raise GradlessError(
             f"{name} has rows of {columns}: groups of {group} do not fit; give a multiple of 32 that divides it."
         )

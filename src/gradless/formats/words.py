@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradless.blocks import GROUP_SIZES, assemble, grid_block
+from gradless.blocks import assemble, dividing_size, grid_block
 from gradless.errors import GradlessError
-from gradless.formats.checkpoint import Layout, finite
+from gradless.formats.checkpoint import Layout, finite, rounded
 from gradless.grids import integers
 from gradless.tensor import Part, QuantTensor
 
@@ -67,7 +67,7 @@ class Words(Layout):
         finite(name, scales)
         if not torch.equal(scales.half().to(scales.dtype), scales):
             raise GradlessError(f"{name} has {scales.dtype} scales that fp16 cannot hold; such files are not supported yet.")
-        size = next((size for size in GROUP_SIZES if group % size == 0 and columns % size == 0), None)
+        size = dividing_size(group, columns)
         if size is None:
             raise GradlessError(f"{name} has groups of {group} in rows of {columns}; multiples of 32 are supported.")
         order = None if "g_idx" not in parts else column_order(name, parts["g_idx"], columns, group)
@@ -80,12 +80,16 @@ class Words(Layout):
 
     def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if tensor.part is not Part.CODE:
-            return {"scales": self.saved(tensor, parts).T.cpu().to(parts["scales"].dtype)}
+            assert tensor.master is not None
+            return {"scales": rounded(tensor.master.T.cpu(), parts["scales"].dtype)}
         raw = tensor.block.unpack(tensor.packed.flatten(0, 1).cpu()).codes - tensor.block.codes[0]
         codes = raw.to(torch.uint8).view(tensor.rows, tensor.columns).T
         if tensor.column_order is not None:
             codes = torch.empty_like(codes).index_copy_(0, tensor.column_order.cpu(), codes)
         return {"qweight": self.words(codes)}
+
+    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
+        return self.write(tensor, parts)["scales"].T.float()
 
 
 def column_order(name: str, g_idx: Tensor, columns: int, group: int) -> Tensor | None:

@@ -56,13 +56,19 @@ _log = logging.getLogger(__name__)
 
 def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a weight under its views; see `reference.dequantize`."""
-    result: Tensor = _serving(tensor).dequantize(tensor, rows, dtype)
+    ops = _ops(tensor.packed)
+    if isinstance(tensor, CodebookTensor):
+        return codebooks.dequantize(tensor, rows, dtype, ops.vectors)
+    result: Tensor = ops.dequantize(tensor, rows, dtype)
     return result
 
 
 def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """x @ W.T in x's dtype, W under its views; see `reference.linear`."""
-    result: Tensor = _serving(tensor).linear(tensor, rows, x)
+    ops = _ops(tensor.packed)
+    if isinstance(tensor, CodebookTensor):
+        return codebooks.linear(tensor, rows, x, ops.vectors)
+    result: Tensor = ops.linear(tensor, rows, x)
     return result
 
 
@@ -74,7 +80,8 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
 
 def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
     """Update a weight's tuned values in place; see `reference.move_blocks`."""
-    _serving(tensor).move_blocks(tensor, moves)
+    ops = reference if isinstance(tensor, CodebookTensor) else _ops(tensor.packed)
+    ops.move_blocks(tensor, moves)
 
 
 def move_codes(tensor: QuantTensor, move: Move) -> int:
@@ -143,10 +150,6 @@ def products() -> dict[str, str]:
     return result
 
 
-def _serving(tensor: QuantTensor) -> ModuleType:
-    return codebooks if isinstance(tensor, CodebookTensor) else _ops(tensor.packed)
-
-
 def _ops(tensor: Tensor) -> ModuleType:
     return _own(tensor.device.type)[0] or reference
 
@@ -208,6 +211,12 @@ def self_test(ops: ModuleType, device: str = "cpu", types: Sequence[str] = EVERY
             same &= torch.allclose(ops.linear(ours, rows, x), reference.linear(theirs, rows, x), rtol=1e-4, atol=1e-3)
             if not same:
                 return f"{block.name}, {part}"
+    table = Direction(8, 0).values("table", 0, 3 * 64 * 8, device).view(-1, 8)
+    for of_codes in (torch.int8, torch.int16):
+        codes = _some_bytes((24,)).view(of_codes).view(2, -1, 3).to(device)
+        for dtype in (torch.float32, torch.bfloat16):
+            if not torch.equal(ops.vectors(codes, table, dtype), reference.vectors(codes, table, dtype)):
+                return f"sums of vectors named by {of_codes}"
     for distribution in (*noise.NAMED.values(), noise.uniform_grid(2), noise.RoundedGaussian(0.3)):
         move = Move(Direction(7, 1, 2, distribution), -0.03, 0.99)
         u, n, where = move.direction, 300, torch.device(device)

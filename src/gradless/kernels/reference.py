@@ -141,7 +141,7 @@ def _read_under(tensor: QuantTensor, view: Move | None, rows: Tensor) -> tuple[T
     scale = block.field(packed, block.scale_at)
     offset = None if block.offset_at is None else block.field(packed, block.offset_at)
     if tensor.master is not None:
-        values = (tensor.master if view is None else _moved_blocks(tensor, view))[rows]
+        values = (tensor.master if view is None else moved_blocks(tensor, view))[rows]
         tuned = values.repeat_interleave(tensor.share, 1)[:, : packed.shape[1]]
         match tensor.part:
             case Part.SCALE:
@@ -252,7 +252,27 @@ def dither(name: str, shape: torch.Size) -> Tensor:
     return words.to(torch.uint32).view(torch.int8)[: shape.numel()].view(shape)
 
 
-def _moved_blocks(tensor: QuantTensor, move: Move) -> Tensor:
+def vectors(codes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Groups of columns as sums of codebooks' vectors, added up in fp32.
+
+    Args:
+        codes: int8 or int16, (n, groups, codebooks), modulo the entries of a codebook.
+        table: fp32, (codebooks * entries, size).
+        dtype: of the result, bf16 or fp32.
+
+    Returns:
+        (n, groups * size).
+    """
+    entries = len(table) // codes.shape[-1]
+    first = torch.arange(0, len(table), entries, device=codes.device)
+    chosen = (codes.long() % entries + first).unbind(-1)
+    total = table[chosen[0]]
+    for entry in chosen[1:]:
+        total += table[entry]
+    return total.flatten(-2).to(dtype)
+
+
+def moved_blocks(tensor: QuantTensor, move: Move) -> Tensor:
     """decay * x + (coefficient * z) * unit, stopped at zero where a sign is kept: fp32, (rows, values)."""
     assert tensor.master is not None
     x = tensor.master
@@ -268,7 +288,7 @@ def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
     """Update every tuned block value in place, by one move after the other: the only writer of `tensor.master`."""
     assert tensor.master is not None
     for move in moves:
-        tensor.master.copy_(_moved_blocks(tensor, move))
+        tensor.master.copy_(moved_blocks(tensor, move))
 
 
 def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochastic: bool = False) -> Tensor:

@@ -48,6 +48,7 @@ def write_card(
     rows["made with"] = ", ".join(f"{name} {version}" for name, version in header["environment"].items())
     front = {"library_name": "gradless", "tags": ["gradless", "zeroth-order", method]}
     front |= {} if Path(model).exists() else {"base_model": model}
+    made = "holds the adapters, the base goes with it as it was" if header["lora"] else "is of the base's format and size"
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
@@ -58,7 +59,7 @@ def write_card(
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows.items()),
         "",
-        f"`{target}` is of the base's format and size. `journal.db` holds every step; from it and the base",
+        f"`{target}` {made}. `journal.db` holds every step; from it and the base",
         "",
         f"    gradless replay {model} journal.db --output {target}",
         "",

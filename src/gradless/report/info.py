@@ -35,7 +35,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
     file = Folder.open(folder) if folder.is_dir() else GGUFFile.open(folder)
     counts, weights, nbytes = Counter[str](), Counter[str](), Counter[str]()
     for name, tensor in file.quantized.items():
-        kind = file.layout.kind(tensor)
+        kind = tensor.block.name
         counts[kind] += 1
         weights[kind] += tensor.rows * tensor.columns
         nbytes[kind] += sum(info.nbytes for info in file.parts(name).values())

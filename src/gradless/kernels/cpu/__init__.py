@@ -226,6 +226,25 @@ def instructions() -> dict[str, str]:
     }
 
 
+def vectors(codes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `reference.vectors`."""
+    codebooks, size = codes.shape[-1], table.shape[1]
+    entries = len(table) // codebooks
+    if size % 8 or entries & (entries - 1):
+        return reference.vectors(codes, table, dtype)
+    codes, table = codes.contiguous(), table.contiguous()
+    out = torch.empty(*codes.shape[:-1], size, dtype=dtype)
+    _library.gradless_vectors(
+        _at(codes),
+        ctypes.c_int32(codes.dtype is torch.int16),
+        _at(table),
+        *map(ctypes.c_int64, (codebooks, entries, size, out.numel() // size)),
+        ctypes.c_int32(dtype is torch.bfloat16),
+        _at(out),
+    )
+    return out.flatten(-2)
+
+
 def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
     """See `reference.move_blocks`."""
     assert tensor.master is not None

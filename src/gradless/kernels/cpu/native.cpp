@@ -544,6 +544,24 @@ MOVED(moved_f32_bf16, float, uint16_t)
 MOVED(moved_bf16_f32, uint16_t, float)
 MOVED(moved_bf16_bf16, uint16_t, uint16_t)
 
+// reference.vectors for sums [begin, end).
+#define VECTORS(NAME, CODE, OUT) \
+    CLONES void NAME(const CODE *codes, const float *table, int64_t codebooks, int64_t entries, int64_t size, int64_t begin, int64_t end, OUT *out) { \
+        for (int64_t i = begin; i < end; i++) \
+            for (int64_t from = 0; from < size; from += 8) { \
+                float sum[8]; \
+                for (int64_t k = 0; k < codebooks; k++) { \
+                    const float *vector = table + (k * entries + ((int64_t)codes[i * codebooks + k] & (entries - 1))) * size + from; \
+                    for (int j = 0; j < 8; j++) sum[j] = k ? sum[j] + vector[j] : vector[j]; \
+                } \
+                for (int j = 0; j < 8; j++) store(out + i * size + from + j, sum[j]); \
+            } \
+    }
+VECTORS(vectors_i8_f32, int8_t, float)
+VECTORS(vectors_i8_bf16, int8_t, uint16_t)
+VECTORS(vectors_i16_f32, int16_t, float)
+VECTORS(vectors_i16_bf16, int16_t, uint16_t)
+
 // Calls worker(begin, end) on shares of [0, n), each a multiple of `grain` but for the last.
 template <class Worker> static void in_shares(int64_t n, int64_t grain, Worker worker) {
 #pragma omp parallel for schedule(static)
@@ -667,6 +685,15 @@ int64_t gradless_move_codes(const Blocks *t, const Move *move) {
     const int64_t stretches = (t->all_blocks * size + apart - 1) / apart;
     in_shares(stretches, t->stride == 1 ? 1 : 8, [&](int64_t begin, int64_t end) { moved += move_codes(*t, *move, begin, end); });
     return moved;
+}
+
+void gradless_vectors(const void *codes, int32_t wide, const float *table, int64_t codebooks, int64_t entries, int64_t size, int64_t n, int32_t bf16, void *out) {
+    in_shares(n, 1 << 10, [&](int64_t begin, int64_t end) {
+        if (wide && bf16) vectors_i16_bf16((const int16_t *)codes, table, codebooks, entries, size, begin, end, (uint16_t *)out);
+        else if (wide) vectors_i16_f32((const int16_t *)codes, table, codebooks, entries, size, begin, end, (float *)out);
+        else if (bf16) vectors_i8_bf16((const int8_t *)codes, table, codebooks, entries, size, begin, end, (uint16_t *)out);
+        else vectors_i8_f32((const int8_t *)codes, table, codebooks, entries, size, begin, end, (float *)out);
+    });
 }
 
 void gradless_bytes(const Words *words, int64_t n, uint8_t *out) {
