@@ -66,7 +66,7 @@ def test_sums_of_vectors(codes, bits, codebooks, size, groups, dtype, seed):
     names = torch.randint(-(1 << bits - 1), 1 << bits - 1, (5, groups, codebooks), generator=generator).to(codes)
     ours, theirs = (kernels.vectors(names, table, dtype) for kernels in (cpu, reference))
     assert torch.equal(ours, theirs)
-    first = sum(table.view(codebooks, -1, size)[k, names[0, 0, k] % (1 << bits)] for k in range(codebooks))
+    first = sum(table.view(codebooks, -1, size)[k, int(names[0, 0, k]) % (1 << bits)] for k in range(codebooks))
     assert torch.allclose(theirs[0, :size].float(), first, rtol=2**-7, atol=2**-7)
 
 
