@@ -77,6 +77,12 @@ class BlockType:
         """Whether m is d itself: one value moves both."""
         return self.offset_at == self.scale_at
 
+    @property
+    def is_centred(self) -> bool:
+        """Whether d multiplies numbers of both signs. Where it multiplies codes from zero on, the same relative step of d moves
+        the weights two to three times as far, measured by their spread, for it shifts their mean too."""
+        return self.has_zero_point or self.grid.levels[0] < 0
+
     @cached_property
     def grid(self) -> Grid:
         """The levels of its codes."""

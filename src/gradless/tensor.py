@@ -101,6 +101,11 @@ class QuantTensor:
         return self.block.levels is None
 
     @property
+    def is_centred(self) -> bool:
+        """Whether scales multiply numbers of both signs."""
+        return self.block.is_centred
+
+    @property
     def tuned_rows(self) -> int:
         """How many rows have codes that are tuned."""
         return -(-self.rows // self.stride)
@@ -167,6 +172,10 @@ class CodebookTensor(QuantTensor):
     @property
     def has_integers(self) -> bool:
         return False
+
+    @property
+    def is_centred(self) -> bool:
+        return True
 
     @property
     def keeps_sign(self) -> bool:

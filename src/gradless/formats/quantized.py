@@ -91,6 +91,10 @@ class QuantizedModel:
         chosen = targets.choose([(places[m], name) for name, sites in shown.items() for m in sites], default)
         return [name for name in chosen if kind == "floats" or self.floats[name].values.ndim == 1]
 
+    def is_centred(self, name: str) -> bool:
+        """Whether a tensor's scales multiply numbers of both signs."""
+        return self.file.quantized[name].is_centred
+
     def grid_length(self, name: str) -> float:
         """How many steps the grid of a tensor's codes has from end to end."""
         return self.file.quantized[name].block.grid.length

@@ -16,7 +16,7 @@ from gradless.formats.gguf import GGUFFile
 from gradless.formats.hub import local
 from gradless.noise import Direction
 from gradless.tensor import CodebookTensor, Move, Part, QuantTensor
-from gradless.training.options import DEFAULT_STRIDE, DEFAULTS
+from gradless.training.options import DEFAULT_STRIDE, DEFAULTS, qzo_default
 
 ENOUGH = 0.9
 """Cosine between an intended perturbation and what is left of it in a bf16 scratch, below which `info` warns."""
@@ -46,7 +46,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
     linear = [file.quantized[name] for name in file.linear_layers()]
     coded = [tensor for tensor in linear if not isinstance(tensor, CodebookTensor)]
     floats = [values for values in file.floats.values() if values.ndim == 1]
-    eps = eps or DEFAULTS["qzo"][1]
+    shown = [(tensor, eps or DEFAULTS[qzo_default(tensor.is_centred)][1]) for tensor in _one_a_type(linear)]
     return {
         "path": str(file.path),
         "bytes": sum(each.stat().st_size for each in {info.file for info in file.tensors.values()}),
@@ -71,8 +71,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         "kernels": kernels.name(),
         "why_not_compiled": kernels.why_not_compiled(),
         "products": kernels.products(),
-        "eps": eps,
-        "surviving": {tensor.block.name: round(surviving(tensor, eps), 4) for tensor in _one_a_type(linear)},
+        "surviving": {tensor.block.name: {"eps": eps, "cosine": round(surviving(tensor, eps), 4)} for tensor, eps in shown},
     }
 
 
@@ -115,10 +114,10 @@ def as_text(description: dict[str, Any]) -> str:
         + (f" ({description['why_not_compiled']})" if description["why_not_compiled"] else "")
         + "".join(f"; {activations} products: {how}" for activations, how in description["products"].items()),
     ]
-    for name, cosine in description["surviving"].items():
-        if cosine < ENOUGH:
+    for name, left in description["surviving"].items():
+        if left["cosine"] < ENOUGH:
             lines.append(
-                f"  warning: of a perturbation of eps {description['eps']} only a cosine of {cosine:.2f} survives "
+                f"  warning: of a perturbation of eps {left['eps']} only a cosine of {left['cosine']:.2f} survives "
                 f"{name}'s bf16 scratch; give a larger --eps."
             )
     return "\n".join(lines)

@@ -215,7 +215,8 @@ MAY_CHANGE |= {"max_minutes", "threads"}
 
 
 DEFAULTS = {
-    "qzo": (4e-4, 2e-2),
+    "qzo": (8e-3, 6e-2),
+    "qzo, codes from zero": (4e-4, 2e-2),
     "qzo, absolute": (1e-7, 1e-3),
     "quzo": (0.6, 0.35),
     "quzo, few levels": (0.15, 0.5),
@@ -227,6 +228,11 @@ DEFAULTS = {
     "mezo, floats of a GGUF": (1e-3, 3e-2),
 }
 """(lr, eps) that learn where a user gives none; docs/results.md has the runs behind them."""
+
+
+def qzo_default(centred: bool) -> str:
+    """Which of `DEFAULTS` is for a tensor's scales; where codes begin at zero these shift a block's mean too."""
+    return "qzo" if centred else "qzo, codes from zero"
 
 
 DEFAULT_GRID = 15.0

@@ -43,6 +43,7 @@ from gradless.training.options import (
     FEW_LEVELS,
     PAIR_TOKENS,
     MethodOptions,
+    qzo_default,
 )
 
 NAN_STEPS = 5
@@ -181,15 +182,24 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 return [{**self._group("parameters", "mezo", "this model has no linear layer"), "master": args.master}]
             case "quzo" | "zoqo":
                 return self._code_groups()
-        missing = "qzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
-        blocks = self._group("blocks", "qzo, absolute" if args.absolute else "qzo", missing)
-        groups = [{**blocks, "part": args.part, "relative": not args.absolute, "clip": args.clip}]
+        groups = self._block_groups()
         if args.train_unquantized:
             lr, eps = DEFAULTS["mezo, floats of a GGUF"]
             vectors = self._group("floats", "qzo", "this model has no unquantized vector", names="vectors")
             more = {"lr": args.unquantized_lr or lr, "eps": args.unquantized_eps or eps, "weight_decay": 0.0, "clip": args.clip}
             groups.append({**vectors, **more})
         return groups
+
+    def _block_groups(self) -> list[dict[str, Any]]:
+        """A group for each kind of block, where the user leaves lr or eps to us."""
+        args, checkpoint = self.args, self.checkpoint
+        missing = "qzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
+        by_default: dict[str, list[str]] = {}
+        for name in self._group("blocks", "qzo", missing)["names"]:
+            default = "qzo, absolute" if args.absolute else qzo_default(checkpoint.is_centred(name))
+            by_default.setdefault(default, []).append(name)
+        space = {"part": args.part, "relative": not args.absolute, "clip": args.clip}
+        return [{**self._group("blocks", default, missing), "names": names, **space} for default, names in by_default.items()]
 
     def _code_groups(self) -> list[dict[str, Any]]:
         """A group for each length of grid. Defaults reach as far along a long grid as along a short one; what a user gives is
