@@ -73,24 +73,38 @@ def with_bitsandbytes(arguments: argparse.Namespace, _text: list[str]) -> None:
     AutoTokenizer.from_pretrained(arguments.dense).save_pretrained(arguments.output)
 
 
-def with_codebooks(arguments: argparse.Namespace, _text: list[str]) -> None:
-    """AQLM's format, 2x8, by a plain fit: residual k-means of each layer's groups of 8 columns, then alternating improvements.
+def with_codebooks(arguments: argparse.Namespace, text: list[str]) -> None:
+    """AQLM's format, 2x8: k-means of each layer's groups of 8 columns, then codes in GPTQ's order with its error feedback.
 
-    AQLM's own quantizer is a research script for GPUs; this is no substitute for its accuracy.
+    AQLM's own quantizer is a research script for GPUs that also tunes what it has quantized; this is no substitute for its
+    accuracy. Layers are quantized in the course of one forward, so that each sees what the quantized ones before it give.
     """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(arguments.dense, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.dense)
+    tokens = torch.cat([tokenizer(line, return_tensors="pt").input_ids[0] for line in text])
     stored, skipped = {}, []
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
-            skipped += [name, name + ".weight"] * isinstance(module, torch.nn.Linear)  # transformers 5 looks for the former
-            continue
-        scales = module.weight.data.square().mean(1).sqrt().half()
-        vectors = (module.weight.data / scales.float().unsqueeze(1)).view(-1, 8)
-        codes, tables = fitted(vectors, codebooks=2, entries=256, rounds=arguments.iterations)
-        stored[name + ".codes"] = codes.view(len(scales), -1, 2).to(torch.int8)  # modulo 256
+
+    def quantize(name: str, module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        found = inputs[0].flatten(0, -2)
+        dense = module.weight.data
+        scales = dense.square().mean(1).sqrt().half()
+        moments = found.T @ found / len(found)
+        codes, tables = fitted(dense / scales.float().unsqueeze(1), moments, entries=256, rounds=arguments.iterations)
+        stored[name + ".codes"] = codes.to(torch.int8)  # modulo 256
         stored[name + ".codebooks"] = tables.half().unsqueeze(2)
         stored[name + ".scales"] = scales.view(-1, 1, 1, 1)
+        module.weight.data = summed(tables, codes).flatten(1) * scales.float().unsqueeze(1)
+        error, power = ((w @ moments * w).sum() for w in (module.weight.data - dense, dense))
+        print(f"{name}: {error / power:.4f} of its outputs' power is lost", flush=True)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(lambda module, inputs, name=name: quantize(name, module, inputs))
+        elif isinstance(module, torch.nn.Linear):
+            skipped += [name, name + ".weight"]  # transformers 5 looks for the former
+    with torch.inference_mode():
+        model.model(tokens[: len(tokens) // 128 * 128].view(-1, 128))
     packed = {name.rpartition(".")[0] + ".weight" for name in stored}
     floats = {name: value for name, value in model.state_dict().items() if name not in packed and name != "lm_head.weight"}
     arguments.output.mkdir(parents=True)
@@ -102,24 +116,52 @@ def with_codebooks(arguments: argparse.Namespace, _text: list[str]) -> None:
         "linear_weights_not_to_quantize": skipped,
     }  # fmt: skip
     (arguments.output / "config.json").write_text(json.dumps(config, indent=2))
-    AutoTokenizer.from_pretrained(arguments.dense).save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
 
 
-def fitted(vectors: torch.Tensor, *, codebooks: int, entries: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (n, codebooks) and tables (codebooks, entries, size) whose vectors' sums are near to the given ones."""
-    tables = torch.zeros(codebooks, entries, vectors.shape[1])
-    codes = torch.zeros(len(vectors), codebooks, dtype=torch.long)
-    for round_ in range(rounds):
-        for i in range(codebooks):
-            others = sum((tables[j][codes[:, j]] for j in range(codebooks) if j != i), torch.zeros(()))
-            left = vectors - others
-            if round_ == 0:
-                tables[i] = left[torch.randperm(len(left))[:entries]]
-            distance = tables[i].square().sum(1) - 2 * left @ tables[i].T
-            codes[:, i] = distance.argmin(1)
-            count = torch.zeros(entries).index_add_(0, codes[:, i], torch.ones(len(left)))
-            mean = torch.zeros_like(tables[i]).index_add_(0, codes[:, i], left) / count.clamp(min=1).unsqueeze(1)
-            tables[i] = torch.where(count.unsqueeze(1) > 0, mean, tables[i])
+def summed(tables: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """What codes (..., codebooks) stand for: (..., size)."""
+    return sum((table[codes[..., i]] for i, table in enumerate(tables)), torch.zeros(()))
+
+
+def nearest(vectors: torch.Tensor, weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The entry of each vector (n, size) for which the square of what is left, times weights (n, size), is least: (n,)."""
+    return (weights @ table.square().T - 2 * (weights * vectors) @ table.T).argmin(1)
+
+
+def improve(vectors: torch.Tensor, weights: torch.Tensor, tables: torch.Tensor, codes: torch.Tensor, *, fit: bool) -> None:
+    """One codebook after the other: the nearest entries to what the others leave and, where asked, the entries' best places."""
+    for i, table in enumerate(tables):
+        left = vectors - summed(tables, codes) + table[codes[:, i]]
+        codes[:, i] = nearest(left, weights, table)
+        if fit:
+            heavy = torch.zeros_like(table).index_add_(0, codes[:, i], weights)
+            mean = torch.zeros_like(table).index_add_(0, codes[:, i], weights * left) / heavy
+            table[:] = torch.where(heavy > 0, mean, table)
+
+
+def fitted(weight: torch.Tensor, moments: torch.Tensor, *, entries: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (rows, groups, 2) and tables (2, entries, 8) for a weight (rows, columns) whose inputs have such second moments."""
+    (rows, columns), size = weight.shape, 8
+    moments = moments + 0.01 * moments.diagonal().mean() * torch.eye(columns)
+    heed = moments.diagonal().view(1, -1, size).expand(rows, -1, size)
+    vectors, weights = weight.reshape(-1, size), heed.reshape(-1, size)
+    tables = torch.zeros(2, entries, size)
+    tables[0] = vectors[torch.randperm(len(vectors))[:entries]]
+    codes = torch.zeros(len(vectors), 2, dtype=torch.long)
+    codes[:, 0] = nearest(vectors, weights, tables[0])
+    tables[1] = (vectors - tables[0, codes[:, 0]])[torch.randperm(len(vectors))[:entries]]
+    for _ in range(rounds):
+        improve(vectors, weights, tables, codes, fit=True)
+    tables, codes = tables.half().float(), codes.view(rows, -1, 2)
+    feedback = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
+    weight = weight.clone()
+    for group in range(columns // size):
+        here, later = slice(size * group, size * (group + 1)), slice(size * (group + 1), None)
+        for _ in range(3):
+            improve(weight[:, here], heed[:, group], tables, codes[:, group], fit=False)
+        error = weight[:, here] - summed(tables, codes[:, group])
+        weight[:, later] -= error @ torch.linalg.solve(feedback[here, here], feedback[here, later])
     return codes, tables
 
 

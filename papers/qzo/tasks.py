@@ -24,11 +24,11 @@ STEPS, FIRST_ORDER = 400, 50
 MAKE: dict[str, tuple[str, list[str]]] = {
     "bf16": ("SmolLM2", []),
     "GPTQ": ("SmolLM2", ["gptq", "--samples", "64"]),
-    "AQLM": ("SmolLM2", ["aqlm", "--iterations", "6"]),
+    "AQLM": ("SmolLM2", ["aqlm", "--iterations", "6", "--samples", "200"]),
     "gemma3 bf16": ("gemma3", []),
     "gemma3 GPTQ": ("gemma3", ["gptq", "--group", "128", "--samples", "64"]),
 }
-"""Of each base its model, and how it is quantized; AQLM's codebooks are a plain k-means fit (see checkpoints.py)."""
+"""Of each base its model, and how it is quantized; AQLM's codebooks are a fit of our own (see checkpoints.py)."""
 MAIN = ("SST-2", "RTE", "AG News")
 """The tasks of the larger model's rows."""
 Q = f"QZO, {STEPS} steps"
