@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from enum import IntEnum
@@ -28,6 +28,7 @@ from fractions import Fraction
 from functools import cache
 from importlib.resources import files
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,6 +193,47 @@ def _from_probabilities(lower: Sequence[Decimal]) -> Integers:
 
 
 @dataclass(frozen=True)
+class Chunks(Distribution):
+    """SignHunter's directions (Al-Dujaili and O'Reilly, 2020): m on one chunk of coordinates, 0 on all others.
+
+    Step 0 moves all coordinates of a problem, the next two a half each, then quarters, and so on to single ones; then again.
+
+    Attributes:
+        size: coordinates of a problem; problems lie one after the other.
+        m: in grid steps.
+    """
+
+    size: int
+    m: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Until it begins again."""
+        return sum(map(len, self._levels))
+
+    @property
+    def _levels(self) -> list[range]:
+        """Of each level, where its chunks begin."""
+        depth = (self.size - 1).bit_length()
+        return [range(0, self.size, -(-self.size // 2**level)) for level in range(depth + 1)]
+
+    def chunk(self, step: int) -> tuple[int, int]:
+        """A step's first coordinate, and the first behind its last."""
+        step %= self.steps
+        for level in self._levels:
+            if step < len(level):
+                return level[step], level[step] + level.step
+            step -= len(level)
+        raise AssertionError
+
+    def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
+        del name  # nothing random here
+        place = torch.arange(start, start + count, device=device) % self.size
+        first, last = self.chunk(direction.step)
+        return torch.where((place >= first) & (place < last), float(self.m), 0.0)
+
+
+@dataclass(frozen=True)
 class RoundedGaussian(Distribution):
     """SR(eps * u), u ~ N(0, 1), with the rounding drawn from a stream of its own: QuZO's u_1 and u_2, one u rounded twice.
 
@@ -248,16 +290,22 @@ class Signs:
     """sign(sum_i weight_i * u_i), coordinate by coordinate: what ZOQO's update follows.
 
     Attributes:
-        terms: (direction, weight) of each query; all of one span.
+        terms: (direction, weight) of each query; all of one span. A weight is a float or, of problems that share no element, a
+            tensor (problems,).
     """
 
-    terms: tuple[tuple[Direction, float], ...]
+    terms: tuple[tuple[Direction, Any], ...]
 
     def values(self, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
         """The signs at elements [start, start + count) of tensor `name`: fp32 in {-1, 0, 1}, shape (count,)."""
-        total = torch.zeros(count, device=device)
+        return self.of(lambda direction: direction.values(name, start, count, device))
+
+    def of(self, drawn: Callable[[Direction], Tensor]) -> Tensor:
+        """The signs, of directions that are drawn so; (problems, n) where weights are (problems,)."""
+        total = torch.zeros(())
         for direction, weight in self.terms:
-            total = total + direction.values(name, start, count, device) * float(np.float32(weight))
+            by = weight.unsqueeze(1) if isinstance(weight, Tensor) else float(np.float32(weight))
+            total = total + drawn(direction) * by
         return total.sign()
 
     def words(self, name: str, stream: Stream) -> Words:

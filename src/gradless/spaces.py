@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gradless import kernels
+from gradless.ball import Ball
 from gradless.errors import GradlessError
 from gradless.grids import Grid
+from gradless.noise import Chunks, Direction, Signs
 from gradless.tensor import Move, Part, QuantTensor
 
 
@@ -172,6 +174,65 @@ class GridSpace(Space):
         self.values.copy_(after)
         self._shown = None
         return changed
+
+
+class ImageSpace(Space):
+    """Perturbations of a batch of images, each a problem of its own: values in units of their ball, (problems, pixels).
+
+    An image draws its coordinates by its own name, so what happens to it depends on no other image.
+
+    Args:
+        images: fp32 (problems, pixels), inside the pixels' range.
+        ball: where perturbations may be; int16 values on its grid, or fp32 where it has none.
+        first: the number of the first image.
+        start: where all values begin, as far as the ball lets them.
+
+    Attributes:
+        rows: int64 (active,), the problems that are being searched; views and moves are of these alone.
+    """
+
+    name = "images"
+
+    def __init__(self, images: Tensor, ball: Ball, *, first: int = 0, start: float = 0.0) -> None:
+        self.images, self.ball, self.first = images, ball, first
+        self.rows = torch.arange(len(images), device=images.device)
+        begun = ball.project(torch.full_like(images, start), images)
+        self.values = begun if ball.bits is None else begun.to(torch.int16)
+        self._view: Move | None = None
+
+    @property
+    def codes(self) -> int:
+        return 0 if self.ball.bits is None else self.values.numel()
+
+    def point(self) -> Tensor:
+        """The active problems' x as it is viewed now: fp32 (active, pixels)."""
+        x = self.values[self.rows].float()
+        return x if self._view is None else self._moved(x, self._view)
+
+    def view(self, *moves: Move) -> None:
+        (self._view,) = moves or (None,)
+
+    def move(self, moves: Sequence[Move]) -> int:
+        changed = 0
+        for move in moves:
+            before = self.values[self.rows]
+            after = self._moved(before.float(), move).to(before.dtype)
+            changed += int((after != before).sum())
+            self.values[self.rows] = after
+        return changed if self.codes else 0
+
+    def _moved(self, x: Tensor, move: Move) -> Tensor:
+        direction, by = move.direction, move.coefficient
+        u = direction.of(self._drawn) if isinstance(direction, Signs) else self._drawn(direction)
+        by = by.unsqueeze(1) if isinstance(by, Tensor) else by
+        return self.ball.project(x * move.decay + by * u, self.images[self.rows])
+
+    def _drawn(self, direction: Direction) -> Tensor:
+        pixels, device = self.images.shape[1], self.images.device
+        if isinstance(direction.distribution, Chunks):
+            return direction.values(self.name, 0, pixels, device)
+        names = (f"image {self.first + row}" for row in self.rows.tolist())
+        return torch.stack([kernels.coordinates(direction, name, pixels, device) for name in names])
 
 
 class DenseSpace(Space):

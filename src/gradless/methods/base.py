@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from gradless.errors import GradlessError
 from gradless.noise import NAMED, Direction, Distribution
@@ -25,6 +26,8 @@ STEPS_AT_ONCE = 64
 """In a replay: a tensor's part that is at hand goes through so many steps before the next."""
 Closure = Callable[[], Any]
 Group = dict[str, Any]
+Loss = Any
+"""A float, or a tensor (problems,) where a closure returns one loss for each of several problems that share no value of x."""
 
 
 @dataclass(frozen=True)
@@ -33,25 +36,33 @@ class Estimate:
 
     Attributes:
         step: the step's number, from 0.
-        losses: (loss at +eps, loss at -eps) of each query.
+        losses: (loss at +eps, loss at -eps) of each query; each a float, or (problems,).
         d: for each parameter group, the derivative that multiplies each query's direction.
         lr: the learning rate of each parameter group.
     """
 
     step: int
-    losses: tuple[tuple[float, float], ...]
-    d: tuple[tuple[float, ...], ...]
+    losses: tuple[tuple[Loss, Loss], ...]
+    d: tuple[tuple[Loss, ...], ...]
     lr: tuple[float, ...]
 
     @property
     def finite(self) -> bool:
         """Whether the step can be applied; a NaN or infinite loss makes it a skipped one."""
-        return all(math.isfinite(loss) for pair in self.losses for loss in pair)
+        return all(_is_finite(loss) for pair in self.losses for loss in pair)
 
     @property
-    def loss(self) -> float:
+    def loss(self) -> Loss:
         """The mean of all the losses seen: the loss at x, to second order in eps."""
         return sum(map(sum, self.losses)) / (2 * len(self.losses))
+
+
+def _number(loss: Any) -> Loss:
+    return loss if isinstance(loss, Tensor) and loss.numel() > 1 else float(loss)
+
+
+def _is_finite(loss: Loss) -> bool:
+    return bool(loss.isfinite().all()) if isinstance(loss, Tensor) else math.isfinite(loss)
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -98,7 +109,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.spaces_of.append(spaces)
 
     @abstractmethod
-    def derivative(self, plus: float, minus: float, group: Group) -> float:
+    def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
         """The scalar that multiplies u in the update, from one query's two losses."""
 
     def distribution(self, group: Group) -> Distribution:
@@ -115,7 +126,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         eps: float = group["eps"]
         return eps
 
-    def moves(self, step: int, d: Sequence[float], lr: float, group: Group) -> Iterator[Move]:
+    def moves(self, step: int, d: Sequence[Loss], lr: float, group: Group) -> Iterator[Move]:
         """The moves that a step's update makes of each tensor of a group, one after the other."""
         decay = 1 - lr * group["weight_decay"]
         for query, derivative in enumerate(d):
@@ -148,8 +159,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Query the losses of this step; nothing is written.
 
         Args:
-            closure: runs the model (in eval mode) and returns the loss, a number or a tensor of one; it is called twice a
-                query and must see the same data each time.
+            closure: runs the model (in eval mode) and returns the loss, a number or a tensor of one, or the losses of several
+                problems; it is called twice a query and must see the same data each time.
             pair: does both calls at once, where every space can be read so (`Space.splits`): runs the model on the data and
                 a copy behind it, and returns the loss of each half. Weights are unpacked, and noise drawn, once for both.
             held: the closure runs many forwards (see `at`).
@@ -157,7 +168,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return self.estimate_of(self.query(closure, pair, held=held))
 
     @torch.no_grad()
-    def query(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> list[tuple[float, float]]:
+    def query(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> list[tuple[Loss, Loss]]:
         """(loss at +eps, loss at -eps) along each of this step's directions; see `estimate`."""
         losses = []
         for query in range(self.q):
@@ -172,11 +183,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             losses.append(self.losses_of(plus, minus))
         return losses
 
-    def losses_of(self, plus: Any, minus: Any) -> tuple[float, float]:
+    def losses_of(self, plus: Any, minus: Any) -> tuple[Loss, Loss]:
         """The losses that the closure's two outcomes are."""
-        return float(plus), float(minus)
+        return _number(plus), _number(minus)
 
-    def estimate_of(self, losses: Sequence[tuple[float, float]]) -> Estimate:
+    def estimate_of(self, losses: Sequence[tuple[Loss, Loss]]) -> Estimate:
         """The estimate that follows from a step's losses, one (plus, minus) pair a query."""
         d = tuple(tuple(self.derivative(*pair, group) for pair in losses) for group in self.param_groups)
         return Estimate(self.t, tuple(losses), d, tuple(float(group["lr"]) for group in self.param_groups))

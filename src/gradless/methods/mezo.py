@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gradless.methods.base import Group, ZerothOrderOptimizer
+from gradless.methods.base import Group, Loss, ZerothOrderOptimizer
 from gradless.noise import Distribution
 from gradless.spaces import Space
 
@@ -44,6 +44,5 @@ class MeZO(ZerothOrderOptimizer):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
 
-    def derivative(self, plus: float, minus: float, group: Group) -> float:
-        d: float = (plus - minus) / (2 * group["eps"])
-        return d
+    def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
+        return (plus - minus) / (2 * group["eps"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from gradless import noise
 from gradless.errors import GradlessError
-from gradless.methods.base import GridOptimizer, Group
+from gradless.methods.base import GridOptimizer, Group, Loss
 from gradless.noise import Distribution, RoundedGaussian, Stream
 from gradless.spaces import Space
 from gradless.tensor import Move
@@ -73,12 +73,11 @@ class QuZO(GridOptimizer):
         bits = self.perturbation_bits
         return noise.rounded_gaussian(group["eps"], None if bits is None else 2 ** (bits - 1) - 1)
 
-    def derivative(self, plus: float, minus: float, group: Group) -> float:
+    def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
         """mu / eps, the factor of u_2."""
-        d: float = (plus - minus) / (2 * group["eps"] ** 2)
-        return d
+        return (plus - minus) / (2 * group["eps"] ** 2)
 
-    def moves(self, step: int, d: Sequence[float], lr: float, group: Group) -> Iterator[Move]:
+    def moves(self, step: int, d: Sequence[Loss], lr: float, group: Group) -> Iterator[Move]:
         """-(lr mu / q) u_2 / eps of each direction, which the space rounds onto its grid."""
         for query, derivative in enumerate(d):
             u = self.direction(step, query, group)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gradless.methods.base import Group, ZerothOrderOptimizer
+from torch import Tensor
+
+from gradless.methods.base import Group, Loss, ZerothOrderOptimizer
 from gradless.noise import Distribution
 from gradless.spaces import Space
 
@@ -50,7 +52,6 @@ class QZO(ZerothOrderOptimizer):
         defaults = {"lr": lr, "eps": eps, "clip": clip, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
 
-    def derivative(self, plus: float, minus: float, group: Group) -> float:
-        d: float = (plus - minus) / (2 * group["eps"])
-        clip: float = group["clip"]
-        return max(-clip, min(d, clip))
+    def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
+        d, clip = (plus - minus) / (2 * group["eps"]), group["clip"]
+        return d.clamp(-clip, clip) if isinstance(d, Tensor) else max(-clip, min(d, clip))

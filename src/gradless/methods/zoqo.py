@@ -8,8 +8,8 @@ from typing import Any
 
 from gradless import noise
 from gradless.errors import GradlessError
-from gradless.methods.base import Closure, GridOptimizer, Group
-from gradless.noise import Integers, Signs
+from gradless.methods.base import Closure, GridOptimizer, Group, Loss
+from gradless.noise import Distribution, Signs
 from gradless.spaces import Space
 from gradless.tensor import Move
 
@@ -40,7 +40,7 @@ class ZOQO(GridOptimizer):
         weight_decay: must be 0.
         q: directions a step.
         seed: of the run.
-        distribution: "gaussian" (discretized) or "uniform".
+        distribution: "gaussian" (discretized), "uniform", or one in whole grid steps, which eps is no part of.
 
     Raises:
         GradlessError: another distribution, a weight decay, or an eps that moves no code, or too far.
@@ -59,9 +59,9 @@ class ZOQO(GridOptimizer):
         weight_decay: float = 0.0,
         q: int = 1,
         seed: int = 0,
-        distribution: str = "gaussian",
+        distribution: Distribution | str = "gaussian",
     ) -> None:
-        if distribution not in ("gaussian", "uniform") or weight_decay:
+        if (not isinstance(distribution, Distribution) and distribution not in ("gaussian", "uniform")) or weight_decay:
             raise GradlessError("ZOQO's noise is gaussian (discretized) or uniform on the grid, and its weight_decay is 0.")
         if hold and compare:
             raise GradlessError("hold needs losses, which a comparison does not give; leave one of the two out.")
@@ -69,13 +69,15 @@ class ZOQO(GridOptimizer):
         defaults = {"lr": lr, "eps": eps, "span": span, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian")
 
-    def query_noise(self, group: Group) -> Integers:
+    def query_noise(self, group: Group) -> Distribution:
         """u."""
+        if isinstance(self.shape, Distribution):
+            return self.shape
         mu = group["eps"]
         m = max(math.floor(mu), 1)
         return noise.uniform_grid(m) if self.shape == "uniform" else noise.discretized_gaussian(m, mu)
 
-    def query(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> list[tuple[float, float]]:
+    def query(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> list[tuple[Loss, Loss]]:
         """See `ZerothOrderOptimizer.query`; with `hold`, a query that finds nothing better than x counts as a tie."""
         losses = super().query(closure, pair, held=held)
         if self.hold:
@@ -84,7 +86,7 @@ class ZOQO(GridOptimizer):
             losses = [(here, here) if all(loss >= here for loss in pair) else pair for pair in losses]
         return losses
 
-    def losses_of(self, plus: Any, minus: Any) -> tuple[float, float]:
+    def losses_of(self, plus: Any, minus: Any) -> tuple[Loss, Loss]:
         """The two losses, or what stands for them where there is only a comparison: half its sign, and minus half."""
         if self.compare is None:
             return super().losses_of(plus, minus)
@@ -92,12 +94,12 @@ class ZOQO(GridOptimizer):
         half = ((order > 0) - (order < 0)) / 2
         return half, -half
 
-    def derivative(self, plus: float, minus: float, group: Group) -> float:
+    def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
         """The loss difference; only signs of sums of these are followed."""
         del group
         return plus - minus
 
-    def moves(self, step: int, d: Sequence[float], lr: float, group: Group) -> Iterator[Move]:
+    def moves(self, step: int, d: Sequence[Loss], lr: float, group: Group) -> Iterator[Move]:
         """-eta sign(sum_i d_i u_i)."""
         terms = tuple((self.direction(step, query, group), difference) for query, difference in enumerate(d))
         yield Move(Signs(terms), -float(max(math.floor(lr), 1)) if self.whole_steps else -lr)

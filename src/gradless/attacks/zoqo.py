@@ -1,0 +1,74 @@
+"""ZOQO as a black-box attack (Shamash et al., 2025, arXiv 2501.06736, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from gradless.attacks.base import LEAST_MU, Attack, falling
+from gradless.errors import GradlessError
+from gradless.methods.zoqo import ZOQO
+from gradless.noise import Chunks
+from gradless.spaces import ImageSpace
+
+
+class ZOQOAttack(Attack):
+    """Sign steps of a perturbation that never leaves its b-bit grid; see `gradless.methods.ZOQO` for the equations.
+
+    With `chunks` u is SignHunter's: twice as far as the grid is long on one chunk of the pixels, all of them at first, then
+    halves, quarters, .. to single ones. x begins at the grid's upper end, so one side of a query is x itself, which has been
+    asked already: a step costs one query. With `random` u is drawn on the grid anew for each step, which costs two.
+
+    Args:
+        directions: "chunks" or "random".
+        mu: of random directions, as a share of eps; at least `LEAST_MU` grid steps.
+        eta: the first step with random directions, as a share of eps; see `falling`.
+        q: random directions a step.
+        eps: as the rest, see `Attack`; `bits` is 8 unless another number, or None for no grid, is given.
+    """
+
+    def __init__(
+        self,
+        eps: float,
+        *,
+        bits: int | None = 8,
+        directions: Literal["chunks", "random"] = "chunks",
+        mu: float = 0.02,
+        eta: float = 0.3,
+        q: int = 1,
+        **more: Any,
+    ) -> None:
+        super().__init__(eps, bits=bits, **more)
+        if directions not in ("chunks", "random"):
+            raise GradlessError(f"directions are {directions!r}; they can be chunks or random.")
+        self.directions, self.mu, self.eta, self.q = directions, mu, eta, q
+
+    @property
+    def queries_a_step(self) -> int:
+        return 2 * self.q
+
+    def schedule(self, step: int) -> float:
+        return 1.0 if self.directions == "chunks" else falling(step)
+
+    def search(self, images: Tensor, first: int) -> tuple[ImageSpace, ZOQO]:
+        levels, pixels = self.ball.levels, images.shape[1]
+        if self.directions == "chunks":
+            reach = pixels**-0.5 if self.ball.norm == "l2" else 1.0  # of a corner of the cube inside the ball
+            space = ImageSpace(images, replace(self.ball, reach=reach), first=first, start=levels)
+            far = 2 * levels
+            return space, ZOQO([space], lr=far, whole_steps=True, seed=self.seed, distribution=Chunks(pixels, far))
+        space = ImageSpace(images, self.ball, first=first)
+        lr, eps = self.eta * levels, max(self.mu * levels, LEAST_MU)
+        return space, ZOQO([space], lr=lr, eps=eps, whole_steps=True, q=self.q, seed=self.seed)
+
+
+class SignHunter(ZOQOAttack):
+    """SignHunter (Al-Dujaili and O'Reilly, 2020): signs of the gradient, flipped chunk by chunk where that lowers the margin.
+
+    The candidate is clip(image + eps s), s in {-1, 1}: ZOQO with chunks, without a grid.
+    """
+
+    def __init__(self, eps: float, **more: Any) -> None:
+        super().__init__(eps, bits=None, directions="chunks", **more)
