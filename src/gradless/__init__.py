@@ -25,6 +25,11 @@ _HOMES = {
     "GGUFFile": "gradless.formats.gguf",
     "load_gguf": "gradless.formats.gguf_model",
     "load_folder": "gradless.formats.folder_model",
+    "AttackResult": "gradless.attacks.base",
+    "QueryLog": "gradless.attacks.log",
+    "SignHunter": "gradless.attacks.zoqo",
+    "ZOQOAttack": "gradless.attacks.zoqo",
+    "ZOSignSGDAttack": "gradless.attacks.zo_sign_sgd",
     "ZOConfig": "gradless.training.trainer",
     "ZOTrainer": "gradless.training.trainer",
 }

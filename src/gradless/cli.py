@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from gradless import __version__
+from gradless.attacks.options import AttackOptions
 from gradless.errors import GradlessError
 from gradless.files import covers
+from gradless.flags import add_flags
 from gradless.training.options import RunOptions
 
 TUNE_EXAMPLES = """\
@@ -57,6 +59,13 @@ examples:
   gradless quantize dense-folder --bits 4 --group-size 64 --output packed-folder
   gradless quantize dense-folder --grid fp8 --group-size channel --output packed-folder
 """
+ATTACK_EXAMPLES = """\
+examples:
+  gradless attack --model my_module:predict --images images.npz --eps 8/255 --output runs/attack
+  gradless attack --model net.onnx --images images.npz --bits 4 --eps 0.3 --max-queries 1000 --output runs/onnx
+  gradless attack --model https://host/predict --rate 20 --images images.npz --eps 0.1 --max-total-queries 900 --output runs/api
+  gradless attack --model https://host/predict --rate 20 --images images.npz --eps 0.1 --output runs/api --resume
+"""
 QUANTIZED_HELP = "A GGUF file, a quantized folder (GPTQ, AWQ, AutoRound, bitsandbytes, ours), or the name of either on the Hub."
 DATA_HELP = "JSONL, CSV, TSV, Parquet or SQuAD JSON, or the name of a data set."
 EVAL_OPTIONS = (
@@ -86,13 +95,13 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("model", help=f"{QUANTIZED_HELP} A dense folder for mezo, --bits, --grid or --lora.")
     tune.add_argument("data", help=DATA_HELP)
     tune.add_argument("--config", metavar="FILE", help="YAML with the same names as these options; options given here win.")
-    _options(tune, [field.name for field in fields(RunOptions)])
+    add_flags(tune, RunOptions)
 
     evaluate = _command(commands, "eval", "Measure a model on labelled rows.", EVAL_EXAMPLES)
     evaluate.add_argument("model", help=f"{QUANTIZED_HELP} A dense folder, too.")
     evaluate.add_argument("data", help=DATA_HELP)
     evaluate.add_argument("--adapter", metavar="DIR", help="Measure it with the LoRA adapter of this PEFT folder.")
-    _options(evaluate, EVAL_OPTIONS)
+    add_flags(evaluate, RunOptions, EVAL_OPTIONS)
 
     replay = _command(commands, "replay", "Rebuild a tuned model from its base and its journal.", REPLAY_EXAMPLES)
     replay.add_argument("model", help="The base that the run began with.")
@@ -107,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
     info = _command(commands, "info", "Show what a file holds and what each method would tune.", INFO_EXAMPLES)
     info.add_argument("model", help=QUANTIZED_HELP)
-    _options(info, ["eps"])
+    add_flags(info, RunOptions, ["eps"])
 
     plan = _command(commands, "plan", "Predict the peak memory of tuning a model, by method.", PLAN_EXAMPLES)
     plan.add_argument("model", help="A GGUF file, a model's folder, quantized or dense, or a config.json.")
@@ -129,9 +138,19 @@ def parser() -> argparse.ArgumentParser:
 
     quantize = _command(commands, "quantize", "Round a dense folder's linear layers to a grid.", QUANTIZE_EXAMPLES)
     quantize.add_argument("model", help="A folder of a dense model.")
-    _options(quantize, ["bits", "grid", "group_size", "search"])
+    add_flags(quantize, RunOptions, ["bits", "grid", "group_size", "search"])
     quantize.add_argument("--output", required=True, metavar="DIR", help="The folder to write.")
     quantize.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
+
+    attack = _command(commands, "attack", "Find adversarial images of a model that can only be queried.", ATTACK_EXAMPLES)
+    attack.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="module:attribute (a callable or a torch module), a file.onnx, or an address.",
+    )
+    attack.add_argument("--images", required=True, metavar="FILE", help="A .npz with `images` and `labels`.")
+    add_flags(attack, AttackOptions)
     return top
 
 
@@ -141,28 +160,6 @@ def _command(commands: Any, name: str, text: str, examples: str) -> argparse.Arg
     )
     command.add_argument("--json", action="store_true", help="Print one JSON object, and nothing else, on standard output.")
     return command
-
-
-def _options(command: argparse.ArgumentParser, names: Any) -> None:
-    """Flags for the named fields of RunOptions; absent ones stay absent, so that --config can fill them."""
-    for field in fields(RunOptions):
-        if field.name in names:
-            flag = "--" + field.name.replace("_", "-")
-            text = field.metadata["help"]
-            if field.default is not None and field.default is not False:
-                text += f" (default: {field.default})"
-            if field.type == "bool":
-                command.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-            else:
-                kind = next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))
-                command.add_argument(
-                    flag,
-                    type=kind,
-                    default=argparse.SUPPRESS,
-                    choices=field.metadata.get("choices"),
-                    metavar=field.metadata.get("metavar", None if "choices" in field.metadata else "N"),
-                    help=text,
-                )
 
 
 def run_options(arguments: argparse.Namespace) -> RunOptions:
@@ -293,6 +290,24 @@ def _plan(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _attack(parsed: argparse.Namespace) -> int:
+    names = {field.name for field in fields(AttackOptions)}
+    options = AttackOptions(**{name: value for name, value in vars(parsed).items() if name in names})
+    from gradless import run_attack
+
+    result = run_attack.attack(parsed.model, parsed.images, options, quiet=parsed.json)
+    if parsed.json:
+        print(json.dumps(result))
+    else:
+        found, spent = 1 - result["failure_rate"], result["median_queries"]
+        print(
+            f"{found:.1%} of {result['images']} images have an adversarial twin"
+            + (f", found in {spent:g} queries (median)" if spent is not None else "")
+            + f"; {result['total_queries']} queries in all\nwrote {result['result']} and {result['report']}"
+        )
+    return 0
+
+
 def _dequantize(parsed: argparse.Namespace) -> int:
     _prepare_libraries()
     from gradless import run
@@ -344,6 +359,7 @@ _COMMANDS = {
     "plan": _plan,
     "dequantize": _dequantize,
     "quantize": _quantize,
+    "attack": _attack,
 }
 
 if __name__ == "__main__":

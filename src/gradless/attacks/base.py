@@ -30,12 +30,14 @@ class AttackResult:
         perturbations: fp32, of the same shape: points of the attack's grid, zero where it failed.
         success: bool (n,).
         queries: int64 (n,), how often the model was asked for each image.
+        classes: int32 (n,), what adversarial images are taken for; -1 elsewhere.
     """
 
     images: Tensor
     perturbations: Tensor
     success: Tensor
     queries: Tensor
+    classes: Tensor
 
     @property
     def failure_rate(self) -> float:
@@ -66,8 +68,7 @@ class AttackResult:
     def save(self, path: Path) -> None:
         """Write everything as a compressed .npz."""
         with replacing(path) as temporary, temporary.open("wb") as file:
-            fields = ("images", "perturbations", "success", "queries")
-            np.savez_compressed(file, **{name: getattr(self, name).numpy() for name in fields})
+            np.savez_compressed(file, **{name: value.numpy() for name, value in vars(self).items()})
 
 
 Progress = Callable[[Oracle], None]
@@ -90,6 +91,7 @@ class Attack(ABC):
         pixel_bits: round what is shown to the model to pixels of so many bits, toward the image.
         targeted: labels are classes to be reached.
         max_queries: an image's budget.
+        max_total_queries: that of all images together; images that it does not reach count as failures.
         pixels: the smallest and the largest pixel.
         seed: of the directions.
         batch_size: images that are attacked side by side, and that a call of the model holds at most.
@@ -107,12 +109,14 @@ class Attack(ABC):
         pixel_bits: int | None = None,
         targeted: bool = False,
         max_queries: int = 10_000,
+        max_total_queries: int | None = None,
         pixels: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
         batch_size: int = 256,
     ) -> None:
         self.ball = Ball(eps, norm, bits, *pixels, pixel_bits=pixel_bits)
-        self.targeted, self.max_queries, self.seed, self.batch_size = targeted, max_queries, seed, batch_size
+        self.targeted, self.max_queries, self.max_total_queries = targeted, max_queries, max_total_queries
+        self.seed, self.batch_size = seed, batch_size
         if batch_size < 1:
             raise GradlessError(f"batch_size is {batch_size}; it must be at least 1.")
 
@@ -147,7 +151,8 @@ class Attack(ABC):
         """
         images, labels = self._checked(images, labels)
         shape, flat = images.shape[1:], images.flatten(1)
-        oracle = Oracle(predict, tuple(shape), labels, self.targeted, self.max_queries, self.batch_size, log)
+        budgets = (self.max_queries, self.max_total_queries)
+        oracle = Oracle(predict, tuple(shape), labels, self.targeted, *budgets, self.batch_size, log)
         with torch.inference_mode():
             for first in range(0, len(flat), self.batch_size):
                 self._attack(flat[first : first + self.batch_size], first, oracle, progress)
@@ -156,6 +161,7 @@ class Attack(ABC):
             (oracle.points * self.ball.unit).view_as(images),
             oracle.found,
             oracle.queries,
+            oracle.classes,
         )
 
     def _attack(self, images: Tensor, first: int, oracle: Oracle, progress: Progress | None) -> None:

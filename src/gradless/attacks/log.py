@@ -1,7 +1,7 @@
 """Every answer that was paid for: an attack that is interrupted asks nothing twice.
 
-One SQLite file. An answer is committed to the disk before the attack goes on, and an attack is a function of its options
-and of these answers, so beginning it again with the same file repeats it up to where it stopped, without a query.
+One SQLite file. An answer is committed to the disk before the attack goes on. An attack is a function of its options and of
+these answers, so beginning it again with the same file repeats it, without a query, up to where it stopped.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from gradless.errors import GradlessError
 
@@ -21,14 +20,15 @@ _SCHEMA = """
 CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE calls (
     call INTEGER PRIMARY KEY,
-    inputs INTEGER NOT NULL,  -- the sum of the inputs' 64-bit names
-    losses BLOB NOT NULL      -- fp32, one an image
+    answers BLOB NOT NULL  -- of each image asked: `ANSWER`
 ) STRICT;
 """
+ANSWER = np.dtype([("image", "<i4"), ("class", "<i4"), ("input", "<i8"), ("loss", "<f4")])
+"""Which image it was, what the input was taken for, the input's name, the loss."""
 
 
 class QueryLog:
-    """The answers to an attack's calls of its model, in order.
+    """The answers to an attack's calls of its model.
 
     Args:
         path: of the file; made where it is missing.
@@ -50,7 +50,7 @@ class QueryLog:
                 entries = [(name, json.dumps(value)) for name, value in header.items()]
                 self._connection.executemany("INSERT INTO header VALUES (?, ?)", entries)
             found = {name: json.loads(value) for name, value in self._connection.execute("SELECT name, value FROM header")}
-            (self.calls,) = self._connection.execute("SELECT count(*) FROM calls").fetchone()
+            held = [np.frombuffer(answers, ANSWER) for (answers,) in self._connection.execute("SELECT answers FROM calls")]
         except sqlite3.DatabaseError as error:
             raise GradlessError(f"{path} is no log of queries ({error}); choose another output folder.") from error
         for name in {**found, **header}:
@@ -60,37 +60,25 @@ class QueryLog:
                     "resume with what it was begun with, or choose another output folder."
                 )
 
-    def answer(self, call: int, inputs: int, count: int) -> Tensor | None:
-        """The losses (count,) that call number `call` was answered with, or None where it has not been made.
+        self._held = {(image, name): (loss, taken) for answers in held for image, taken, name, loss in answers.tolist()}
+
+    def answer(self, image: int, name: int) -> tuple[float, int] | None:
+        """The loss and the class that an input of an image was answered with, or None where it has not been asked."""
+        return self._held.get((image, name))
+
+    def append(self, answers: np.ndarray[Any, Any]) -> None:
+        """Commit the answers to a call, (n,) of `ANSWER`, to the disk.
 
         Raises:
-            GradlessError: it was made with other inputs.
-        """
-        if call >= self.calls:
-            return None
-        found, losses = self._connection.execute("SELECT inputs, losses FROM calls WHERE call = ?", (call,)).fetchone()
-        if found != inputs or len(losses) != 4 * count:
-            raise GradlessError(
-                f"call {call} in {self.path} asked for other images; the versions of gradless or torch differ from those "
-                "it was begun with: use these, or begin again in another output folder."
-            )
-        return torch.frombuffer(bytearray(losses), dtype=torch.float32)
-
-    def append(self, inputs: int, losses: Tensor) -> None:
-        """Commit the answer to the next call to the disk.
-
-        Raises:
-            GradlessError: it could not be written; all before it is safe.
+            GradlessError: they could not be written; all before them are safe.
         """
         try:
-            row = (self.calls, inputs, losses.float().cpu().numpy().tobytes())
-            self._connection.execute("INSERT INTO calls VALUES (?, ?, ?)", row)
+            self._connection.execute("INSERT INTO calls (answers) VALUES (?)", (answers.tobytes(),))
         except sqlite3.OperationalError as error:
             raise GradlessError(
-                f"{len(losses)} answers could not be written to {self.path} ({error}); all before them are safe: make sure "
+                f"{len(answers)} answers could not be written to {self.path} ({error}); all before them are safe: make sure "
                 "that the disk has room, and run the same command with --resume."
             ) from error
-        self.calls += 1
 
     def close(self) -> None:
         """Fold SQLite's write-ahead log into the file."""

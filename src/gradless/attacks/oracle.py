@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradless.attacks.log import QueryLog
+from gradless.attacks.log import ANSWER, QueryLog
 from gradless.errors import GradlessError
 from gradless.noise import Words, key
 
@@ -31,6 +31,7 @@ class Oracle:
         labels: int64 (images,), the classes to be left, or to be reached.
         targeted: whether these are to be reached.
         max_queries: an image's budget.
+        max_total_queries: that of all images together; None for no limit.
         batch_size: images in a call of the model.
         log: answers are kept there, and taken from there where an attack is resumed.
 
@@ -39,6 +40,7 @@ class Oracle:
         found: bool (images,), whether an adversarial input has been seen.
         images: fp32 (images, pixels), these inputs.
         points: fp32 (images, pixels), their perturbations in units.
+        classes: int32 (images,), what they are taken for.
     """
 
     predict: Predict
@@ -46,25 +48,31 @@ class Oracle:
     labels: Tensor
     targeted: bool = False
     max_queries: int = 10_000
+    max_total_queries: int | None = None
     batch_size: int = 256
     log: QueryLog | None = None
     queries: Tensor = field(init=False)
     found: Tensor = field(init=False)
     images: Tensor = field(init=False)
     points: Tensor = field(init=False)
+    classes: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         n, pixels = len(self.labels), int(np.prod(self.shape))
         self.queries, self.found = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.bool)
         self.images, self.points = torch.zeros(n, pixels), torch.zeros(n, pixels)
+        self.classes = torch.full((n,), -1, dtype=torch.int32)
         self._known: list[dict[int, float]] = [{} for _ in range(n)]
         low, high = Words(key(0, "an input's name"), 0, 0)(0, 2 * pixels).view(2, pixels)
         self._name = (high << 32 | low) | 1
-        self._calls = 0
 
     def open(self, rows: Tensor) -> Tensor:
         """Which of the images may still ask: bool (n,)."""
-        return ~self.found[rows] & (self.queries[rows] < self.max_queries)
+        return ~self.found[rows] & (self.queries[rows] < self.max_queries) & (self._left() > 0)
+
+    def _left(self) -> int:
+        """Of the budget of all images."""
+        return 2**62 if self.max_total_queries is None else self.max_total_queries - int(self.queries.sum())
 
     def ask(self, rows: Tensor, images: Tensor, points: Tensor) -> Tensor:
         """The losses of one input of each of these images; 0 for those that are done and whose input is new.
@@ -89,31 +97,45 @@ class Oracle:
                 losses[i] = known
             elif may[i]:
                 new.append(i)
+        new = new[: self._left()]
         for start in range(0, len(new), self.batch_size):
             part = new[start : start + self.batch_size]
-            of = rows[part]
-            answered = self._answer(of, images[part], sum(names[i] for i in part) & (2**63 - 1))
+            answered, classes = self._answer(rows[part], [names[i] for i in part], images[part])
             losses[part] = answered
-            self.queries[of] += 1
-            for i, loss in zip(part, answered.tolist(), strict=True):
-                self._known[int(rows[i])][names[i]] = loss
+            self._count(rows[part], [names[i] for i in part], answered)
             hit = answered < 0
-            won, at = of[hit], torch.tensor(part)[hit]
-            self.found[won], self.images[won], self.points[won] = True, images[at].cpu(), points[at].cpu().float()
+            won, at = rows[part][hit], torch.tensor(part)[hit]
+            self.found[won], self.classes[won] = True, classes[hit]
+            self.images[won], self.points[won] = images[at], points[at]
         for row in rows[~self.open(rows)].tolist():
             self._known[row] = {}
         return losses
 
-    def _answer(self, rows: Tensor, images: Tensor, inputs: int) -> Tensor:
-        losses = None if self.log is None else self.log.answer(self._calls, inputs, len(rows))
-        if losses is None:
-            losses = self._margin(rows, self.predict(images.view(-1, *self.shape)))
-            if self.log is not None:
-                self.log.append(inputs, losses)
-        self._calls += 1
-        return losses
+    def _count(self, rows: Tensor, names: list[int], losses: Tensor) -> None:
+        self.queries[rows] += 1
+        for row, name, loss in zip(rows.tolist(), names, losses.tolist(), strict=True):
+            self._known[row][name] = loss
 
-    def _margin(self, rows: Tensor, answer: Any) -> Tensor:
+    def _answer(self, rows: Tensor, names: list[int], images: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and classes, (n,), of one input of each of these images: the log's, and for the rest the model's."""
+        losses, classes = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.int32)
+        held = [None if self.log is None else self.log.answer(*of) for of in zip(rows.tolist(), names, strict=True)]
+        for i, answer in enumerate(held):
+            if answer is not None:
+                losses[i], classes[i] = answer
+        ask = [i for i, answer in enumerate(held) if answer is None]
+        if ask:
+            answer = self.predict(images[ask].view(-1, *self.shape))
+            losses[ask], classes[ask] = self._margin(rows[ask], answer)
+            if self.log is not None:
+                paid = np.empty(len(ask), ANSWER)
+                paid["image"], paid["class"] = rows[ask].numpy(), classes[ask].numpy()
+                paid["input"], paid["loss"] = [names[i] for i in ask], losses[ask].numpy()
+                self.log.append(paid)
+        return losses, classes
+
+    def _margin(self, rows: Tensor, answer: Any) -> tuple[Tensor, Tensor]:
+        """Losses and classes, (n,), of the model's answer to one input of each of these images."""
         answer, labels = torch.as_tensor(answer).detach().cpu(), self.labels[rows]
         if len(answer) != len(rows) or answer.ndim not in (1, 2):
             raise GradlessError(
@@ -126,8 +148,7 @@ class Oracle:
                     "the model returned one float an image; it must return scores (n, classes) or integer labels."
                 )
             reached = answer.long() == labels
-            losses: Tensor = torch.where(reached == self.targeted, -1.0, 1.0)
-            return losses
+            return torch.where(reached == self.targeted, -1.0, 1.0), answer.int()
         bad = (~answer.isfinite()).any(1)
         if bad.any():
             row = int(rows[bad.nonzero()[0, 0]])
@@ -138,5 +159,5 @@ class Oracle:
             raise GradlessError(f"label {int(labels.max())} does not fit a model with {answer.shape[1]} classes.")
         own = answer.gather(1, labels.unsqueeze(1)).squeeze(1)
         others = answer.scatter(1, labels.unsqueeze(1), float("-inf")).amax(1)
-        margin: Tensor = (own - others).float()
-        return -margin if self.targeted else margin
+        margin = (own - others).float()
+        return -margin if self.targeted else margin, answer.argmax(1).int()

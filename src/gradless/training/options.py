@@ -5,16 +5,10 @@ Importing this module is cheap: the command line reads it before torch is there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 from gradless.errors import GradlessError
-
-
-def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field with its help text and what argparse should know of it."""
-    return field(default=default, metadata={"help": text, **more})
-
+from gradless.flags import option
 
 CODES = ("quzo", "zoqo")
 """The methods that tune integer codes."""

@@ -1,0 +1,58 @@
+"""The options of an attack: one dataclass is the command line's flags. Importing this is cheap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gradless.errors import GradlessError
+from gradless.flags import option
+
+
+def fraction(text: str) -> float:
+    """A number, or a quotient of two, such as 8/255."""
+    above, _, below = text.partition("/")
+    return float(above) / float(below or 1)
+
+
+@dataclass
+class AttackOptions:
+    """Everything that `gradless attack` takes beside the model and the images."""
+
+    eps: float | None = option(None, "Radius of the ball around an image, such as 8/255.", parse=fraction, metavar="X|A/B")
+    method: str = option(
+        "zoqo",
+        "zoqo: on a grid; signhunter, zo_signsgd: on none, unless --bits is given to the latter.",
+        choices=("zoqo", "signhunter", "zo_signsgd"),
+    )
+    bits: int | None = option(None, "Bits of the perturbation's grid over [-eps, eps] (zoqo: 8 unless given).")
+    directions: str = option(
+        "chunks", "zoqo: SignHunter's chunks of pixels, or random directions.", choices=("chunks", "random")
+    )
+    norm: str = option("linf", "Of the ball.", choices=("linf", "l2"))
+    pixel_bits: int | None = option(None, "Show the model pixels of so many bits only, as image files have them (8).")
+    targeted: bool = option(False, "The labels are classes to be reached.")
+    max_queries: int = option(10_000, "An image's budget.")
+    max_total_queries: int | None = option(None, "The budget of all images together.")
+    batch_size: int = option(256, "Images that are attacked side by side, and that a call of the model holds at most.")
+    seed: int = option(0, "Of random directions.")
+    rate: float | None = option(None, "For a model behind HTTP: at most so many images a second.", metavar="X")
+    output: str | None = option(None, "Folder for result.npz, report.html and queries.db.", metavar="DIR")
+    resume: bool = option(False, "Go on with the attack in --output; nothing is asked twice.")
+    overwrite: bool = option(False, "Replace the attack in --output.")
+
+    def check(self) -> None:
+        """Refuse values that contradict each other.
+
+        Raises:
+            GradlessError: they do.
+        """
+        if self.eps is None:
+            raise GradlessError("give --eps, the radius of the ball around an image, such as 8/255.")
+        if self.output is None:
+            raise GradlessError("give --output, a folder for what comes of the attack.")
+        if self.directions != "chunks" and self.method != "zoqo":
+            raise GradlessError(f"directions are zoqo's choice; {self.method} has its own.")
+        if self.bits is not None and self.method == "signhunter":
+            raise GradlessError("signhunter has no grid; --method zoqo is SignHunter on one.")
+        if self.resume and self.overwrite:
+            raise GradlessError("--resume and --overwrite contradict each other; give one.")

@@ -1,0 +1,157 @@
+"""What `gradless attack` does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from gradless.attacks.base import Attack, AttackResult
+from gradless.attacks.log import QueryLog
+from gradless.attacks.models import load
+from gradless.attacks.options import AttackOptions
+from gradless.attacks.oracle import Oracle
+from gradless.attacks.zo_sign_sgd import ZOSignSGDAttack
+from gradless.attacks.zoqo import SignHunter, ZOQOAttack
+from gradless.errors import GradlessError
+from gradless.files import write_text
+from gradless.report.attack import write_report
+
+ATTACKS: dict[str, type[Attack]] = {"zoqo": ZOQOAttack, "signhunter": SignHunter, "zo_signsgd": ZOSignSGDAttack}
+WRITTEN = ("queries.db", "queries.db-wal", "queries.db-shm", "result.npz", "report.html", "summary.json")
+MAY_CHANGE = {"output", "resume", "overwrite", "rate", "max_total_queries"}
+"""What a resumed attack may set anew without becoming another."""
+
+
+def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = False) -> dict[str, Any]:
+    """Attack every image of a .npz file and write what came of it.
+
+    Args:
+        model: see `models.load`.
+        images: a .npz with `images` (n, ..., of floats in [0, 1] or of bytes) and `labels` (n,).
+        options: see `AttackOptions`.
+        quiet: print nothing.
+
+    Returns:
+        `AttackResult.summary()` and the paths of what was written.
+
+    Raises:
+        GradlessError: options, images or answers that cannot be; answers so far are kept in queries.db.
+    """
+    options.check()
+    pixels, labels = read_images(Path(images))
+    output = Path(str(options.output))
+    _claim(output, options)
+    method = make(options)
+    predict = load(model, rate=options.rate)
+    header = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
+    header |= {"model": model, "images": hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()}
+    log = QueryLog(output / "queries.db", header)
+    try:
+        with Line(len(pixels), quiet=quiet) as line:
+            result = method.attack(predict, pixels, labels, log=log, progress=line)
+    except GradlessError:
+        raise
+    except Exception as error:
+        raise GradlessError(
+            f"the model failed ({type(error).__name__}: {error}); its answers so far are in {log.path}: mend it and run the "
+            "same command with --resume."
+        ) from error
+    finally:
+        log.close()
+    return _write(output, header, pixels, labels, result)
+
+
+def make(options: AttackOptions) -> Attack:
+    """The attack that the options name."""
+    more: dict[str, Any] = {} if options.method != "zoqo" else {"directions": options.directions}
+    if options.method != "signhunter":
+        more["bits"] = options.bits or (8 if options.method == "zoqo" else None)
+    shared = ("norm", "pixel_bits", "targeted", "max_queries", "max_total_queries", "batch_size", "seed")
+    assert options.eps is not None
+    return ATTACKS[options.method](options.eps, **more, **{name: getattr(options, name) for name in shared})
+
+
+def read_images(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images, fp32, and labels of a .npz file; bytes are divided by 255.
+
+    Raises:
+        GradlessError: it cannot be read, or lacks one of them.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            images, labels = held["images"], held["labels"]
+    except (OSError, ValueError, KeyError) as error:
+        raise GradlessError(f"{path} is no .npz with arrays `images` and `labels`: {error}.") from error
+    whole = images.dtype == np.uint8
+    return torch.from_numpy(images.astype(np.float32) / (255 if whole else 1)), torch.from_numpy(labels)
+
+
+def _claim(output: Path, options: AttackOptions) -> None:
+    """Refuse a folder that holds an attack, unless told what to do with it."""
+    held = (output / "queries.db").is_file()
+    if held and not (options.resume or options.overwrite):
+        raise GradlessError(
+            f"{output} holds an attack; give --resume to go on with it, --overwrite to replace it, or another --output."
+        )
+    if options.resume and not held:
+        raise GradlessError(f"{output} holds no attack to resume; leave --resume out to begin one.")
+    if options.overwrite:
+        for name in WRITTEN:
+            (output / name).unlink(missing_ok=True)
+
+
+def _write(
+    output: Path, header: dict[str, Any], images: torch.Tensor, labels: torch.Tensor, result: AttackResult
+) -> dict[str, Any]:
+    result.save(output / "result.npz")
+    write_report(output / "report.html", header, images, labels, result)
+    summary = result.summary()
+    write_text(output / "summary.json", json.dumps({**header, **summary}, indent=2) + "\n")
+    return {**summary, "output": str(output), "result": str(output / "result.npz"), "report": str(output / "report.html")}
+
+
+class Line:
+    """A live line: images done, success rate and median queries so far."""
+
+    EVERY_SECONDS = 10.0
+
+    def __init__(self, images: int, *, quiet: bool) -> None:
+        self.quiet, self.console = quiet, Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.fields[text]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.bar = self.progress.add_task("", total=images, text="")
+        self.printed = time.perf_counter()
+
+    def __call__(self, oracle: Oracle) -> None:
+        found, queries = oracle.found, oracle.queries
+        done = int((found | (queries >= oracle.max_queries)).sum())
+        text = f"{int(found.sum())} of {int((queries > 0).sum())} found"
+        if bool(found.any()):
+            text += f"  median queries {int(queries[found].median())}"
+        text += f"  {int(queries.sum())} queries"
+        self.progress.update(self.bar, completed=done, text=text)
+        now = time.perf_counter()
+        if not self.quiet and not self.console.is_terminal and now - self.printed > self.EVERY_SECONDS:
+            self.printed = now
+            self.console.print(text, highlight=False)
+
+    def __enter__(self) -> Line:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
