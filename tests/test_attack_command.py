@@ -73,6 +73,7 @@ PREDICT = "def predict(batch):\n    return batch.numpy().reshape(len(batch), -1)
     [
         [],
         ["--directions", "random", "--bits", "4"],
+        ["--labels-only"],
         ["--method", "signhunter", "--pixel-bits", "8"],
         ["--method", "zo_signsgd", "--bits", "8"],
     ],
@@ -200,6 +201,7 @@ def test_models_that_cannot_be(tmp_path, module, images, capsys, text, attribute
     [
         (["--method", "signhunter", "--bits", "8"], "signhunter has no grid"),
         (["--method", "zo_signsgd", "--directions", "random"], "directions are zoqo's choice"),
+        (["--labels-only", "--method", "signhunter"], "labels_only is for zoqo"),
         (["--resume"], "holds no attack to resume"),
         (["--resume", "--overwrite"], "contradict each other"),
         (["--max-queries", "1"], "one step takes 2"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradless import QueryLog, SignHunter, ZOQOAttack, ZOSignSGDAttack
+from gradless import LabelAttack, QueryLog, SignHunter, ZOQOAttack, ZOSignSGDAttack
 from gradless.ball import Ball
 from gradless.errors import GradlessError
 from gradless.noise import Chunks, Direction
@@ -175,6 +175,22 @@ def test_the_budget_of_all_images_can_be_raised_later(tmp_path, method):
     whole = METHODS[method](0.04, bits=8, max_queries=40).attack(model.model, x, labels)
     assert torch.equal(result.queries, whole.queries)
     assert torch.equal(result.images, whole.images)
+
+
+@pytest.mark.parametrize(("bits", "norm", "eps"), [(8, "linf", 0.15), (4, "linf", 0.2), (2, "linf", 0.3), (8, "l2", 1.0)])
+def test_labels_are_enough(bits, norm, eps):
+    x, scores = images(12, 6) * 0.5 + 0.25, linear_model(6)
+    labels, model = scores(x).argmax(1), Counted(lambda batch: scores(batch).argmax(1))
+    result = LabelAttack(eps, bits=bits, norm=norm, max_queries=600).attack(model, x, labels)
+    assert int(result.queries.sum()) == len(model.inputs) == len(set(model.inputs))
+    assert torch.equal(scores(result.images).argmax(1) != labels, result.success)
+    change = (result.images - x).flatten(1)
+    assert float((change.abs().amax(1) if norm == "linf" else change.norm(dim=1)).max()) <= eps * (1 + 1e-5)
+    steps = result.perturbations / (eps / (2 ** (bits - 1) - 1))
+    assert torch.allclose(steps, steps.round(), atol=1e-3)
+    with_scores = ZOQOAttack(eps, bits=bits, norm=norm, max_queries=600).attack(scores, x, labels)
+    assert result.failure_rate <= with_scores.failure_rate + 0.2
+    assert result.failure_rate < 1
 
 
 def nan_once(batch):

@@ -26,6 +26,7 @@ _HOMES = {
     "load_gguf": "gradless.formats.gguf_model",
     "load_folder": "gradless.formats.folder_model",
     "AttackResult": "gradless.attacks.base",
+    "LabelAttack": "gradless.attacks.labels",
     "QueryLog": "gradless.attacks.log",
     "SignHunter": "gradless.attacks.zoqo",
     "ZOQOAttack": "gradless.attacks.zoqo",

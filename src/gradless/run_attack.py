@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gradless.attacks.base import Attack, AttackResult
+from gradless.attacks.labels import LabelAttack
 from gradless.attacks.log import QueryLog
 from gradless.attacks.models import load
 from gradless.attacks.options import AttackOptions
@@ -77,7 +78,11 @@ def make(options: AttackOptions) -> Attack:
         more["bits"] = options.bits or (8 if options.method == "zoqo" else None)
     shared = ("norm", "pixel_bits", "targeted", "max_queries", "max_total_queries", "batch_size", "seed")
     assert options.eps is not None
-    return ATTACKS[options.method](options.eps, **more, **{name: getattr(options, name) for name in shared})
+    more |= {name: getattr(options, name) for name in shared}
+    if options.labels_only:
+        del more["directions"]
+        return LabelAttack(options.eps, **more)
+    return ATTACKS[options.method](options.eps, **more)
 
 
 def read_images(path: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -204,6 +204,10 @@ class ImageSpace(Space):
     def codes(self) -> int:
         return 0 if self.ball.bits is None else self.values.numel()
 
+    def restart(self, rows: Tensor, x: Tensor) -> None:
+        """Begin some problems anew at x, (n, pixels)."""
+        self.values[rows] = self.ball.project(x, self.images[rows]).to(self.values.dtype)
+
     def point(self) -> Tensor:
         """The active problems' x as it is viewed now: fp32 (active, pixels)."""
         x = self.values[self.rows].float()

@@ -164,13 +164,18 @@ class Attack(ABC):
             oracle.classes,
         )
 
-    def _attack(self, images: Tensor, first: int, oracle: Oracle, progress: Progress | None) -> None:
-        space, optimizer = self.search(images, first)
+    def losses(self, space: ImageSpace, oracle: Oracle, images: Tensor, first: int) -> Callable[[], Tensor]:
+        """What the method minimizes: the losses of the space's active images, as they are viewed."""
 
         def losses() -> Tensor:
             x = space.point()
             return oracle.ask(space.rows + first, space.ball.shown(x, images[space.rows]), x)
 
+        return losses
+
+    def _attack(self, images: Tensor, first: int, oracle: Oracle, progress: Progress | None) -> None:
+        space, optimizer = self.search(images, first)
+        losses = self.losses(space, oracle, images, first)
         step_sizes = [group["lr"] for group in optimizer.param_groups]
         for step in range(self.max_queries):  # a step without a new input costs nothing, and must not go on for ever
             for group, lr in zip(optimizer.param_groups, step_sizes, strict=True):

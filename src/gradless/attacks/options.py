@@ -28,6 +28,9 @@ class AttackOptions:
     directions: str = option(
         "chunks", "zoqo: SignHunter's chunks of pixels, or random directions.", choices=("chunks", "random")
     )
+    labels_only: bool = option(
+        False, "zoqo: use nothing but the class that the model names; begins far outside the ball and shrinks."
+    )
     norm: str = option("linf", "Of the ball.", choices=("linf", "l2"))
     pixel_bits: int | None = option(None, "Show the model pixels of so many bits only, as image files have them (8).")
     targeted: bool = option(False, "The labels are classes to be reached.")
@@ -52,6 +55,8 @@ class AttackOptions:
             raise GradlessError("give --output, a folder for what comes of the attack.")
         if self.directions != "chunks" and self.method != "zoqo":
             raise GradlessError(f"directions are zoqo's choice; {self.method} has its own.")
+        if self.labels_only and (self.method != "zoqo" or self.directions != "chunks"):
+            raise GradlessError("labels_only is for zoqo with chunks.")
         if self.bits is not None and self.method == "signhunter":
             raise GradlessError("signhunter has no grid; --method zoqo is SignHunter on one.")
         if self.resume and self.overwrite:

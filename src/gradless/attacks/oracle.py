@@ -74,13 +74,14 @@ class Oracle:
         """Of the budget of all images."""
         return 2**62 if self.max_total_queries is None else self.max_total_queries - int(self.queries.sum())
 
-    def ask(self, rows: Tensor, images: Tensor, points: Tensor) -> Tensor:
+    def ask(self, rows: Tensor, images: Tensor, points: Tensor, inside: Tensor | None = None) -> Tensor:
         """The losses of one input of each of these images; 0 for those that are done and whose input is new.
 
         Args:
             rows: int64 (n,), which images.
             images: fp32 (n, pixels), their inputs.
             points: fp32 (n, pixels), what to remember an adversarial input by.
+            inside: bool (n,), which of them end the search when they are adversarial; all, unless it is given.
 
         Returns:
             fp32 (n,), on the CPU.
@@ -103,7 +104,7 @@ class Oracle:
             answered, classes = self._answer(rows[part], [names[i] for i in part], images[part])
             losses[part] = answered
             self._count(rows[part], [names[i] for i in part], answered)
-            hit = answered < 0
+            hit = answered < 0 if inside is None else (answered < 0) & inside[part]
             won, at = rows[part][hit], torch.tensor(part)[hit]
             self.found[won], self.classes[won] = True, classes[hit]
             self.images[won], self.points[won] = images[at], points[at]
