@@ -115,7 +115,8 @@ class WorkList:
         return lines
 
     def draw(self, names: Sequence[str], picture: Path, metrics: Sequence[str]) -> None:
-        """The curves of finished rows, where there are any: each metric against steps and against seconds."""
+        """The curves of finished rows, where there are any: each metric against steps and against seconds; one colour for all
+        seeds of a row."""
         if not names:
             return
         import matplotlib
@@ -126,14 +127,18 @@ class WorkList:
         size = (11, 4.5 * len(metrics))
         figure, axes = plt.subplots(len(metrics), 2, figsize=size, layout="constrained", sharey="row", squeeze=False)
         done = self.done()
+        kinds = list(dict.fromkeys(name.partition(", seed ")[0] for name in names))
         for metric, row in zip(metrics, axes, strict=True):
             for axis, along in zip(row, ("step", "seconds"), strict=True):
                 for name in names:
-                    curve = done[name].get("curve", [])
-                    axis.plot([p[along] for p in curve], [p[metric] for p in curve], "o-", markersize=3, label=name)
-                axis.set(xlabel=along, ylabel=metric, xscale="symlog")
+                    curve, kind = done[name].get("curve", []), name.partition(", seed ")[0]
+                    style = {"color": f"C{kinds.index(kind)}", "markersize": 3, "label": kind}
+                    axis.plot([p[along] for p in curve], [p[metric] for p in curve], "o-", **style)
+                axis.set(xlabel=along, ylabel=metric)
+                axis.set_xscale("symlog", linthresh=25)
                 axis.grid(alpha=0.3)
-        axes[0, 0].legend(fontsize=7)
+        shown = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+        figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=3, fontsize=8)
         figure.savefig(picture, dpi=120)
 
     def tune(

@@ -114,7 +114,8 @@ def table(done: dict[str, Row]) -> str:
     columns = {"n": figure("examples", ""), "accuracy": figure("accuracy"), "F1": figure("f1"), "loss": figure("loss")}
     columns |= {"seconds": figure("seconds", ".0f"), "peak MB": figure("peak_mb", "")}
     lines = WORK.table(done, columns)
-    drawn = [name for name in WORK.rows if name.startswith("SST-2") and name in done]
+    drawn = [name for name in WORK.rows if name.startswith("SST-2") and "curve" in done.get(name, ())]
+    drawn = [name for name in drawn if "C =" not in name and "lr " not in name]
     WORK.draw(drawn, ROOT / "docs" / "qzo-checkpoints.png", ("loss", "accuracy"))
     return "\n".join(lines)
 
