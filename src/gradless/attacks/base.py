@@ -177,7 +177,7 @@ class Attack(ABC):
         space, optimizer = self.search(images, first)
         losses = self.losses(space, oracle, images, first)
         step_sizes = [group["lr"] for group in optimizer.param_groups]
-        for step in range(self.max_queries):  # a step without a new input costs nothing, and must not go on for ever
+        for step in range(2 * self.max_queries):  # a step without a new input costs nothing, and must not go on for ever
             for group, lr in zip(optimizer.param_groups, step_sizes, strict=True):
                 group["lr"] = lr * self.schedule(step)
             optimizer.step(losses)

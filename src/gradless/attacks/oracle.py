@@ -103,7 +103,9 @@ class Oracle:
             part = new[start : start + self.batch_size]
             answered, classes = self._answer(rows[part], [names[i] for i in part], images[part])
             losses[part] = answered
-            self._count(rows[part], [names[i] for i in part], answered)
+            self.queries[rows[part]] += 1
+            for i, loss in zip(part, answered.tolist(), strict=True):
+                self._known[int(rows[i])][names[i]] = loss
             hit = answered < 0 if inside is None else (answered < 0) & inside[part]
             won, at = rows[part][hit], torch.tensor(part)[hit]
             self.found[won], self.classes[won] = True, classes[hit]
@@ -111,11 +113,6 @@ class Oracle:
         for row in rows[~self.open(rows)].tolist():
             self._known[row] = {}
         return losses
-
-    def _count(self, rows: Tensor, names: list[int], losses: Tensor) -> None:
-        self.queries[rows] += 1
-        for row, name, loss in zip(rows.tolist(), names, losses.tolist(), strict=True):
-            self._known[row][name] = loss
 
     def _answer(self, rows: Tensor, names: list[int], images: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and classes, (n,), of one input of each of these images: the log's, and for the rest the model's."""

@@ -39,7 +39,9 @@ def write_report(path: Path, about: dict[str, Any], images: Tensor, labels: Tens
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(_short(value))}</td></tr>" for name, value in summary.items()
     )
-    how = ", ".join(f"{name} {_short(value)}" for name, value in about.items() if value not in (None, False))
+    how = ", ".join(
+        f"{name} {_short(value)}" for name, value in about.items() if value not in (None, False) and name != "images"
+    )
     cards = "".join(_card(i, images, labels, result) for i in _chosen(result))
     write_text(
         path,
@@ -70,9 +72,9 @@ def _card(i: int, images: Tensor, labels: Tensor, result: AttackResult) -> str:
     names = ("original", "perturbation", "adversarial image")
     pictures = " ".join(f'<img alt="{name}" src="{_picture(image.numpy())}">' for name, image in zip(names, shown, strict=True))
     if bool(result.success[i]):
-        says = f"image {i}: label {int(labels[i])}, taken for {int(result.classes[i])}, {int(result.queries[i])} queries"
+        says = f"image {i}: label {int(labels[i])}, taken for {int(result.classes[i])}, queries: {int(result.queries[i])}"
     else:
-        says = f'<span class="failed">image {i}: label {int(labels[i])}, not found in {int(result.queries[i])} queries</span>'
+        says = f'<span class="failed">image {i}: label {int(labels[i])}, not found, queries: {int(result.queries[i])}</span>'
     return f"<figure>{pictures}<figcaption>{says}</figcaption></figure>"
 
 
