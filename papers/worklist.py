@@ -28,13 +28,14 @@ AGNEWS = {
     "template": "{text} This is news about",
     "labels": "World=politics,Sports=sports,Business=business,Sci/Tech=technology",
 }
+GLUE = SHARED / "superglue"
 TASKS: dict[str, tuple[Path, Path, Row]] = {
     "SST-2": (DATA / "train.tsv", DATA / "dev.tsv", WEAK),
     "AG News": (SHARED / "agnews/dev.tsv", SHARED / "agnews/test.tsv", {**AGNEWS, "eval_rows": 500}),
     "RTE": (SHARED / "rte/train.tsv", SHARED / "rte/dev.tsv", {"task": "rte"}),
-    "CB": (SHARED / "superglue/CB/train.jsonl", SHARED / "superglue/CB/val.jsonl", {"task": "cb"}),
-    "BoolQ": (SHARED / "superglue/BoolQ/train.jsonl", SHARED / "superglue/BoolQ/val.jsonl", {"task": "boolq"}),
-    "COPA": (SHARED / "superglue/COPA/train.jsonl", SHARED / "superglue/COPA/val.jsonl", {"task": "copa"}),
+    "CB": (GLUE / "CB/train.jsonl", GLUE / "CB/val.jsonl", {"task": "cb"}),
+    "BoolQ": (GLUE / "BoolQ/train.jsonl", GLUE / "BoolQ/val.jsonl", {"task": "boolq", "eval_rows": 500}),
+    "COPA": (GLUE / "COPA/train.jsonl", GLUE / "COPA/val.jsonl", {"task": "copa"}),
     "SQuAD": (SHARED / "squad/train-v1.1.json", SHARED / "squad/dev-v1.1.json", {"task": "squad", "eval_rows": 100}),
 }
 """Of each task: rows to train on, rows to measure on, and how they are read."""
