@@ -175,7 +175,8 @@ def test_torchs_openmp_is_the_only_one():
     script = (
         "from gradless import kernels; from gradless.noise import Direction; import torch\n"
         "kernels.coordinates(Direction(0, 0), 'w', 1 << 20, torch.device('cpu')); assert kernels.name() == 'cpu'\n"
-        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line or 'omp5' in line or 'libiomp' in line})"
+        "libraries = {line.split()[-1] for line in open('/proc/self/maps')}\n"
+        "print(*(path for path in libraries if 'libgomp' in path or 'libomp' in path or 'libiomp' in path))"
     )
     runtimes = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
     assert len(runtimes) == 1, runtimes
