@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-tools" / "bin" / "python"
 KEPT = ROOT / "runs" / "tools"
 """Where the checkpoints stay: making them takes a quarter of an hour, once."""
-ROWS, FEW_ROWS, STEPS = 400, 80, 30
+ROWS, FEW_ROWS, STEPS = 400, 200, 30
 """To score by a tool; few of them where its kernel takes a token at a time, on one thread (AQLM's for CPUs)."""
 FP16, BF16 = 2.0**-11, 2.0**-7
 MADE = {
