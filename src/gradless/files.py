@@ -66,6 +66,29 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
+def claim(output: Path, what: str, *, held: bool, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, unless told what to do with it.
+
+    Args:
+        output: the folder.
+        what: "a run", say.
+        held: whether it holds one.
+        resume: the user wants to go on with it.
+        overwrite: the user wants it replaced.
+
+    Raises:
+        GradlessError: what is held and what is wanted do not go together.
+    """
+    if resume and overwrite:
+        raise GradlessError("--resume and --overwrite contradict each other; give one.")
+    if held and not (resume or overwrite):
+        raise GradlessError(
+            f"{output} holds {what}; give --resume to go on with it, --overwrite to replace it, or another --output."
+        )
+    if resume and not held:
+        raise GradlessError(f"{output} holds no {what.split()[-1]} to resume; leave --resume out to start one.")
+
+
 def covers(target: Path, source: Path) -> bool:
     """Whether writing `target` would replace `source`: it is that path, or a folder around it."""
     return target.resolve() in (source.resolve(), *source.resolve().parents)

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from gradless import kernels, noise, objectives
 from gradless.errors import GradlessError
-from gradless.files import covers
+from gradless.files import claim, covers
 from gradless.formats import packed
 from gradless.formats.adapter import AdaptedModel, LoRA, attach_peft
 from gradless.formats.dense import DenseModel
@@ -274,15 +274,8 @@ def _claim(output: Path, options: RunOptions, inputs: list[str | None]) -> None:
     for source in inputs:
         if source is not None and Path(source).resolve() in [(output / name).resolve() for name in WRITTEN]:
             raise GradlessError(f"{source} lies where {output} would be written; give another --output.")
-    if options.resume and options.overwrite:
-        raise GradlessError("--resume and --overwrite contradict each other; give one.")
     held = journal.is_file() and journal.stat().st_size > 0
-    if held and not (options.resume or options.overwrite):
-        raise GradlessError(
-            f"{output} holds a run; give --resume to go on with it, --overwrite to replace it, or another --output."
-        )
-    if options.resume and not held:
-        raise GradlessError(f"{output} holds no run to resume; leave --resume out to start one.")
+    claim(output, "a run", held=held, resume=options.resume, overwrite=options.overwrite)
 
 
 def _clear(output: Path, keep: Path | None) -> None:

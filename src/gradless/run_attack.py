@@ -23,7 +23,7 @@ from gradless.attacks.oracle import Oracle
 from gradless.attacks.zo_sign_sgd import ZOSignSGDAttack
 from gradless.attacks.zoqo import SignHunter, ZOQOAttack
 from gradless.errors import GradlessError
-from gradless.files import write_text
+from gradless.files import claim, write_text
 from gradless.report.attack import write_report
 
 ATTACKS: dict[str, type[Attack]] = {"zoqo": ZOQOAttack, "signhunter": SignHunter, "zo_signsgd": ZOSignSGDAttack}
@@ -49,10 +49,14 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
     """
     options.check()
     pixels, labels = read_images(Path(images))
-    output = Path(str(options.output))
-    _claim(output, options)
-    method = make(options)
+    output, method = Path(str(options.output)), make(options)
+    held = (output / "queries.db").is_file()
+    claim(output, "an attack", held=held, resume=options.resume, overwrite=options.overwrite)
+    method.checked(pixels, labels)
     predict = load(model, rate=options.rate)
+    if options.overwrite:  # nothing that was given can stop the new attack now
+        for name in WRITTEN:
+            (output / name).unlink(missing_ok=True)
     header = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
     header |= {"model": model, "images": hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()}
     log = QueryLog(output / "queries.db", header)
@@ -94,24 +98,10 @@ def read_images(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         with np.load(path, allow_pickle=False) as held:
             images, labels = held["images"], held["labels"]
-    except (OSError, ValueError, KeyError) as error:
+            whole = images.dtype == np.uint8
+            return torch.from_numpy(images.astype(np.float32) / (255 if whole else 1)), torch.from_numpy(labels)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise GradlessError(f"{path} is no .npz with arrays `images` and `labels`: {error}.") from error
-    whole = images.dtype == np.uint8
-    return torch.from_numpy(images.astype(np.float32) / (255 if whole else 1)), torch.from_numpy(labels)
-
-
-def _claim(output: Path, options: AttackOptions) -> None:
-    """Refuse a folder that holds an attack, unless told what to do with it."""
-    held = (output / "queries.db").is_file()
-    if held and not (options.resume or options.overwrite):
-        raise GradlessError(
-            f"{output} holds an attack; give --resume to go on with it, --overwrite to replace it, or another --output."
-        )
-    if options.resume and not held:
-        raise GradlessError(f"{output} holds no attack to resume; leave --resume out to begin one.")
-    if options.overwrite:
-        for name in WRITTEN:
-            (output / name).unlink(missing_ok=True)
 
 
 def _write(

@@ -149,7 +149,7 @@ class Attack(ABC):
         Raises:
             GradlessError: images or labels that cannot be, a budget below one step, or an answer that is none.
         """
-        images, labels = self._checked(images, labels)
+        images, labels = self.checked(images, labels)
         shape, flat = images.shape[1:], images.flatten(1)
         budgets = (self.max_queries, self.max_total_queries)
         oracle = Oracle(predict, tuple(shape), labels, self.targeted, *budgets, self.batch_size, log)
@@ -187,7 +187,12 @@ class Attack(ABC):
             if not len(space.rows):
                 return
 
-    def _checked(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    def checked(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """Images, fp32, and labels, int64, on the CPU.
+
+        Raises:
+            GradlessError: they cannot be, or the budget is below one step.
+        """
         images, labels = torch.as_tensor(images).detach().cpu().float(), torch.as_tensor(labels).detach().cpu()
         if images.ndim < 2 or not len(images):
             raise GradlessError(f"images are of shape {tuple(images.shape)}; they must be (n, ...), n at least 1.")

@@ -64,6 +64,8 @@ class LabelAttack(Attack):
 
         for attempt in range(STARTS):
             rows = (radius > wide.farthest).nonzero().squeeze(1)
+            if not len(rows):
+                break
             signs = self._start(attempt, first + rows, images.shape[1])
             hit = adversarial(rows, signs, radius[rows] - 1)
             radius[rows[hit]] -= 1
@@ -100,5 +102,5 @@ class LabelAttack(Attack):
         if attempt < 2:
             return torch.full((len(numbers), pixels), 1.0 - 2 * attempt)
         u = Direction(self.seed, attempt, 0, Rademacher())
-        drawn = [kernels.coordinates(u, f"image {number}", pixels, torch.device("cpu")) for number in numbers.tolist()]
-        return torch.stack(drawn) if drawn else torch.empty(0, pixels)
+        cpu = torch.device("cpu")
+        return torch.stack([kernels.coordinates(u, f"image {number}", pixels, cpu) for number in numbers.tolist()])

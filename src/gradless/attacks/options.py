@@ -11,6 +11,8 @@ from gradless.flags import option
 def fraction(text: str) -> float:
     """A number, or a quotient of two, such as 8/255."""
     above, _, below = text.partition("/")
+    if below and not float(below):
+        raise ValueError(text)
     return float(above) / float(below or 1)
 
 
@@ -59,5 +61,3 @@ class AttackOptions:
             raise GradlessError("labels_only is for zoqo with chunks.")
         if self.bits is not None and self.method == "signhunter":
             raise GradlessError("signhunter has no grid; --method zoqo is SignHunter on one.")
-        if self.resume and self.overwrite:
-            raise GradlessError("--resume and --overwrite contradict each other; give one.")
