@@ -4,6 +4,7 @@
 // A code c, of -32639 .. 32639, is held as the two bytes of c + 32896, each of them 128 too large. Wherever c fits a byte the high one
 // is just 128: a group of such codes is multiplied by its low bytes alone. What the 128 add to a sum is taken off where it begins.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -20,13 +21,14 @@ constexpr int PANEL = 32, TILE = 6;  // rows, tokens: 2 * TILE accumulators and 
 struct Panel {
     int64_t groups, quads;                // quads: of columns, in a group
     std::shared_ptr<uint32_t[]> code[2];  // (groups, quads, PANEL), four codes' low bytes in each; and high bytes, where `wide`
+    int lowest, reach;                    // codes are lowest .. lowest + reach
     std::shared_ptr<uint8_t[]> wide;      // (groups,)
     std::unique_ptr<float[]> scale;       // (groups, PANEL)
     std::unique_ptr<float[]> offset;      // the same; null: none
 
     // Where `same` is given, its codes are this panel's too.
-    Panel(int64_t groups, int64_t quads, bool has_offset, const Panel *same)
-        : groups(groups), quads(quads), wide(same ? same->wide : std::shared_ptr<uint8_t[]>(new uint8_t[groups]())), scale(new float[groups * PANEL]) {
+    Panel(int64_t groups, int64_t quads, bool has_offset, int lowest, int reach, const Panel *same)
+        : groups(groups), quads(quads), lowest(lowest), reach(reach), wide(same ? same->wide : std::shared_ptr<uint8_t[]>(new uint8_t[groups]())), scale(new float[groups * PANEL]) {
         for (int byte = 0; byte < 2; byte++) code[byte] = same ? same->code[byte] : std::shared_ptr<uint32_t[]>(new uint32_t[groups * quads * PANEL]);
         if (has_offset) offset.reset(new float[groups * PANEL]);
     }
@@ -98,9 +100,30 @@ __attribute__((target("avx512f,avx512vnni"))) static void product_vnni(const Pan
         for (int half = 0; half < 2; half++) _mm512_storeu_ps(out[i] + 16 * half, y[i][half]);
 }
 
-// Sixteen rows by three tokens at a time, for 256-bit vectors; `dots` adds a group's products to its accumulators.
+// Sixteen rows by three tokens at a time, for 256-bit vectors; `dots` adds a group's products to its accumulators. Where NARROW is
+// not 0, groups whose codes reach no further are left to `dots_narrow`.
 constexpr int HALVES = PANEL / 16, TOKENS = 3;
-#define PRODUCT_256(NAME, TARGET, DOTS) \
+
+// Codes less the lowest, so small that sums of a few pairs of products fit 16 bits.
+__attribute__((target("avx2,fma"))) INLINE void dots_narrow(__m256i acc[TOKENS][2], const Panel &p, const uint32_t *code, const uint32_t *x) {
+    const __m256i lift = _mm256_set1_epi8((char)(128 + p.lowest)), ones = _mm256_set1_epi16(1);
+    const int64_t at_once = 32767 / (2 * 127 * p.reach);
+    for (int64_t left = p.quads; left > 0; left -= at_once) {
+        __m256i sum[TOKENS][2];
+        for (int i = 0; i < TOKENS; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
+        for (int64_t q = std::min(left, at_once); q > 0; q--, code += PANEL, x += TILE) {
+            __m256i four[2];
+            for (int half = 0; half < 2; half++) four[half] = _mm256_sub_epi8(_mm256_loadu_si256((const __m256i *)(code + 8 * half)), lift);
+            for (int i = 0; i < TOKENS; i++)
+                for (int half = 0; half < 2; half++)
+                    sum[i][half] = _mm256_add_epi16(sum[i][half], _mm256_maddubs_epi16(four[half], _mm256_set1_epi32((int)x[i])));
+        }
+        for (int i = 0; i < TOKENS; i++)
+            for (int half = 0; half < 2; half++) acc[i][half] = _mm256_add_epi32(acc[i][half], _mm256_madd_epi16(sum[i][half], ones));
+    }
+}
+
+#define PRODUCT_256(NAME, TARGET, NARROW, DOTS) \
     __attribute__((target(TARGET))) static void NAME(const Panel &p, const Tile &t, float out[TILE][PANEL]) { \
         for (int part = 0; part < TILE / TOKENS * HALVES; part++) { \
             const int first = part / HALVES * TOKENS, row = part % HALVES * 16; \
@@ -108,8 +131,11 @@ constexpr int HALVES = PANEL / 16, TOKENS = 3;
             for (int i = 0; i < TOKENS; i++) y[i][0] = y[i][1] = _mm256_setzero_ps(); \
             for (int64_t g = 0; g < p.groups; g++) { \
                 __m256i acc[TOKENS][2]; \
-                for (int i = 0; i < TOKENS; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256(); \
-                for (int byte = p.wide[g]; byte >= 0; byte--) { \
+                const bool narrow = p.reach <= NARROW; \
+                for (int i = 0; i < TOKENS; i++) \
+                    acc[i][0] = acc[i][1] = _mm256_set1_epi32(narrow ? -t.bias[g * TILE + first + i] / 128 * p.lowest : 0); \
+                if (narrow) dots_narrow(acc, p, &p.code[0][g * p.quads * PANEL + row], t.x + g * p.quads * TILE + first); \
+                for (int byte = narrow ? -1 : p.wide[g]; byte >= 0; byte--) { \
                     for (int i = 0; i < TOKENS; i++) \
                         for (int half = 0; half < 2; half++) { \
                             const __m256i bias = _mm256_set1_epi32(t.bias[g * TILE + first + i]); \
@@ -138,7 +164,7 @@ __attribute__((target("avx2,fma,avxvnni"))) INLINE void dots_avx_vnni(__m256i ac
             for (int half = 0; half < 2; half++)
                 acc[i][half] = _mm256_dpbusd_avx_epi32(acc[i][half], _mm256_loadu_si256((const __m256i *)(code + 8 * half)), _mm256_set1_epi32((int)x[i]));
 }
-PRODUCT_256(product_avx_vnni, "avx2,fma,avxvnni", dots_avx_vnni)
+PRODUCT_256(product_avx_vnni, "avx2,fma,avxvnni", 0, dots_avx_vnni)
 
 // Pairs of products of bytes would overflow 16 bits: even and odd columns are widened and multiplied apart.
 __attribute__((target("avx2,fma"))) INLINE void dots_avx2(__m256i acc[TOKENS][2], const uint32_t *code, const uint32_t *x, int64_t quads) {
@@ -158,7 +184,7 @@ __attribute__((target("avx2,fma"))) INLINE void dots_avx2(__m256i acc[TOKENS][2]
         }
     }
 }
-PRODUCT_256(product_avx2, "avx2,fma", dots_avx2)
+PRODUCT_256(product_avx2, "avx2,fma", 63, dots_avx2)
 #endif
 
 #if defined(__aarch64__) && defined(__GNUC__)

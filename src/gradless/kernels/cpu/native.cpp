@@ -320,8 +320,12 @@ template <class T> INLINE void pack_row(const Blocks &t, std::vector<View> &view
 #define PACK(T) \
     { \
         std::vector<Panel> panels; \
-        for (size_t i = 0; i < views.size(); i++) \
-            panels.emplace_back(t.blocks * T::groups, T::size / T::groups / 4, T::offset_at >= 0, i > 0 && t.part != CODE ? &panels[0] : nullptr); \
+        const bool counted = t.lowest >= t.zero && !(t.part == CODE && count); /* upwards from all-zero bits */ \
+        const int reach = counted ? std::max(15, t.highest - t.zero) : 65535; \
+        for (size_t i = 0; i < views.size(); i++) { \
+            const Panel *same = i > 0 && t.part != CODE ? &panels[0] : nullptr; \
+            panels.emplace_back(t.blocks * T::groups, T::size / T::groups / 4, T::offset_at >= 0, t.zero, reach, same); \
+        } \
         for (int r = 0; r < PANEL; r++) { \
             int64_t i = std::min(begin + r, end - 1); \
             pack_row<T>(t, views, t.rows ? t.rows[i] : i, panels, r); \
