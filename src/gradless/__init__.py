@@ -17,6 +17,7 @@ _HOMES = {
     "Grid": "gradless.grids",
     "parameters": "gradless.spaces",
     "Estimate": "gradless.methods",
+    "EZO": "gradless.methods",
     "MeZO": "gradless.methods",
     "QZO": "gradless.methods",
     "QuZO": "gradless.methods",

@@ -65,10 +65,10 @@ class QuantLinear(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype; under `restricted_to` n outputs (..., n) in fp32.
 
-        Where the weight has several views, each serves its equal share of x's tokens, in their order.
+        Where the weight has several views, x's tokens read them as the weight's `owners` say.
         """
         rows, bias = file_rows(self.packed), cast(Tensor | None, self.bias)
-        views = max(1, len(self.packed.views))
+        views = max(1, len(self.packed.views)) if self.packed.owners is None else 1
         x = x if self.packed.column_order is None else x[..., self.packed.column_order]
         shares = x.reshape(views, -1, self.in_features)
         if self.only is not None:
@@ -169,11 +169,13 @@ class QuantEmbedding(_Packed):
         return self.packed.columns
 
     def forward(self, ids: Tensor) -> Tensor:
-        """int64 (...) -> (..., embedding_dim), each view of the table serving its equal share of the ids."""
+        """int64 (...) -> (..., embedding_dim), the ids reading the table's views as its `owners` say."""
         distinct, place = torch.unique(ids, return_inverse=True)
         looked_up = kernels.dequantize(self.packed, file_rows(self.packed)[distinct], self.dtype)
-        views = torch.arange(len(looked_up), device=ids.device).unsqueeze(1)
-        y = looked_up[views, place.view(len(looked_up), -1)].view(*ids.shape, self.embedding_dim)
+        views = self.packed.owners
+        if views is None:
+            views = torch.arange(len(looked_up), device=ids.device).repeat_interleave(ids.numel() // len(looked_up))
+        y = looked_up[views, place.flatten()].view(*ids.shape, self.embedding_dim)
         return y if self.factor is None else y * self.factor.to(y.dtype)
 
     def extra_repr(self) -> str:

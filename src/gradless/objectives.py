@@ -113,6 +113,7 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True) -> dic
 
     Returns:
         `input_ids`, `position_ids`: int64 (rows, length); position ids begin anew with each sequence.
+        `owners`: int64 (rows, length), the example that each token is part of; 0 where it is padding.
         `rows`, `columns`: int64 (supervised,), the positions whose logits are needed, sequence by sequence.
         `targets`: int64 (supervised,), what they predict.
         `counts`: supervised positions of each sequence.
@@ -123,22 +124,23 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True) -> dic
     words = examples[0].words
     if words is not None and any(example.words != words for example in examples):
         words = None
-    pairs = [
-        pair
-        for example in examples
-        for pair in list(zip(example.prompts, example.completions, strict=True))[: 1 if words else None]
-    ]
+    pairs, owner = [], []
+    for i, example in enumerate(examples):
+        of_example = list(zip(example.prompts, example.completions, strict=True))[: 1 if words else None]
+        pairs += of_example
+        owner += [i] * len(of_example)
     sequences = [(*prompt, *completion[:-1]) for prompt, completion in pairs]
     places = _pack([len(ids) for ids in sequences], PACKED_ROW if packed else 0)
     n_rows = 1 + max(row for row, _ in places)
     length = max(start + len(ids) for (_, start), ids in zip(places, sequences, strict=True))
     # Unfilled places hold token 0 at position 0: each is a sequence of its own, which no other attends to.
     input_ids = torch.zeros(n_rows, length, dtype=torch.int64)
-    position_ids = torch.zeros_like(input_ids)
+    position_ids, owners = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     rows: list[int] = []
     columns: list[int] = []
-    for (row, start), ids, (prompt, _) in zip(places, sequences, pairs, strict=True):
+    for (row, start), ids, (prompt, _), i in zip(places, sequences, pairs, owner, strict=True):
         input_ids[row, start : start + len(ids)] = torch.tensor(ids)
+        owners[row, start : start + len(ids)] = i
         position_ids[row, start : start + len(ids)] = torch.arange(len(ids))
         supervised = range(start + len(prompt) - 1, start + len(ids))
         rows += [row] * len(supervised)
@@ -146,6 +148,7 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True) -> dic
     return {
         "input_ids": input_ids,
         "position_ids": position_ids if packed else None,
+        "owners": owners,
         "rows": torch.tensor(rows),
         "columns": torch.tensor(columns),
         "targets": torch.tensor([token for _, completion in pairs for token in completion]),

@@ -26,15 +26,23 @@ class Space(ABC):
         name: unique in the model and stable between runs; with the seed it determines the noise.
         values: the point x itself.
         splits: whether a forward can read x under several moves at once, each by its equal share of the batch.
+        owned: whether each token of a batch can read x under a move of its own.
     """
 
     name: str
     values: Tensor
-    splits = False
+    splits = owned = False
 
     @abstractmethod
     def view(self, *moves: Move) -> None:
         """Let forwards read x under the moves, or x itself where there are none."""
+
+    @contextmanager
+    def viewed_by(self, owners: Tensor, moves: Sequence[Move]) -> Iterator[None]:
+        """Forwards inside read x under the moves: each token of their batch, all of them in order, under the one that `owners`,
+        int64 (tokens,), numbers. For a space that can be `owned`."""
+        del owners, moves
+        raise NotImplementedError
 
     @abstractmethod
     def move(self, moves: Sequence[Move]) -> int:
@@ -63,7 +71,7 @@ class Space(ABC):
 class BlockSpace(Space):
     """The scales (or offsets, or both by one factor) of a packed weight; one fp32 value a block."""
 
-    splits = True
+    splits = owned = True
 
     def __init__(self, tensor: QuantTensor, part: Part | str = Part.SCALE, *, relative: bool = True) -> None:
         tensor.tune(part, relative=relative)
@@ -72,6 +80,15 @@ class BlockSpace(Space):
 
     def view(self, *moves: Move) -> None:
         self.tensor.views = moves
+
+    @contextmanager
+    def viewed_by(self, owners: Tensor, moves: Sequence[Move]) -> Iterator[None]:
+        self.tensor.owners = owners
+        try:
+            with self.viewed(*moves):
+                yield
+        finally:
+            self.tensor.owners = None
 
     def move(self, moves: Sequence[Move]) -> int:
         kernels.move_blocks(self.tensor, moves)

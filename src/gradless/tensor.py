@@ -55,8 +55,9 @@ class QuantTensor:
         part: what is tuned, or None while nothing is.
         relative: whether a move is measured in each block's own unit (`unit`) or absolutely.
         master: fp32, (rows, values), in file order: the tuned block values; None where there are none.
-        views: the moves under which a forward reads what is tuned, each by its equal share of the batch, in their order; none
-            to read it as it is.
+        views: the moves under which a forward reads what is tuned; none to read it as it is.
+        owners: int64, (tokens,): which of the views each token of the batch reads it under; None: each view serves its equal
+            share of the tokens, in their order.
         clamp: whether a query's codes stop at the grid's ends; otherwise they are read in a wider integer.
         stride: the codes of file rows 0, stride, 2 * stride ... are tuned, and no others.
         residual: int8, (tuned rows, columns), in file order: what updates still owe each code, in units of `RESIDUAL_UNIT`
@@ -73,6 +74,7 @@ class QuantTensor:
     relative: bool = True
     master: Tensor | None = field(default=None, repr=False)
     views: tuple[Move, ...] = ()
+    owners: Tensor | None = None
     clamp: bool = False
     stride: int = 1
     residual: Tensor | None = field(default=None, repr=False)
@@ -109,6 +111,16 @@ class QuantTensor:
     def tuned_rows(self) -> int:
         """How many rows have codes that are tuned."""
         return -(-self.rows // self.stride)
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether a block holds an offset of its own."""
+        return self.block.offset_at is not None and not self.block.has_zero_point
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a move adds a number to each weight of a group, so that sums of a token's inputs tell what it changes."""
+        return self.part is Part.OFFSET and self.has_offset
 
     @property
     def keeps_sign(self) -> bool:
@@ -176,6 +188,10 @@ class CodebookTensor(QuantTensor):
     @property
     def is_centred(self) -> bool:
         return True
+
+    @property
+    def has_offset(self) -> bool:
+        return False
 
     @property
     def keeps_sign(self) -> bool:

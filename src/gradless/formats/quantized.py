@@ -95,6 +95,10 @@ class QuantizedModel:
         """Whether a tensor's scales multiply numbers of both signs."""
         return self.file.quantized[name].is_centred
 
+    def has_offset(self, name: str) -> bool:
+        """See `QuantTensor.has_offset`."""
+        return self.file.quantized[name].has_offset
+
     def grid_length(self, name: str) -> float:
         """How many steps the grid of a tensor's codes has from end to end."""
         return self.file.quantized[name].block.grid.length

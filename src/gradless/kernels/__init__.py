@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -24,6 +25,7 @@ from gradless.noise import Direction, Signs
 from gradless.tensor import CodebookTensor, Move, Part, QuantTensor
 
 __all__ = [
+    "add_shifts",
     "attention",
     "coordinates",
     "dequantize",
@@ -64,7 +66,10 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
-    """x @ W.T in x's dtype, W under its views; see `reference.linear`."""
+    """x @ W.T in x's dtype, W under its views; see `reference.linear`. Where tokens have views of their own, x is (1, tokens,
+    columns)."""
+    if tensor.owners is not None:
+        return _owned(linear, tensor, rows, x)
     ops = _ops(tensor.packed)
     if isinstance(tensor, CodebookTensor):
         return codebooks.linear(tensor, rows, x, ops.vectors)
@@ -73,9 +78,31 @@ def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
 
 
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
-    """x @ W.T in integers, W under its views; see `reference.linear_int8`."""
+    """x @ W.T in integers, W under its views; see `reference.linear_int8`, and `linear` for tokens with views of their own."""
+    if tensor.owners is not None:
+        return _owned(linear_int8, tensor, rows, x)
     result: Tensor = _ops(tensor.packed).linear_int8(tensor, rows, x)
     return result
+
+
+def _owned(product: Callable[[QuantTensor, Tensor, Tensor], Tensor], tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+    """A product in which each token reads the weight under its own view: one for all and what shifts add to it, or, where views
+    change more, one for each."""
+    plain = replace(tensor, views=(), owners=None)
+    if tensor.shifts:
+        y = product(plain, rows, x)
+        add_shifts(tensor, rows, x[0], y[0])
+        return y
+    y = x.new_empty(1, x.shape[1], len(rows))
+    for v, view in enumerate(tensor.views):
+        mine = tensor.owners == v
+        y[:, mine] = product(replace(plain, views=(view,)), rows, x[:, mine])
+    return y
+
+
+def add_shifts(tensor: QuantTensor, rows: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add what each token's own view changes; see `reference.add_shifts`."""
+    _ops(tensor.packed).add_shifts(tensor, rows, x, y)
 
 
 def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:

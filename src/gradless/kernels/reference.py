@@ -62,6 +62,39 @@ def products(x: Tensor, weights: Tensor) -> Tensor:
     return y
 
 
+def add_shifts(tensor: QuantTensor, rows: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add to each token's outputs what its own view of the offsets changes in them. With v the view that token i reads,
+
+        y_ir += coefficient_v * sum_g z_vr,g unit_r,g m_rg * sum over j in group g of x_ij
+
+    where m is a group's offset multiplier: 1/size of a product's work. No offset is stopped at zero here: a view must move it
+    by less than it is, or be one that may cross.
+
+    Args:
+        tensor: one whose views shift offsets (`QuantTensor.shifts`), with owners.
+        rows: int64, (n,): file rows.
+        x: fp32 or bf16, (tokens, columns).
+        y: the same type, (tokens, n): the product of x and the weight without its views; written.
+    """
+    assert tensor.owners is not None
+    blocks = tensor.packed.shape[1]
+    multiplier = tensor.block.unpack(tensor.packed[rows].flatten(0, 1)).offset_multiplier.view(len(rows), blocks, -1)
+    pooled = x.float().view(len(x), multiplier[0].numel(), -1).sum(-1)
+
+    def of_groups(values: Tensor) -> Tensor:
+        """Tuned values (n, values) -> (n, blocks, 1)."""
+        return values.repeat_interleave(tensor.share, 1)[:, :blocks].unsqueeze(-1)
+
+    if tensor.block.offset_unit is not None:  # one group, whose multiplier is 1
+        multiplier = torch.ones_like(multiplier)
+    add = of_groups(tensor.unit()[rows]) * multiplier
+    for v, move in enumerate(tensor.views):
+        mine = tensor.owners == v
+        z = coordinates(move.direction, tensor.name, tensor.rows * tensor.values, x.device).view(tensor.rows, -1)[rows]
+        more = (pooled[mine] * f32(move.coefficient)) @ (add * of_groups(z)).flatten(1).T
+        y[mine] = (y[mine].float() + more).to(y.dtype)
+
+
 def instructions() -> dict[str, str]:
     """What multiplies int8 and bf16 activations with packed weights."""
     return dict.fromkeys(("int8", "bf16"), NAME)

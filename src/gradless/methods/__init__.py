@@ -1,11 +1,12 @@
 """The methods, one file a paper."""
 
 from gradless.methods.base import Estimate, ZerothOrderOptimizer
+from gradless.methods.ezo import EZO
 from gradless.methods.mezo import MeZO
 from gradless.methods.quzo import QuZO
 from gradless.methods.qzo import QZO
 from gradless.methods.zoqo import ZOQO
 
-METHODS: dict[str, type[ZerothOrderOptimizer]] = {"mezo": MeZO, "qzo": QZO, "quzo": QuZO, "zoqo": ZOQO}
+METHODS: dict[str, type[ZerothOrderOptimizer]] = {"ezo": EZO, "qzo": QZO, "quzo": QuZO, "zoqo": ZOQO, "mezo": MeZO}
 
-__all__ = ["METHODS", "QZO", "ZOQO", "Estimate", "MeZO", "QuZO", "ZerothOrderOptimizer"]
+__all__ = ["EZO", "METHODS", "QZO", "ZOQO", "Estimate", "MeZO", "QuZO", "ZerothOrderOptimizer"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from gradless.tensor import Move
 
 STEPS_AT_ONCE = 64
 """In a replay: a tensor's part that is at hand goes through so many steps before the next."""
+REMEMBERED = 50
+"""Steps whose estimates tell, on average, how long the next one is."""
 Closure = Callable[[], Any]
 Group = dict[str, Any]
 Loss = Any
@@ -61,6 +64,12 @@ def _number(loss: Any) -> Loss:
     return loss if isinstance(loss, Tensor) and loss.numel() > 1 else float(loss)
 
 
+def _power(d: Sequence[Loss]) -> float:
+    """The mean square of an estimate's coordinates; of several problems', that of all."""
+    squares = (float((x * x).mean()) if isinstance(x, Tensor) else x * x for x in d)
+    return sum(squares) / len(d) ** 2
+
+
 def _is_finite(loss: Loss) -> bool:
     return bool(loss.isfinite().all()) if isinstance(loss, Tensor) else math.isfinite(loss)
 
@@ -70,14 +79,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     Args:
         spaces: what to search, as a list of spaces or as parameter groups with a "spaces" key and their own options.
-        defaults: options of every group; they include `lr`, `eps` and `weight_decay`.
+        defaults: options of every group; they include `lr`, `eps` and `weight_decay`. Where they include `auto` and it is set,
+            lr is the root mean square of a step in units of eps; the step's own lr, which its estimate holds, follows from it
+            and the size of the last estimates (see `step_size`).
         q: queries (directions) a step; each costs two forwards.
         seed: of the run; directions follow from (seed, step, query, tensor name, offset).
         distribution: of the directions' coordinates, or its name.
 
     Attributes:
+        each_example: whether a closure returns the loss of each example, which has a direction of its own.
         moved: the share of all integer codes that the last update changed; None where none are searched.
     """
+
+    each_example = False
 
     def __init__(
         self,
@@ -100,6 +114,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.t = 0
         self.moved: float | None = None
         self.pending: Estimate | None = None
+        self._powers: list[deque[float]] = [deque(maxlen=REMEMBERED) for _ in self.param_groups]
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group: its "spaces" and its options. The spaces stay out of `param_groups`, which torch copies and saves."""
@@ -130,7 +145,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """The moves that a step's update makes of each tensor of a group, one after the other."""
         decay = 1 - lr * group["weight_decay"]
         for query, derivative in enumerate(d):
-            yield Move(self.direction(step, query, group), -lr * derivative / self.q, decay)
+            yield Move(self.direction(step, query, group), -lr * derivative / len(d), decay)
             decay = 1.0
 
     @contextmanager
@@ -190,7 +205,22 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def estimate_of(self, losses: Sequence[tuple[Loss, Loss]]) -> Estimate:
         """The estimate that follows from a step's losses, one (plus, minus) pair a query."""
         d = tuple(tuple(self.derivative(*pair, group) for pair in losses) for group in self.param_groups)
-        return Estimate(self.t, tuple(losses), d, tuple(float(group["lr"]) for group in self.param_groups))
+        lr = tuple(self.step_size(i, of_group) for i, of_group in enumerate(d))
+        return Estimate(self.t, tuple(losses), d, lr)
+
+    def step_size(self, group: int, d: Sequence[Loss]) -> float:
+        """The lr of a group's next step, whose estimate has these derivatives: the group's own or, with `auto`, that with which
+
+            rms(lr ghat) = lr_group * eps,    rms(ghat)^2 = mean over the last steps of sum_i d_i^2 / q^2
+
+        ghat = 1/q sum_i d_i u_i being the estimate, whose coordinates have that mean square where u's have one of 1.
+        """
+        options = self.param_groups[group]
+        if not options.get("auto"):
+            return float(options["lr"])
+        powers = [*self._powers[group], _power(d)][-REMEMBERED:]
+        rms = math.sqrt(sum(powers) / len(powers))
+        return float(options["lr"] * options["eps"] / rms) if 0 < rms < math.inf else 0.0
 
     @torch.no_grad()
     def apply(self, *estimates: Estimate) -> None:
@@ -200,8 +230,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """
         moves: list[list[Move]] = [[] for _ in self.param_groups]
         for estimate in (estimate for estimate in estimates if estimate.finite):
-            for group, d, lr, of_group in zip(self.param_groups, estimate.d, estimate.lr, moves, strict=True):
+            parts = zip(self.param_groups, self._powers, estimate.d, estimate.lr, moves, strict=True)
+            for group, powers, d, lr, of_group in parts:
                 of_group += self.moves(estimate.step, d, lr, group)
+                powers.append(_power(d))
         changed = sum(space.move(of_group) for of_group, spaces in zip(moves, self.spaces_of, strict=True) for space in spaces)
         codes = sum(space.codes for space in self.spaces)
         self.moved = changed / codes if codes else None

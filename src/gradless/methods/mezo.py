@@ -24,6 +24,7 @@ class MeZO(ZerothOrderOptimizer):
         spaces: see `ZerothOrderOptimizer`; leave biases and norms in a group with `weight_decay` 0, as the paper does.
         lr: step size; the paper's are 1e-7 to 1e-6 for full tuning of OPT.
         eps: perturbation; the paper's is 1e-3.
+        auto: see `ZerothOrderOptimizer`.
         weight_decay: applied to x itself.
         q: directions a step (the paper's n).
         seed: of the run.
@@ -36,12 +37,13 @@ class MeZO(ZerothOrderOptimizer):
         lr: float = 1e-6,
         eps: float = 1e-3,
         *,
+        auto: bool = False,
         weight_decay: float = 0.0,
         q: int = 1,
         seed: int = 0,
         distribution: Distribution | str = "gaussian",
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "eps": eps, "auto": auto, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:

@@ -31,6 +31,7 @@ class QZO(ZerothOrderOptimizer):
         lr: step size; the paper's 1e-7 is absolute, relative steps are of the order of 1e-4.
         eps: perturbation; the paper's 1e-3 is absolute, a relative one is of the order of 1e-2.
         clip: C, the largest |d| that an update follows; the paper's 100 goes with its absolute eps.
+        auto: see `ZerothOrderOptimizer`.
         weight_decay: shrinks the tuned values themselves.
         q: directions a step.
         seed: of the run.
@@ -44,12 +45,13 @@ class QZO(ZerothOrderOptimizer):
         eps: float = 2e-2,
         *,
         clip: float = 100.0,
+        auto: bool = False,
         weight_decay: float = 0.0,
         q: int = 1,
         seed: int = 0,
         distribution: Distribution | str = "gaussian",
     ) -> None:
-        defaults = {"lr": lr, "eps": eps, "clip": clip, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "eps": eps, "clip": clip, "auto": auto, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:

@@ -12,6 +12,15 @@ from gradless.flags import option
 
 CODES = ("quzo", "zoqo")
 """The methods that tune integer codes."""
+RATIO = 0.3
+"""Of a step's root mean square to a query's, where the step size follows the estimates."""
+SHARED = ("qzo", "quzo", "zoqo", "mezo")
+"""The methods whose examples share their directions."""
+
+
+def number_or_auto(text: str) -> float | str:
+    """What --lr takes."""
+    return text if text == "auto" else float(text)
 
 
 @dataclass
@@ -20,15 +29,24 @@ class MethodOptions:
 
     method: str = option(
         "qzo",
-        "qzo: scales of a quantized model; quzo, zoqo: its integer codes; mezo: plain weights.",
-        choices=("qzo", "quzo", "zoqo", "mezo"),
+        "qzo: scales of a quantized model; ezo: its offsets, each example along a direction of its own; quzo, zoqo: its "
+        "integer codes; mezo: plain weights.",
+        choices=("qzo", "ezo", "quzo", "zoqo", "mezo"),
     )
-    lr: float | None = option(None, "Step size at the start (zoqo: eta, in grid steps).")
+    lr: float | str | None = option(
+        None,
+        "Step size at the start (zoqo: eta, in grid steps), or auto: from the estimates' size and --ratio (ezo's default).",
+        parse=number_or_auto,
+        metavar="N|auto",
+    )
+    ratio: float | None = option(
+        None, f"--lr auto: the root mean square of a step, in units of eps (default: {RATIO}).", methods=("qzo", "ezo", "mezo")
+    )
     eps: float | None = option(None, "Size of a query's perturbation (quzo, and zoqo's mu: in grid steps).")
     share: float | None = option(
         None, "quzo, zoqo: share of the tuned codes that a query moves, instead of --eps.", methods=CODES
     )
-    q: int = option(1, "Queries (directions) a step; each costs two forwards.")
+    q: int = option(1, "Queries (directions) a step; each costs two forwards.", methods=SHARED)
     clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.")
     part: str = option(
         "scale",
@@ -51,6 +69,7 @@ class MethodOptions:
         "gaussian",
         "Distribution of directions (zoqo: gaussian, which is discretized, or uniform; quzo: gaussian).",
         choices=("gaussian", "rademacher", "uniform"),
+        methods=SHARED,
     )
     roundings: int = option(1, "QuZO: round a direction once (Q-RGE1) or twice (Q-RGE2).", choices=(1, 2), methods=("quzo",))
     perturbation_bits: int | None = option(
@@ -88,6 +107,12 @@ class MethodOptions:
                 raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
             if methods and value != each.default and self.method not in methods:
                 raise GradlessError(f"{each.name} is for {' and '.join(methods)}; {self.method} does not read it.")
+        if isinstance(self.lr, str) and (self.lr != "auto" or self.method in CODES):
+            raise GradlessError(f"lr is {self.lr!r}; it is a number, or auto for qzo, ezo and mezo.")
+        if self.ratio is not None and self.lr not in (None, "auto"):
+            raise GradlessError("ratio is for --lr auto; leave one of the two out.")
+        if self.ratio is not None and self.lr is None and self.method != "ezo":
+            raise GradlessError(f"ratio is for a step size that follows the estimates; give --lr auto to {self.method}.")
         if self.share is not None and self.share > 0.5:
             raise GradlessError(f"share is {self.share}; at most 0.5 of the codes can move in a query (--eps goes further).")
         if self.share is not None and (self.eps is not None or self.distribution == "uniform"):
@@ -102,6 +127,7 @@ class MethodOptions:
 POSITIVE = {
     "eps",
     "lr",
+    "ratio",
     "q",
     "share",
     "span",
@@ -181,7 +207,7 @@ class RunOptions(MethodOptions):
                 raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
             if needs and value != each.default and getattr(self, needs) is None:
                 raise GradlessError(f"{each.name} goes with --{needs}; give it too, or leave {each.name} out.")
-            if each.name in POSITIVE and value is not None and not (isinstance(value, int | float) and value > 0):
+            if each.name in POSITIVE and value not in (None, "auto") and not (isinstance(value, int | float) and value > 0):
                 raise GradlessError(f"{each.name} is {value!r}; it must be a number above zero.")
         if self.bits is not None and not 2 <= self.bits <= 8:
             raise GradlessError(f"bits is {self.bits}; codes have 2 to 8.")
@@ -212,6 +238,8 @@ DEFAULTS = {
     "qzo": (8e-3, 6e-2),
     "qzo, codes from zero": (4e-4, 2e-2),
     "qzo, absolute": (1e-7, 1e-3),
+    "ezo": (RATIO, 1e-2),
+    "ezo, scales": (RATIO, 6e-2),
     "quzo": (0.6, 0.35),
     "quzo, few levels": (0.15, 0.5),
     "quzo, lora": (1.6, 1.6),
@@ -221,7 +249,7 @@ DEFAULTS = {
     "mezo": (1e-5, 1e-3),
     "mezo, floats of a GGUF": (1e-3, 3e-2),
 }
-"""(lr, eps) that learn where a user gives none; docs/results.md has the runs behind them."""
+"""(lr, or ezo's ratio, and eps) that learn where a user gives none; docs/results.md has the runs behind them."""
 
 
 def qzo_default(centred: bool) -> str:

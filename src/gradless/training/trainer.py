@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Sampler
@@ -28,8 +28,10 @@ from gradless import kernels, noise, objectives
 from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel
 from gradless.formats.dense import DenseModel
+from gradless.fusing import ARCHITECTURES
 from gradless.journal import Journal
 from gradless.methods import METHODS, Estimate, ZerothOrderOptimizer
+from gradless.methods.ezo import EZO
 from gradless.methods.quzo import eps_of_share
 from gradless.methods.zoqo import mu_of_share
 from gradless.noise import discretized_gaussian
@@ -42,6 +44,7 @@ from gradless.training.options import (
     DEFAULTS,
     FEW_LEVELS,
     PAIR_TOKENS,
+    RATIO,
     MethodOptions,
     qzo_default,
 )
@@ -66,7 +69,7 @@ class ZOConfig(MethodOptions, TrainingArguments):  # type: ignore[misc]
         self.check()
         if self.lr is None and self.learning_rate != ZOConfig.learning_rate:
             self.lr = self.learning_rate
-        if self.lr is not None:
+        if isinstance(self.lr, float):
             self.learning_rate = self.lr
         super().__post_init__()
 
@@ -164,7 +167,9 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     def header_method(self) -> dict[str, Any]:
         """The method's name and the options that a replay needs."""
         args = self.args
-        method = {"name": args.method, "q": args.q, "seed": args.seed, "distribution": args.distribution}
+        method = {"name": args.method, "seed": args.seed}
+        if args.method != "ezo":
+            method |= {"q": args.q, "distribution": args.distribution}
         if args.method == "quzo":
             method |= {"roundings": args.roundings, "perturbation_bits": args.perturbation_bits}
         if args.method == "zoqo":
@@ -193,12 +198,17 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     def _block_groups(self) -> list[dict[str, Any]]:
         """A group for each kind of block, where the user leaves lr or eps to us."""
         args, checkpoint = self.args, self.checkpoint
-        missing = "qzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
+        missing = f"{args.method} tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
         by_default: dict[str, list[str]] = {}
-        for name in self._group("blocks", "qzo", missing)["names"]:
-            default = "qzo, absolute" if args.absolute else qzo_default(checkpoint.is_centred(name))
+        for name in self._group("blocks", args.method, missing)["names"]:
+            if args.method == "ezo":
+                default = "ezo" if checkpoint.has_offset(name) else "ezo, scales"
+            else:
+                default = "qzo, absolute" if args.absolute else qzo_default(checkpoint.is_centred(name))
             by_default.setdefault(default, []).append(name)
         space = {"part": args.part, "relative": not args.absolute, "clip": args.clip}
+        if args.method == "ezo":
+            space = {"part": "offset", "relative": True}
         return [{**self._group("blocks", default, missing), "names": names, **space} for default, names in by_default.items()]
 
     def _code_groups(self) -> list[dict[str, Any]]:
@@ -235,7 +245,11 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         lr, eps = DEFAULTS[default]
         if args.share is not None:
             eps = eps_of_share(args.share) if args.method == "quzo" else mu_of_share(args.share)
-        options = {"lr": args.lr if args.lr is not None else lr, "eps": args.eps or eps, "weight_decay": args.weight_decay}
+        options = {"lr": lr if args.lr is None else args.lr, "eps": args.eps or eps, "weight_decay": args.weight_decay}
+        if args.lr == "auto" or (args.lr is None and args.method == "ezo"):
+            options |= {"lr": args.ratio or RATIO, "auto": True}
+        elif args.method == "ezo":
+            options["auto"] = False
         return {"kind": kind, "names": tunable, **options}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -252,25 +266,51 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         del num_items_in_batch
         model.eval()
         inputs = self._prepare_inputs(inputs)
-        optimizer = self.zeroth_order
-        examples = len(inputs["sizes"]) if "sizes" in inputs else 1
         with torch.inference_mode():
-            losses = optimizer.query(lambda: self.compute_loss(model, inputs), self._pair(model, inputs))
-        self._examples += examples
-        before = self._sums or [(0.0, 0.0)] * optimizer.q
-        self._sums = [(p + examples * plus, m + examples * minus) for (p, m), (plus, minus) in zip(before, losses, strict=True)]
+            losses = self._each_query(model, inputs) if self.zeroth_order.each_example else self._query(model, inputs)
         share = 1 / self.current_gradient_accumulation_steps
-        return torch.tensor(share * sum(map(sum, losses)) / (2 * optimizer.q), device=self.args.device)
+        return torch.tensor(share * sum(map(sum, losses)) / (2 * len(losses)), device=self.args.device)
 
-    def _pair(self, model: Any, inputs: Any) -> Callable[[], Any] | None:
-        """The mean losses of a batch and its copy, in one forward; None where two forwards are to be made."""
-        own_loss = type(self).compute_loss is ZOTrainer.compute_loss and isinstance(inputs, dict) and "sizes" in inputs
-        if not own_loss or not self._keeps_places or inputs["input_ids"].numel() > PAIR_TOKENS:
+    def _query(self, model: Any, inputs: Any) -> list[tuple[Any, Any]]:
+        """The losses of a micro-batch, which are added up over the step."""
+        examples = len(inputs["sizes"]) if "sizes" in inputs else 1
+        losses = self.zeroth_order.query(lambda: self.compute_loss(model, inputs), self._pair(model, inputs))
+        self._examples += examples
+        before = self._sums or [(0.0, 0.0)] * len(losses)
+        self._sums = [(p + examples * plus, m + examples * minus) for (p, m), (plus, minus) in zip(before, losses, strict=True)]
+        return losses
+
+    def _each_query(self, model: Any, inputs: Any) -> list[tuple[Any, Any]]:
+        """The losses of a micro-batch's examples, each along its own direction, behind those before."""
+        if not (self._computes_losses(inputs) and self._keeps_places):
+            raise GradlessError(
+                f"{self.args.method} needs to know which tokens are whose: rows that gradless tokenized, its own loss, and a "
+                f"model whose layers all see a batch's tokens in their order ({', '.join(ARCHITECTURES)})."
+            )
+        pair = self._pair(model, inputs, mean=False)
+        losses: list[tuple[Any, Any]] = cast(EZO, self.zeroth_order).query(
+            lambda: objectives.losses(model, inputs)[0], pair, owners=inputs["owners"], first=len(self._sums)
+        )
+        self._sums, self._examples = self._sums + losses, 1
+        return losses
+
+    def _computes_losses(self, inputs: Any) -> bool:
+        """Whether a batch is one of `TokenizedExample`s, with the loss that is ours."""
+        return type(self).compute_loss is ZOTrainer.compute_loss and isinstance(inputs, dict) and "sizes" in inputs
+
+    def _pair(self, model: Any, inputs: Any, *, mean: bool = True) -> Callable[[], Any] | None:
+        """The losses of a batch and its copy, in one forward; None where two forwards are to be made."""
+        if not (self._computes_losses(inputs) and self._keeps_places) or inputs["input_ids"].numel() > PAIR_TOKENS:
             return None
-        return lambda: objectives.losses(model, objectives.doubled(inputs))[0].view(2, -1).mean(1)
+
+        def both() -> Any:
+            losses = objectives.losses(model, objectives.doubled(inputs))[0].view(2, -1)
+            return losses.mean(1) if mean else losses
+
+        return both
 
     def commit(self) -> None:
-        """Turn the sums into the step's estimate and write it to the journal; the optimizer's next step applies it."""
+        """Turn the step's losses into its estimate and write it to the journal; the optimizer's next step applies it."""
         optimizer = self.zeroth_order
         assert self.journal is not None
         estimate = optimizer.estimate_of([(plus / self._examples, minus / self._examples) for plus, minus in self._sums])

@@ -160,6 +160,21 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     return _product(_library.gradless_linear_int8_bf16 if bf16 else _library.gradless_linear_int8_f32, tensor, rows, x)
 
 
+def add_shifts(tensor: QuantTensor, rows: Tensor, x: Tensor, y: Tensor) -> None:
+    """See `reference.add_shifts`."""
+    assert tensor.owners is not None
+    assert y.is_contiguous()
+    x, rows, owners = x.contiguous(), rows.contiguous(), tensor.owners.contiguous()
+    _library.gradless_add_shifts(
+        ctypes.byref(_blocks(tensor, rows)),
+        *_moves(tensor.views, tensor.name),
+        ctypes.c_int64(len(rows)),
+        ctypes.c_int64(len(x)),
+        ctypes.c_int32(x.dtype is torch.bfloat16),
+        *map(_at, (x, owners, y)),
+    )
+
+
 def _product(multiply: Any, tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """x (views, m, columns) by the rows of a weight, through a function of the library."""
     assert x.shape[::2] == (max(1, len(tensor.views)), tensor.columns)

@@ -15,6 +15,7 @@
 #include "fused.hpp"
 #include "int8.hpp"
 #include "noise.hpp"
+#include "shifts.hpp"
 
 enum Part { NOTHING = 0, SCALE = 1, OFFSET = 2, BOTH = 3, CODE = 4 };
 
@@ -47,11 +48,6 @@ INLINE int64_t block_of(const Blocks &t, int64_t i) {
     const int64_t values = values_in_row(t);
     return t.share == 1 ? i : i / values * t.blocks + i % values * t.share;
 }
-
-INLINE void store(float *out, float value) { *out = value; }
-INLINE void store(uint16_t *out, float value) { *out = to_bf16(value); }
-INLINE float load(const float *in) { return *in; }
-INLINE float load(const uint16_t *in) { return from_bf16(*in); }
 
 // Of a run of tuned values: what a move of 1 means for each, and where it may lie: a scale keeps its sign, or stays at zero.
 struct Rooms {
@@ -404,6 +400,28 @@ QUANTIZE(quantize_bf16, uint16_t)
 MULTIPLY(multiply_f32, float)
 MULTIPLY(multiply_bf16, uint16_t)
 
+// What a shift of 1 adds to each group of some rows: (groups, SHIFT_ROWS), of types whose offset is a number of its own.
+#define UNITS(T) \
+    if constexpr (T::offset_at >= 0 && !has_zero_point<T>) \
+        for (int r = 0; r < SHIFT_ROWS; r++) { \
+            const uint8_t *row = t.packed + rows[std::min(begin + r, end - 1)] * t.blocks * T::nbytes; \
+            for (int64_t k = 0; k < t.blocks; k++) { \
+                const uint8_t *b = row + k * T::nbytes, *first = row + k / t.share * t.share * T::nbytes; \
+                float by = T::offset_unit != 0 ? __builtin_fabsf(scale_of<T>(first)) * T::offset_unit : __builtin_fabsf(half_to_float(first + T::offset_at)); \
+                by = t.relative ? by : 1; \
+                alignas(64) int8_t code[T::size]; \
+                float multiplier[T::groups], offset_multiplier[T::groups]; \
+                if (T::groups > 1) T::unpack(b, code, multiplier, offset_multiplier); \
+                for (int64_t g = 0; g < T::groups; g++) \
+                    unit[(k * T::groups + g) * SHIFT_ROWS + r] = T::groups == 1 ? by : by * offset_multiplier[g]; \
+            } \
+        }
+CLONES static void units_of(const Blocks &t, const int64_t *rows, int64_t begin, int64_t end, float *unit) {
+    EACH_TYPE(UNITS)
+}
+SHIFT(shift_f32, float)
+SHIFT(shift_bf16, uint16_t)
+
 // The moves of block values [begin, end), one after the other.
 #define MOVE(T) \
     for (int64_t first = begin; first < end; first = (first / 128 + 1) * 128) { \
@@ -413,14 +431,14 @@ MULTIPLY(multiply_bf16, uint16_t)
         float x[128] = {0}, z[128] = {0}; \
         std::memcpy(x, t.master + first, sizeof(float) * n); \
         for (int64_t k = 0; k < count; k++) { \
-            Coordinates u; \
-            u.u = moves[k].direction; \
-            Coordinates::read(u, first, n, z); \
+            Coordinates::read(u[k], first, n, z); \
             move_run(moves[k], room, z, x); \
         } \
         std::memcpy(t.master + first, x, sizeof(float) * n); \
     }
 CLONES void move_range(const Blocks &t, const Move *moves, int64_t count, int64_t begin, int64_t end) {
+    std::vector<Coordinates> u(count);
+    for (int64_t k = 0; k < count; k++) u[k].u = moves[k].direction;
     EACH_TYPE(MOVE)
 }
 
@@ -589,7 +607,43 @@ static void linear_int8(const Blocks *t, const Move *moves, int64_t count, int64
     });
 }
 
+// reference.shifts, added to out; `shift` is that of its type.
+template <class Value, class Shift>
+static void add_shifts(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, const Value *x, const int64_t *owners, Value *out, Shift shift) {
+    const int64_t groups_each = block_groups(*t), groups = t->blocks * groups_each, columns = t->blocks * block_size(*t), group = columns / groups;
+    Pooled p{groups, std::vector<float>(m * groups)};
+    in_shares(m, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            for (int64_t g = 0; g < groups; g++) {
+                float sum = 0;
+                for (int64_t j = g * group; j < (g + 1) * group; j++) sum += load(x + i * columns + j);
+                p.sum[i * groups + g] = moves[owners[i]].coefficient * sum;
+            }
+    });
+    for (int64_t v = 0; v < count; v++) {
+        auto along = [&](int64_t other) { return !std::memcmp(&moves[v].direction, &moves[other].direction, sizeof(Direction)); };
+        int64_t same = 0;
+        while (!along(same)) same++;
+        if (same < v) continue;
+        p.first.push_back((int64_t)p.token.size());
+        p.u.emplace_back(), p.u.back().u = moves[v].direction;
+        for (int64_t i = 0; i < m; i++)
+            if (along(owners[i])) p.token.push_back(i);
+    }
+    p.first.push_back((int64_t)p.token.size());
+    in_shares(n, SHIFT_ROWS, [&](int64_t begin, int64_t end) {
+        std::vector<float> unit(groups * SHIFT_ROWS);
+        units_of(*t, t->rows, begin, end, unit.data());
+        shift(p, unit.data(), t->rows, values_in_row(*t), groups_each * t->share, n, begin, end, out);
+    });
+}
+
 extern "C" {
+void gradless_add_shifts(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, int32_t bf16, const void *x, const int64_t *owners, void *out) {
+    if (bf16) add_shifts(t, moves, count, n, m, (const uint16_t *)x, owners, (uint16_t *)out, shift_bf16);
+    else add_shifts(t, moves, count, n, m, (const float *)x, owners, (float *)out, shift_f32);
+}
+
 void gradless_linear_int8_f32(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, const float *x, float *out) {
     linear_int8(t, moves, count, n, m, x, out, quantize_f32, multiply_f32);
 }
@@ -680,7 +734,7 @@ void gradless_attention(const Attention *a, int64_t batch, int64_t heads, const 
 }
 
 void gradless_move_blocks(const Blocks *t, const Move *moves, int64_t count, int64_t n) {
-    in_shares(n, 1 << 10, [&](int64_t begin, int64_t end) { move_range(*t, moves, count, begin, end); });
+    in_shares(n, 1 << 11, [&](int64_t begin, int64_t end) { move_range(*t, moves, count, begin, end); });
 }
 
 int64_t gradless_move_codes(const Blocks *t, const Move *move) {

@@ -27,6 +27,11 @@ INLINE float from_bf16(uint16_t h) {
     return f;
 }
 
+INLINE void store(float *out, float value) { *out = value; }
+INLINE void store(uint16_t *out, float value) { *out = to_bf16(value); }
+INLINE float load(const float *in) { return *in; }
+INLINE float load(const uint16_t *in) { return from_bf16(*in); }
+
 enum Distribution { GAUSSIAN = 0, RADEMACHER = 1, INTEGERS = 2, ROUNDED = 3 };
 
 // Which direction, and what its coordinates are drawn from.
@@ -93,14 +98,24 @@ INLINE void integer_run(const Direction &u, uint64_t run, float value[128]) {
     for (int i = 0; i < 128; i++) value[i] = (float)drawn[i];
 }
 
+// A page of random bits holds sixteen runs of them, four words each.
+constexpr uint64_t RUNS_OF_BITS = 16;
+INLINE void signs_of_bits(const uint32_t page[64], uint64_t run, float value[128]) {
+    const uint32_t *w = page + run % RUNS_OF_BITS * 4;
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < 32; i++) {
+            uint32_t bits = 0x3F800000u | (~w[k] >> i) << 31;  // 1 with the sign of a bit: + where it is set
+            std::memcpy(value + 32 * k + i, &bits, 4);
+        }
+}
+
 INLINE void one_run(const Direction &u, uint64_t run, float value[128]) {
     if (u.distribution == GAUSSIAN) {
         gaussian_run(u.words, run, value);
-    } else if (u.distribution == RADEMACHER) {  // a page holds sixteen runs, four words each
+    } else if (u.distribution == RADEMACHER) {
         uint32_t page[64];
-        page_of_words(u.words, run / 16, page);
-        const uint32_t *w = page + (run % 16) * 4;
-        for (int i = 0; i < 128; i++) value[i] = (w[i / 32] >> (i % 32)) & 1 ? 1.0f : -1.0f;
+        page_of_words(u.words, run / RUNS_OF_BITS, page);
+        signs_of_bits(page, run, value);
     } else if (u.distribution == INTEGERS) {
         integer_run(u, run, value);
     } else {
@@ -128,17 +143,26 @@ CLONES static void run_of(const Direction &u, uint64_t run, float value[128]) {
     else one_run(u, run, value);
 }
 
-// u element by element. Coordinates come in runs of 128, the last run kept: consecutive reads draw each page once.
+// u element by element. Coordinates come in runs of 128, the last run kept, and the last page of bits: consecutive reads draw each
+// page once.
 struct Coordinates {
     Direction u;
-    uint64_t run = ~0ull;
+    uint64_t run = ~0ull, page = ~0ull;
     float value[128];
+    uint32_t bits[64];
+
+    INLINE void draw(Coordinates &c, uint64_t run) {
+        c.run = run;
+        if (c.u.distribution != RADEMACHER || c.u.signs) return run_of(c.u, run, c.value);
+        if (c.page != run / RUNS_OF_BITS) page_of_words(c.u.words, c.page = run / RUNS_OF_BITS, c.bits);
+        signs_of_bits(c.bits, run, c.value);
+    }
 
     INLINE void read(Coordinates &c, uint64_t start, int64_t count, float *out) {
         const uint64_t span = (uint64_t)c.u.span;
         while (count > 0) {
             uint64_t first = start / span, in_span = start % span;
-            if (c.run != first / 128) run_of(c.u, c.run = first / 128, c.value);
+            if (c.run != first / 128) draw(c, first / 128);
             const float *value = c.value + first % 128;
             int64_t n;
             if (span == 1) {

@@ -1,0 +1,128 @@
+"""EZO: example-wise zeroth-order optimization; ours, in the line of flipout (Wen et al., 2018, arXiv 1803.04386)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradless.errors import GradlessError
+from gradless.methods.base import Closure, Estimate, Group, Loss, ZerothOrderOptimizer
+from gradless.noise import Rademacher
+from gradless.spaces import Space
+from gradless.tensor import Move
+
+DIGITS = 9
+"""Of a loss in the journal: all that an fp32 number has."""
+
+
+class EZO(ZerothOrderOptimizer):
+    """Example-wise zeroth-order optimization: each example i of a batch of B asks along a direction of its own.
+
+        z_i ~ {-1, +1}^n
+        d_i = [L_i(x + eps z_i) - L_i(x - eps z_i)] / (2 eps)       all B of them from one pair of forwards
+        x  <- x - lr / B sum_i d_i z_i
+
+    With g_i the gradient of example i and g their mean, E[d_i z_i] = g_i to first order in eps, and the estimate is unbiased
+    for g. Its variance is (n - 1) / B mean_i |g_i|^2, where that of one direction for all is (n - 1) |g|^2. Their quotient is
+    mean_i |g_i|^2 / (B |g|^2): 1 / B where the examples agree, 1 where their gradients are orthogonal and equally long, more
+    only where they cancel each other.
+
+    A direction for each example costs a forward of its own where every weight is perturbed by itself. Values that shift a whole
+    group of weights (a block's offset) are the cheap case: what a shift changes in a product follows from sums of a token's
+    inputs over the group (`kernels.add_shifts`), so that B directions share one product.
+
+    Args:
+        spaces: block values, relative; see `ZerothOrderOptimizer`.
+        lr: step size; with `auto` the rms of a step, in units of eps.
+        eps: perturbation, relative, below 1.
+        auto: see `ZerothOrderOptimizer`.
+        weight_decay: shrinks the tuned values themselves.
+        seed: of the run.
+
+    Raises:
+        GradlessError: a space whose values tokens cannot read each under a move of their own; an eps of 1 or more.
+    """
+
+    each_example = True
+
+    def __init__(
+        self,
+        spaces: Iterable[Space] | Iterable[Group],
+        lr: float = 0.3,
+        eps: float = 1e-2,
+        *,
+        auto: bool = True,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        defaults = {"lr": lr, "eps": eps, "auto": auto, "weight_decay": weight_decay}
+        super().__init__(spaces, defaults, q=1, seed=seed, distribution=Rademacher())
+        for space in self.spaces:
+            if not space.owned:
+                raise GradlessError(f"ezo tunes values of blocks; {space.name} is {type(space).__name__}.")
+        for group in self.param_groups:
+            if group["eps"] >= 1:
+                raise GradlessError(f"eps is {group['eps']}; it is relative to what it moves, and must be below 1.")
+
+    def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
+        return _rounded((plus - minus) / (2 * group["eps"]))
+
+    @contextmanager
+    def at_each(self, owners: Tensor, first: int, *signs: int) -> Iterator[None]:
+        """Forwards inside read x + sign * eps * z_i for each token, i being its example.
+
+        Args:
+            owners: int64, of any shape: the example of each token of a batch, from 0 on.
+            first: the number of its first example within the step.
+            signs: +1 or -1; of several, each for a copy of the batch behind the one before.
+        """
+        n = int(owners.max()) + 1
+        views = torch.cat([owners.flatten() + n * k for k in range(len(signs))])
+        with ExitStack() as viewed:
+            for group, spaces in zip(self.param_groups, self.spaces_of, strict=True):
+                u = [self.direction(self.t, first + i, group) for i in range(n)]
+                moves = [Move(each, sign * self.radius(group)) for sign in signs for each in u]
+                for space in spaces:
+                    viewed.enter_context(space.viewed_by(views, moves))
+            yield
+
+    def estimate(  # type: ignore[override]
+        self, closure: Closure, pair: Closure | None = None, *, owners: Tensor
+    ) -> Estimate:
+        """As `ZerothOrderOptimizer.estimate`.
+
+        Args:
+            closure: returns the loss of each example, (B,).
+            pair: runs the model on the data and a copy behind it, and returns both copies' losses, (2, B).
+            owners: see `at_each`.
+        """
+        return self.estimate_of(self.query(closure, pair, owners=owners))
+
+    @torch.no_grad()
+    def query(  # type: ignore[override]
+        self, closure: Closure, pair: Closure | None = None, *, owners: Tensor, first: int = 0
+    ) -> list[tuple[Loss, Loss]]:
+        """(loss at +eps, loss at -eps) of each example, along its own direction; see `estimate` and `at_each`."""
+        if pair is not None:
+            with self.at_each(owners, first, +1, -1):
+                plus, minus = pair()
+        else:
+            with self.at_each(owners, first, +1):
+                plus = closure()
+            with self.at_each(owners, first, -1):
+                minus = closure()
+        return [(_rounded(p), _rounded(m)) for p, m in zip(_numbers(plus), _numbers(minus), strict=True)]
+
+
+def _numbers(losses: Any) -> Sequence[float]:
+    numbers: list[float] = torch.as_tensor(losses).float().tolist()
+    return numbers
+
+
+def _rounded(x: float) -> float:
+    """To what fp32 tells apart: a journal of many numbers stays small."""
+    return float(f"{x:.{DIGITS}g}")
