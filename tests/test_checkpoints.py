@@ -90,15 +90,17 @@ def test_what_is_tuned_by_nothing_keeps_its_bits(dense, tmp_path, name):
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "base" / "model.safetensors").read_bytes()
 
 
-CHANGED = {"qzo": {"scales", "weight.absmax", "SCB"}, "quzo": {"qweight", "weight"}, "zoqo": {"qweight", "weight"}}
+SCALES = {"scales", "weight.absmax", "SCB"}
+CHANGED = {"qzo": SCALES, "ezo": SCALES, "quzo": {"qweight", "weight"}, "zoqo": {"qweight", "weight"}}
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [(name, method) for name in FORMATS for method in CHANGED if name in CODED or method == "qzo"]
+    ("name", "method"), [(name, method) for name in FORMATS for method in CHANGED if name in CODED or method in ("qzo", "ezo")]
 )
 def test_a_folder_is_tuned_and_replays_to_the_byte(dense, rows, tmp_path, name, method):
     quantized_folder(dense, tmp_path / "base", name, shards=2)
-    more = {"qzo": ["--lr", "1e-2"], "quzo": ["--eps", "0.5", "--lr", "0.1"], "zoqo": ["--share", "0.2", "--lr", "1"]}[method]
+    more = {"qzo": ["--lr", "1e-2"], "quzo": ["--eps", "0.5", "--lr", "0.1"], "zoqo": ["--share", "0.2", "--lr", "1"]}
+    more = more.get(method, [])
     arguments = [str(rows), *TASK, "--batch-size", "4", "--steps", "3", "--method", method, *more]
     assert main(["tune", str(tmp_path / "base"), *arguments, "--output", str(tmp_path / "run")]) == 0
     journal = str(tmp_path / "run" / "journal.db")

@@ -50,6 +50,9 @@ def test_tune_eval_and_replay(tiny, rows, tmp_path, capsys):
     [
         ["--part", "both", "--absolute", "--eps", "1e-4", "--lr", "1e-8"],
         ["--part", "offset", "--train-unquantized", "--q", "2"],
+        ["--lr", "auto", "--ratio", "0.2"],
+        ["--method", "ezo"],
+        ["--method", "ezo", "--lr", "1e-2", "--accumulate", "2"],
         ["--method", "mezo", "--distribution", "rademacher"],
         ["--method", "quzo", "--eps", "0.3", "--lr", "1e-2", "--q", "2"],
         ["--method", "quzo", "--share", "0.1", "--lr", "1e-1", "--roundings", "2", "--clamp"],
@@ -90,6 +93,11 @@ def test_inputs_are_never_replaced(tiny, rows, tmp_path, capsys):
         (["--method", "quzo", "--eps", "1e-9"], "no code would ever move"),
         (["--method", "zoqo", "--share", "0.9"], "share is 0.9"),
         (["--share", "0.1"], "share is for quzo and zoqo"),
+        (["--method", "ezo", "--q", "2"], "q is for qzo and quzo and zoqo and mezo; ezo does not read it"),
+        (["--method", "ezo", "--eps", "2"], r"eps is 2\.0; it is relative"),
+        (["--method", "quzo", "--lr", "auto"], "lr is 'auto'; it is a number, or auto for qzo, ezo and mezo"),
+        (["--ratio", "0.1"], "give --lr auto to qzo"),
+        (["--method", "ezo", "--ratio", "0.1", "--lr", "1"], "ratio is for --lr auto"),
     ],
 )
 def test_values_that_cannot_work(tiny, rows, tmp_path, capsys, option, message):

@@ -270,6 +270,59 @@ def test_codes_move_as_in_the_reference_and_stay_on_their_grid(name, rows, block
     assert ((now.codes - was.codes - asked).abs()[inside & (was.codes >= lowest)] < 1).all()
 
 
+EACH = st.builds(
+    lambda n, eps, some: (
+        tuple(Move(Direction(3, 1, i, noise.Rademacher()), sign * eps) for sign in (1, -1) for i in range(n)),
+        some,
+    ),
+    st.integers(1, 4),
+    st.sampled_from([0.3, 1e-2]),
+    st.integers(0, 99),
+)
+"""Views of as many examples on both sides, and a seed for their owners."""
+OFFSET_TYPES = [name for name in EVERY_TYPE if quant(name, 1, 1).has_offset]
+
+
+def owned(tensor, part, each, tokens):
+    """A tensor whose tokens have views of their own."""
+    tensor.tune(part)
+    tensor.views, seed = each
+    tensor.owners = torch.randint(len(tensor.views), (tokens,), generator=torch.Generator().manual_seed(seed))
+    return tensor
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(OFFSET_TYPES), st.integers(1, 70), st.integers(1, 5), st.integers(1, 40), EACH, DTYPES, st.integers(0, 99)
+)
+def test_shifts_are_added_as_in_the_reference(name, rows, blocks, m, each, dtype, seed):
+    tensor = owned(quant(name, rows, blocks, seed), Part.OFFSET, each, m)
+    generator = torch.Generator().manual_seed(seed)
+    some = torch.randint(rows, (1 + seed % 70,), generator=generator)
+    x, y = (torch.randn(m, n, generator=generator).to(dtype) for n in (tensor.columns, len(some)))
+    ours, theirs = y.clone(), y.clone()
+    cpu.add_shifts(tensor, some, x, ours)
+    reference.add_shifts(tensor, some, x, theirs)
+    assert torch.allclose(ours.float(), theirs.float(), rtol=2.0**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-4)
+    assert dtype is torch.bfloat16 or not torch.equal(ours, y)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(EVERY_TYPE), st.sampled_from(VALUE_PARTS), st.integers(1, 40), st.integers(1, 3), st.integers(1, 20), EACH
+)
+def test_each_token_reads_the_weight_under_its_own_view(name, part, rows, blocks, m, each):
+    tensor, x = owned(quant(name, rows, blocks), part, each, m), torch.randn(1, m, blocks * block_type(name).size)
+    every = torch.arange(rows)
+    y = kernels.linear(tensor, every, x)
+    for owner, token, got in zip(tensor.owners, x[0], y[0], strict=True):
+        weight = kernels.dequantize(tensor, every, torch.float32)[owner]
+        assert torch.allclose(weight @ token, got, rtol=1e-4, atol=1e-4 * float(weight.abs().max() * token.abs().sum()))
+    if tensor.has_integers:
+        approximate = kernels.linear_int8(tensor, every, x)
+        assert torch.allclose(approximate, y, rtol=0, atol=2e-2 * float(x.abs().max() * weight.abs().sum(1).max()))
+
+
 INTEGER_TYPES = [name for name in EVERY_TYPE if block_type(name).levels is None]
 WIDEST = noise.uniform_grid(127)
 CODE_VIEWS = views_of(

@@ -54,6 +54,9 @@ def test_a_run_journals_every_step_and_moves_the_weights(tiny, tmp_path):
         {"q": 2},
         {"gradient_accumulation_steps": 2},
         {"train_unquantized": True},
+        {"method": "ezo"},
+        {"method": "ezo", "gradient_accumulation_steps": 2, "lr": 1e-3},
+        {"lr": "auto", "ratio": 0.1, "q": 2},
         {"method": "quzo", "eps": 0.3, "lr": 1e-2, "q": 2},
         {"method": "zoqo", "lr": 0.5},
         {"method": "zoqo", "lr": 0.5, "stateless": True, "stride": 1},
@@ -105,7 +108,9 @@ def test_skipped_steps_are_counted_over_a_resume(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"method": "quzo", "roundings": 2, "q": 2}, {"method": "zoqo"}], ids=["qzo", "quzo", "zoqo"]
+    "options",
+    [{}, {"method": "ezo"}, {"method": "quzo", "roundings": 2, "q": 2}, {"method": "zoqo"}],
+    ids=["qzo", "ezo", "quzo", "zoqo"],
 )
 @pytest.mark.parametrize(
     "kind", [{"block": "Q6_K"}, {"architecture": "gemma3"}, {"architecture": "qwen2"}, {"architecture": "qwen3"}], ids=str
@@ -131,6 +136,36 @@ def test_accumulated_micro_batches_are_one_batch_under_one_direction(tiny, tmp_p
         zo.train()
     (one,), (two,) = whole.journal.estimates(), parts.journal.estimates()
     assert one.losses[0] == pytest.approx(two.losses[0], abs=2e-2)
+
+
+def test_examples_of_micro_batches_have_directions_of_their_own(tiny, tmp_path):
+    whole = trainer(tiny, tmp_path / "a", method="ezo", per_device_train_batch_size=4, max_steps=1)
+    parts = trainer(
+        tiny, tmp_path / "b", method="ezo", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1
+    )
+    for zo in (whole, parts):
+        zo.train()
+    (one,), (two,) = whole.journal.estimates(), parts.journal.estimates()
+    assert len(one.losses) == len(two.losses) == 4
+    for mine, other in zip(one.losses, two.losses, strict=True):
+        assert mine == pytest.approx(other, abs=2e-2)
+
+
+def test_a_step_that_follows_the_estimates_is_as_long_as_asked(tiny, tmp_path):
+    zo = trainer(tiny, tmp_path, method="ezo", ratio=0.2, max_steps=1, lr_scheduler_type="constant")
+    before = [space.values.clone() for space in zo.create_optimizer().spaces]
+    zo.train()
+    units = [space.tensor.unit() for space in zo.zeroth_order.spaces]
+    moved = torch.cat([((b - a) / unit).flatten() for a, b, unit in zip(before, masters(zo), units, strict=True)])
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.2 * 1e-2, rel=0.05)
+
+
+def test_each_examples_tokens_must_be_known(tmp_path, tiny):
+    loaded = load_gguf(tiny)
+    config = ZOConfig(output_dir=str(tmp_path), method="ezo", max_steps=1, use_cpu=True)
+    zo = ZOTrainer(loaded.model, config, [{"input_ids": [1], "labels": [1]}] * 8, checkpoint=loaded)
+    with pytest.raises(GradlessError, match="ezo needs to know which tokens are whose"):
+        zo.train()
 
 
 def test_another_run_is_not_resumed(tiny, tmp_path):

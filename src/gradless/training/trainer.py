@@ -69,7 +69,7 @@ class ZOConfig(MethodOptions, TrainingArguments):  # type: ignore[misc]
         self.check()
         if self.lr is None and self.learning_rate != ZOConfig.learning_rate:
             self.lr = self.learning_rate
-        if isinstance(self.lr, float):
+        if isinstance(self.lr, int | float):
             self.learning_rate = self.lr
         super().__post_init__()
 
