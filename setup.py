@@ -6,15 +6,14 @@ process holds a single pool of threads.
 
 from setuptools import Extension, setup
 
+HEADERS = ("philox", "noise", "blocks", "bf16", "fused", "int8", "shifts")
+
 setup(
     ext_modules=[
         Extension(
             "gradless.kernels.cpu._native",
             sources=["src/gradless/kernels/cpu/native.cpp"],
-            depends=[
-                f"src/gradless/kernels/cpu/{name}.hpp"
-                for name in ("philox", "noise", "blocks", "bf16", "fused", "int8", "shifts")
-            ],
+            depends=[f"src/gradless/kernels/cpu/{name}.hpp" for name in HEADERS],
             extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
             optional=True,
         )

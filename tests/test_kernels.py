@@ -270,16 +270,14 @@ def test_codes_move_as_in_the_reference_and_stay_on_their_grid(name, rows, block
     assert ((now.codes - was.codes - asked).abs()[inside & (was.codes >= lowest)] < 1).all()
 
 
-EACH = st.builds(
-    lambda n, eps, some: (
-        tuple(Move(Direction(3, 1, i, noise.Rademacher()), sign * eps) for sign in (1, -1) for i in range(n)),
-        some,
-    ),
-    st.integers(1, 4),
-    st.sampled_from([0.3, 1e-2]),
-    st.integers(0, 99),
-)
-"""Views of as many examples on both sides, and a seed for their owners."""
+def both_sides(examples, eps):
+    """The views of so many examples, each along a direction of its own, at +eps and at -eps."""
+    u = [Direction(3, 1, i, Rademacher()) for i in range(examples)]
+    return tuple(Move(each, sign * eps) for sign in (1, -1) for each in u)
+
+
+EACH = st.tuples(st.builds(both_sides, st.integers(1, 4), st.sampled_from([0.3, 1e-2])), st.integers(0, 99))
+"""Views, and a seed for the tokens' owners."""
 OFFSET_TYPES = [name for name in EVERY_TYPE if quant(name, 1, 1).has_offset]
 
 

@@ -27,9 +27,10 @@ class EZO(ZerothOrderOptimizer):
         x  <- x - lr / B sum_i d_i z_i
 
     With g_i the gradient of example i and g their mean, E[d_i z_i] = g_i to first order in eps, and the estimate is unbiased
-    for g. Its variance is (n - 1) / B mean_i |g_i|^2, where that of one direction for all is (n - 1) |g|^2. Their quotient is
-    mean_i |g_i|^2 / (B |g|^2): 1 / B where the examples agree, 1 where their gradients are orthogonal and equally long, more
-    only where they cancel each other.
+    for g. Given the batch its variance is (n - 1) / B mean_i |g_i|^2, where that of one direction for all is (n - 1) |g|^2: B
+    times less where the examples agree, as much where their gradients are orthogonal and equally long, more where they cancel.
+    Over batches drawn from many examples, whose gradients have the mean square m and of which two have the inner product a m
+    on average, the quotient is 1 / (1 + (B - 1) a) for large n: below one, unless they oppose each other on the whole.
 
     A direction for each example costs a forward of its own where every weight is perturbed by itself. Values that shift a whole
     group of weights (a block's offset) are the cheap case: what a shift changes in a product follows from sums of a token's
