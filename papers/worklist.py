@@ -97,9 +97,11 @@ class WorkList:
         with self.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
 
-    def table(self, done: dict[str, Row], columns: dict[str, Callable[[Row], str]]) -> list[str]:
-        """The list as lines of Markdown: what each column shows of a finished row, which rows are still to run, and the mean
-        and the deviation of accuracies over seeds."""
+    def table(
+        self, done: dict[str, Row], columns: dict[str, Callable[[Row], str]], over: str = "accuracy", form: str = ".4f"
+    ) -> list[str]:
+        """The list as lines of Markdown: what each column shows of a finished row, which rows are still to run, and over seeds
+        the mean and the deviation of the figure that the column `over` shows."""
         lines = [f"| row | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
         for name in self.rows:
             row = done.get(name)
@@ -108,10 +110,11 @@ class WorkList:
             )
             lines.append(f"| {name} | {' | '.join(cells)} |")
         for row in dict.fromkeys(name.rpartition(", seed ")[0] for name in done):
-            seeds = [found["accuracy"] for name, found in done.items() if row and name.rpartition(", seed ")[0] == row]
+            of_row = [found for name, found in done.items() if row and name.rpartition(", seed ")[0] == row]
+            seeds = [found[over.replace(" ", "_")] for found in of_row]
             if len(seeds) > 1:
-                mean = f"{statistics.mean(seeds):.4f} ± {statistics.stdev(seeds):.4f}"
-                cells = [mean if column == "accuracy" else "" for column in columns]
+                mean = f"{statistics.mean(seeds):{form}} ± {statistics.stdev(seeds):{form}}"
+                cells = [mean if column == over else "" for column in columns]
                 lines.append(f"| **{row}, {len(seeds)} seeds** | {' | '.join(cells)} |")
         return lines
 

@@ -127,7 +127,7 @@ def once(arguments: argparse.Namespace) -> dict[str, Row]:
 def table(done: dict[str, Row]) -> str:
     columns = {"images": figure("images", ""), "failure rate": figure("failure_rate", ".3f")}
     columns |= {"mean queries": figure("mean_queries", ".1f"), "median": figure("median_queries", ".0f")}
-    return "\n".join(WORK.table(done, {**columns, "to 90 %": figure("queries_to_90", "")}))
+    return "\n".join(WORK.table(done, {**columns, "to 90 %": figure("queries_to_90", "")}, over="mean queries", form=".1f"))
 
 
 WORK = WorkList(Path(__file__).resolve(), rows(), {"attack": attack})
