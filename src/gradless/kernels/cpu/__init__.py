@@ -351,10 +351,36 @@ def _move(move: Move, name: str) -> _Move:
 
 def _moves(moves: Sequence[Move], name: str) -> tuple[Any, ctypes.c_int64]:
     """Moves as the library takes them: an array and its length."""
+    n = ctypes.c_int64(len(moves))
+    directions = [move.direction for move in moves if isinstance(move.direction, Direction)]
+    if len(directions) == len(moves) > 2 and len({(u.seed, u.distribution, u.span) for u in directions}) == 1:
+        return _many_alike(moves, directions, name), n
     made = [_move(move, name) for move in moves]
     array: Any = (_Move * len(made))(*made)
     array.sources = made  # keeps alive what their pointers show
-    return array, ctypes.c_int64(len(made))
+    return array, n
+
+
+def _many_alike(moves: Sequence[Move], directions: Sequence[Direction], name: str) -> Any:
+    """Moves along directions of one kind: the first of them many times, with other numbers in it."""
+    first, size = _move(moves[0], name), ctypes.sizeof(_Move)
+    array: Any = (_Move * len(moves)).from_buffer_copy(bytes(first) * len(moves))
+    array.sources = first
+
+    def column(of: Any, start: int, dtype: type[Any]) -> np.ndarray[Any, Any]:
+        """A field of every move; `of` a field of one of its parts, which begins at a byte."""
+        return np.ndarray(len(moves), dtype, array, start + of.offset, size)
+
+    steps = np.array([u.step for u in directions], np.uint32)
+    queries = np.array([u.query for u in directions], np.uint32)
+    words = [_Move.direction.offset + _Direction.words.offset, _Move.direction.offset + _Direction.second.offset]
+    for start in (*words, _Move.rounding.offset):
+        column(_Words.step, start, np.uint32)[:] = steps
+        stream = column(_Words.query_and_stream, start, np.uint32)
+        stream[:] = stream & 0xFF | queries << 8
+    column(_Move.coefficient, 0, np.float32)[:] = [move.coefficient for move in moves]
+    column(_Move.decay, 0, np.float32)[:] = [move.decay for move in moves]
+    return array
 
 
 @cache
