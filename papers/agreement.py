@@ -8,8 +8,8 @@ where B is the batch and
     a = mean over pairs i != j of g_i . g_j / mean_i |g_i|^2
 
 is how far the gradients g_i of two examples agree (docs/learning.md). Printed with a's standard error and the share of |g_i|^2
-that is left once an example is paired with one of another label. By backpropagation, in fp32; where it can be, products are summed
-token by token, so that no gradient is held.
+that is left once an example is paired with one of another label. By backpropagation, in fp32; where possible, products are
+summed token by token, so that no gradient is held.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def backward(model: nn.Module, examples: list[objectives.TokenizedExample]) -> t
 
 
 def products(weight: Tensor, x: Tensor, d: Tensor, sums: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Inner products (examples, examples) of gradients with respect to what can be tuned of a layer; sums: (examples, tokens)."""
+    """Inner products (examples, examples) of gradients with respect to parts of a layer; sums: (examples, tokens)."""
     by_token, pooled = d @ d.T, x.view(len(x), -1, GROUP).sum(-1)
     yield "weights", sums @ (by_token * (x @ x.T)) @ sums.T
     yield f"shifts of {GROUP} weights", sums @ (by_token * (pooled @ pooled.T)) @ sums.T

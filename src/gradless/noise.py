@@ -115,8 +115,8 @@ class Integers(Distribution):
     """Integers in {-m, ..., m}, P(k) = P(-k): noise in whole grid steps.
 
     Attributes:
-        tail: P(k <= -m), ..., P(k <= -1) in units of 2**-16: m ascending integers. A random 16-bit integer is compared with
-            them and with their mirror images.
+        tail: P(k <= -m), ..., P(k <= -1) in units of 2**-16: m integers, none below the one before. A random 16-bit integer
+            is compared with them and with their mirror images.
 
     Raises:
         ValueError: more than 127 steps, or so sparse that no coordinate would ever move.
@@ -152,6 +152,12 @@ class Integers(Distribution):
 def uniform_grid(m: int) -> Integers:
     """Uniform on {-m, ..., m} (ZOQO, section 3)."""
     return Integers(tuple(round(2**16 * k / (2 * m + 1)) for k in range(1, m + 1)))
+
+
+@cache
+def sparse(m: int, share: float) -> Integers:
+    """-m or m on this share of the coordinates, 0 on the others."""
+    return Integers((round(2**15 * share),) * m)
 
 
 @cache

@@ -72,8 +72,6 @@ class AttackResult:
 
 
 Progress = Callable[[Oracle], None]
-LEAST_MU = 0.3
-"""Grid steps; at 2 bits, where a step is all of eps, so few pixels move that it is no blind leap."""
 
 
 def falling(step: int) -> float:

@@ -6,9 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gradless.attacks.base import LEAST_MU, Attack, falling
+from gradless.attacks.base import Attack, falling
 from gradless.methods.zo_sign_sgd import ZOSignSGD
 from gradless.spaces import ImageSpace
+
+LEAST_MU = 0.3
+"""Grid steps; at 2 bits, where a step is all of eps, so few pixels move that it is no blind leap."""
 
 
 class ZOSignSGDAttack(Attack):

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from gradless.attacks.base import LEAST_MU, Attack, falling
+from gradless.attacks.base import Attack, falling
 from gradless.errors import GradlessError
 from gradless.methods.zoqo import ZOQO
-from gradless.noise import Chunks
+from gradless.noise import Chunks, sparse
 from gradless.spaces import ImageSpace
 
 
@@ -19,12 +19,14 @@ class ZOQOAttack(Attack):
 
     With `chunks` u is SignHunter's: twice as far as the grid is long on one chunk of the pixels, all of them at first, then
     halves, quarters, .. to single ones. x begins at the grid's upper end, so one side of a query is x itself, which has been
-    asked already: a step costs one query. With `random` u is drawn on the grid anew for each step, which costs two.
+    asked already: a step costs one query. With `random` a few pixels, drawn anew for each step, move by mu up or down, which
+    costs two: the paper's noise moves nearly all of them where a grid is fine, and takes more queries so.
 
     Args:
         directions: "chunks" or "random".
-        mu: of random directions, as a share of eps; at least `LEAST_MU` grid steps.
-        eta: the first step with random directions, as a share of eps; see `falling`.
+        mu: how far random directions move a pixel, as a share of eps; at least a grid step.
+        share: of the pixels that they move; where a grid step is longer than mu, fewer by as much.
+        eta: root mean square of the first step with random directions, over all pixels, as a share of eps; see `falling`.
         q: random directions a step.
         eps: as the rest, see `Attack`; `bits` is 8 unless another number, or None for no grid, is given.
     """
@@ -35,7 +37,8 @@ class ZOQOAttack(Attack):
         *,
         bits: int | None = 8,
         directions: Literal["chunks", "random"] = "chunks",
-        mu: float = 0.02,
+        mu: float = 0.16,
+        share: float = 0.1,
         eta: float = 0.3,
         q: int = 1,
         **more: Any,
@@ -43,7 +46,7 @@ class ZOQOAttack(Attack):
         super().__init__(eps, bits=bits, **more)
         if directions not in ("chunks", "random"):
             raise GradlessError(f"directions are {directions!r}; they can be chunks or random.")
-        self.directions, self.mu, self.eta, self.q = directions, mu, eta, q
+        self.directions, self.mu, self.share, self.eta, self.q = directions, mu, share, eta, q
 
     @property
     def queries_a_step(self) -> int:
@@ -59,9 +62,10 @@ class ZOQOAttack(Attack):
             space = ImageSpace(images, replace(self.ball, reach=reach), first=first, start=levels)
             far = 2 * levels
             return space, ZOQO([space], lr=far, whole_steps=True, seed=self.seed, distribution=Chunks(pixels, far))
-        space = ImageSpace(images, self.ball, first=first)
-        lr, eps = self.eta * levels, max(self.mu * levels, LEAST_MU)
-        return space, ZOQO([space], lr=lr, eps=eps, whole_steps=True, q=self.q, seed=self.seed)
+        space, m = ImageSpace(images, self.ball, first=first), max(1, round(self.mu * levels))
+        u = sparse(m, self.share * min(1, self.mu * levels / m))
+        lr = min(2, self.eta / u.share**0.5) * levels
+        return space, ZOQO([space], lr=lr, whole_steps=True, q=self.q, seed=self.seed, distribution=u)
 
 
 class SignHunter(ZOQOAttack):
