@@ -220,7 +220,7 @@ def start(model, rows, output, *more):
 def wait_for_steps(run, steps):
     import sqlite3
 
-    for _ in range(600):
+    for _ in range(1800):
         time.sleep(0.1)
         if (run / "journal.db").exists():
             try:

@@ -63,7 +63,7 @@ from gradless.layers import TILE
 from gradless.spaces import parameter_sites
 from gradless.training.options import DEFAULT_STRIDE, PAIR_TOKENS
 
-METHODS = ("adamw", "sgd", "qat", "lora", "qlora", "mezo", "zoqo", "quzo", "qzo")
+METHODS = ("adamw", "sgd", "qat", "lora", "qlora", "mezo", "zoqo", "quzo", "qzo", "ezo")
 """What can be planned: by gradients all weights, quantization-aware, or adapters; by forward passes the rest."""
 RANK = 8
 """Of LoRA's adapters."""
@@ -154,7 +154,7 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
         case "zoqo" | "quzo":
             residuals = sum(-(-rows // DEFAULT_STRIDE) * columns for rows, columns in shapes.linear)
             return Memory(weights=shapes.packed, states=residuals, scratch=tile, **read)
-        case "qzo":
+        case "qzo" | "ezo":
             return Memory(weights=shapes.packed, states=4 * shapes.blocks, scratch=tile, **read)
     raise GradlessError(f"there is no method {method!r} to plan for; there are {', '.join(METHODS)}.")
 
