@@ -96,6 +96,8 @@ def test_inputs_are_never_replaced(tiny, rows, tmp_path, capsys):
         (["--method", "ezo", "--q", "2"], "q is for qzo and quzo and zoqo and mezo; ezo does not read it"),
         (["--method", "ezo", "--eps", "2"], r"eps is 2\.0; it is relative"),
         (["--method", "quzo", "--lr", "auto"], "lr is 'auto'; it is a number, or auto for qzo, ezo and mezo"),
+        (["--method", "ezo", "--absolute"], "absolute is for qzo and quzo and zoqo; ezo does not read it"),
+        (["--method", "ezo", "--clip", "1"], "clip is for qzo; ezo does not read it"),
         (["--ratio", "0.1"], "give --lr auto to qzo"),
         (["--method", "ezo", "--ratio", "0.1", "--lr", "1"], "ratio is for --lr auto"),
     ],

@@ -168,6 +168,19 @@ def test_each_examples_tokens_must_be_known(tmp_path, tiny):
         zo.train()
 
 
+def test_a_head_does_not_know_whose_tokens_it_sees(tiny, tmp_path):
+    with pytest.raises(GradlessError, match=r"token_embd\.weight does not see all tokens of a batch.*--exclude-modules"):
+        trainer(tiny, tmp_path, method="ezo", target_modules="lm_head").train()
+
+
+def test_the_unquantized_tensors_steps_follow_the_estimates_too(tiny, tmp_path):
+    for name, more, lr in (("a", {}, 0.3), ("b", {"unquantized_lr": 1e-3}, 1e-3)):
+        zo = trainer(tiny, tmp_path / name, lr="auto", train_unquantized=True, **more)
+        scales, vectors = zo.create_optimizer().param_groups
+        assert (scales["lr"], scales["auto"]) == (0.3, True)
+        assert (vectors["lr"], vectors["auto"]) == (lr, not more)
+
+
 def test_another_run_is_not_resumed(tiny, tmp_path):
     trainer(tiny, tmp_path).train()
     with pytest.raises(GradlessError, match=r"is another run \(config: eps: None there, 0\.02 here\)"):

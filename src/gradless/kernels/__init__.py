@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradless import noise
 from gradless.blocks import BLOCK_TYPES, block_type
+from gradless.errors import GradlessError
 from gradless.kernels import codebooks, reference
 from gradless.kernels.reference import exported_offset
 from gradless.noise import Direction, Signs
@@ -87,15 +88,25 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
 
 def _owned(product: Callable[[QuantTensor, Tensor, Tensor], Tensor], tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """A product in which each token reads the weight under its own view: one for all and what shifts add to it, or, where views
-    change more, one for each."""
+    change more, one for each.
+
+    Raises:
+        GradlessError: the weight sees other tokens than those whose owners are known, as a head at a few positions does.
+    """
+    owners, tokens = tensor.owners, x.shape[1]
+    if owners is None or len(owners) != tokens:
+        raise GradlessError(
+            f"{tensor.name} does not see all tokens of a batch in their order, so that whose they are is unknown; "
+            "leave it out with --exclude-modules."
+        )
     plain = replace(tensor, views=(), owners=None)
     if tensor.shifts:
         y = product(plain, rows, x)
         add_shifts(tensor, rows, x[0], y[0])
         return y
-    y = x.new_empty(1, x.shape[1], len(rows))
+    y = x.new_empty(1, tokens, len(rows))
     for v, view in enumerate(tensor.views):
-        mine = tensor.owners == v
+        mine = owners == v
         y[:, mine] = product(replace(plain, views=(view,)), rows, x[:, mine])
     return y
 
@@ -236,6 +247,12 @@ def self_test(ops: ModuleType, device: str = "cpu", types: Sequence[str] = EVERY
                     same &= torch.equal(ops.linear_int8(ours, rows, x), reference.linear_int8(theirs, rows, x))
             x = Direction(8, 0).values("x", 0, 4 * ours.columns, device).view(2, 2, -1)
             same &= torch.allclose(ops.linear(ours, rows, x), reference.linear(theirs, rows, x), rtol=1e-4, atol=1e-3)
+            if ours.shifts:
+                ours.owners = theirs.owners = torch.tensor([1, 0, 0, 1], device=device)
+                one, two = torch.zeros(4, 3, device=device), torch.zeros(4, 3, device=device)
+                ops.add_shifts(ours, rows, x.flatten(0, 1), one)
+                reference.add_shifts(theirs, rows, x.flatten(0, 1), two)
+                same &= torch.allclose(one, two, rtol=1e-4, atol=1e-3)
             if not same:
                 return f"{block.name}, {part}"
     table = Direction(8, 0).values("table", 0, 3 * 64 * 8, device).view(-1, 8)

@@ -85,8 +85,6 @@ def add_shifts(tensor: QuantTensor, rows: Tensor, x: Tensor, y: Tensor) -> None:
         """Tuned values (n, values) -> (n, blocks, 1)."""
         return values.repeat_interleave(tensor.share, 1)[:, :blocks].unsqueeze(-1)
 
-    if tensor.block.offset_unit is not None:  # one group, whose multiplier is 1
-        multiplier = torch.ones_like(multiplier)
     add = of_groups(tensor.unit()[rows]) * multiplier
     for v, move in enumerate(tensor.views):
         mine = tensor.owners == v

@@ -1,4 +1,4 @@
-"""The methods, one file a paper."""
+"""The methods, one file each: the papers' and our own."""
 
 from gradless.methods.base import Estimate, ZerothOrderOptimizer
 from gradless.methods.ezo import EZO

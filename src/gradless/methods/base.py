@@ -65,9 +65,8 @@ def _number(loss: Any) -> Loss:
 
 
 def _power(d: Sequence[Loss]) -> float:
-    """The mean square of an estimate's coordinates; of several problems', that of all."""
-    squares = (float((x * x).mean()) if isinstance(x, Tensor) else x * x for x in d)
-    return sum(squares) / len(d) ** 2
+    """The mean square of an estimate's coordinates."""
+    return float(sum(x * x for x in d)) / len(d) ** 2
 
 
 def _is_finite(loss: Loss) -> bool:
@@ -233,7 +232,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             parts = zip(self.param_groups, self._powers, estimate.d, estimate.lr, moves, strict=True)
             for group, powers, d, lr, of_group in parts:
                 of_group += self.moves(estimate.step, d, lr, group)
-                powers.append(_power(d))
+                if group.get("auto"):
+                    powers.append(_power(d))
         changed = sum(space.move(of_group) for of_group, spaces in zip(moves, self.spaces_of, strict=True) for space in spaces)
         codes = sum(space.codes for space in self.spaces)
         self.moved = changed / codes if codes else None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,12 +115,7 @@ class EZO(ZerothOrderOptimizer):
                 plus = closure()
             with self.at_each(owners, first, -1):
                 minus = closure()
-        return [(_rounded(p), _rounded(m)) for p, m in zip(_numbers(plus), _numbers(minus), strict=True)]
-
-
-def _numbers(losses: Any) -> Sequence[float]:
-    numbers: list[float] = torch.as_tensor(losses).float().tolist()
-    return numbers
+        return [(_rounded(p), _rounded(m)) for p, m in zip(plus.tolist(), minus.tolist(), strict=True)]
 
 
 def _rounded(x: float) -> float:

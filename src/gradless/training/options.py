@@ -47,7 +47,7 @@ class MethodOptions:
         None, "quzo, zoqo: share of the tuned codes that a query moves, instead of --eps.", methods=CODES
     )
     q: int = option(1, "Queries (directions) a step; each costs two forwards.", methods=SHARED)
-    clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.")
+    clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.", methods=("qzo",))
     part: str = option(
         "scale",
         "QZO: which value of a block is tuned; types without an offset, or without codebooks, tune their scale.",
@@ -55,7 +55,9 @@ class MethodOptions:
         methods=("qzo",),
     )
     absolute: bool = option(
-        False, "Perturb by eps itself (qzo, as in the paper: not relative to each scale; quzo, zoqo: not in grid steps)."
+        False,
+        "Perturb by eps itself (qzo, as in the paper: not relative to each scale; quzo, zoqo: not in grid steps).",
+        methods=("qzo", *CODES),
     )
     train_unquantized: bool = option(
         False, "QZO: search the unquantized tensors (norms, biases) in the same step.", methods=("qzo",)

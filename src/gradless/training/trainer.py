@@ -191,8 +191,10 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if args.train_unquantized:
             lr, eps = DEFAULTS["mezo, floats of a GGUF"]
             vectors = self._group("floats", "qzo", "this model has no unquantized vector", names="vectors")
-            more = {"lr": args.unquantized_lr or lr, "eps": args.unquantized_eps or eps, "weight_decay": 0.0, "clip": args.clip}
-            groups.append({**vectors, **more})
+            if args.unquantized_lr or "auto" not in vectors:
+                vectors.pop("auto", None)
+                vectors["lr"] = args.unquantized_lr or lr
+            groups.append({**vectors, "eps": args.unquantized_eps or eps, "weight_decay": 0.0, "clip": args.clip})
         return groups
 
     def _block_groups(self) -> list[dict[str, Any]]:
@@ -206,9 +208,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             else:
                 default = "qzo, absolute" if args.absolute else qzo_default(checkpoint.is_centred(name))
             by_default.setdefault(default, []).append(name)
-        space = {"part": args.part, "relative": not args.absolute, "clip": args.clip}
-        if args.method == "ezo":
-            space = {"part": "offset", "relative": True}
+        own = {"part": "offset"} if args.method == "ezo" else {"part": args.part, "clip": args.clip}
+        space = {**own, "relative": not args.absolute}
         return [{**self._group("blocks", default, missing), "names": names, **space} for default, names in by_default.items()]
 
     def _code_groups(self) -> list[dict[str, Any]]:
@@ -246,10 +247,9 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if args.share is not None:
             eps = eps_of_share(args.share) if args.method == "quzo" else mu_of_share(args.share)
         options = {"lr": lr if args.lr is None else args.lr, "eps": args.eps or eps, "weight_decay": args.weight_decay}
-        if args.lr == "auto" or (args.lr is None and args.method == "ezo"):
-            options |= {"lr": args.ratio or RATIO, "auto": True}
-        elif args.method == "ezo":
-            options["auto"] = False
+        if args.lr == "auto" or args.method == "ezo":
+            auto = not isinstance(args.lr, int | float)
+            options |= {"lr": args.ratio or RATIO if auto else args.lr, "auto": auto}
         return {"kind": kind, "names": tunable, **options}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

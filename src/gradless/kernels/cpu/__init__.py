@@ -144,7 +144,7 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     """See `reference.linear`; bf16 in panels, a few rows unpacked at a time, where the processor multiplies it, and as fp32
-    where not even torch does, which would take six times as long to widen it itself."""
+    where torch would have to widen it itself, product by product."""
     if x.dtype is torch.bfloat16 and _library.gradless_multiplies_bf16():
         return _product(_library.gradless_linear_bf16, tensor, rows, x)
     weights = dequantize(tensor, rows, x.dtype)
