@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gradless import kernels
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
-from gradless.fusing import ATTENTION, fuse
+from gradless.fusing import ATTENTION, _linear, fuse
 from gradless.kernels import reference
 from gradless.layers import QuantLinear
 from tests.tiny import tiny_gguf
@@ -118,6 +119,20 @@ def test_fused_modules_leave_gradients_and_caches_to_their_own_forwards(tiny):
     assert model.model.layers[0].input_layernorm.weight.grad.abs().sum() > 0
     generated = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(generated, dequantized(loaded).generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 9), st.integers(1, 3000), st.booleans(), st.integers(0, 99))
+def test_a_dense_layer_as_fp32(tokens, rows, biased, seed):
+    """On processors that have no product of bf16: rounded once, after the sum."""
+    layer = nn.Linear(64, rows, bias=biased).bfloat16().requires_grad_(False)
+    x = values(2, tokens, 64, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "widens_bf16", lambda _device: True)
+        ours = _linear(layer, x)
+    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if biased else 0)
+    assert ours.shape == exact.shape
+    assert near(ours, exact, exact.abs() + 1, roundings=2)
 
 
 def test_nothing_is_fused_without_compiled_kernels(tiny, monkeypatch):

@@ -1,4 +1,5 @@
-"""What stands between a model's linear layers, each in one pass: normalization, the gate of an MLP, attention.
+"""What stands between a model's linear layers, each in one pass: normalization, the gate of an MLP, attention; and dense bf16
+layers on processors that have no product of bf16.
 
 A module keeps its place, its class and its parameters; only its forward is another. It falls back to its own wherever the fused
 one does not apply: on a GPU, without compiled kernels, where gradients are wanted, or with a key-value cache.
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradless import kernels
+from gradless.kernels.reference import products, widens_bf16
 
 ATTENTION = "gradless"
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3_text")
@@ -40,6 +42,8 @@ def fuse(model: Any) -> None:
 
 def _forms(module: nn.Module) -> list[Any]:
     """The fused forwards that a module may have, judged by its face."""
+    if type(module) is nn.Linear:
+        return [_linear] if widens_bf16(module.weight.device) else []
     if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
         return [partial(_rms_norm, plus=plus) for plus in (0.0, 1.0)]
     if all(isinstance(getattr(module, f"{name}_proj", None), nn.Module) for name in ("gate", "up", "down")):
@@ -62,6 +66,14 @@ def _applies(module: nn.Module, *inputs: Tensor) -> bool:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *module.parameters())):
         return False
     return all(x.dtype is torch.bfloat16 and x.device.type == "cpu" for x in inputs)
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    if not _applies(module, x, module.weight):
+        own: Tensor = type(module).forward(module, x)
+        return own
+    y = products(x.flatten(0, -2).unsqueeze(0), module.weight.unsqueeze(0)).view(*x.shape[:-1], -1)
+    return y if module.bias is None else y + module.bias
 
 
 def _rms_norm(module: Any, x: Tensor, *, plus: float) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from gradless.errors import GradlessError
 from gradless.files import replacing_folder, sha256
 from gradless.formats.folder import unbuildable, weight_files
+from gradless.fusing import fuse
 from gradless.spaces import Space, parameter_sites, parameters
 from gradless.targets import EVERYTHING, Targets
 
@@ -49,7 +50,7 @@ class DenseModel:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **how)
         except (ValueError, OSError, KeyError) as error:
             raise GradlessError(unbuildable(path, error)) from error
-        model.requires_grad_(False).eval()
+        fuse(model.requires_grad_(False).eval())
         return cls(model, tokenizer or AutoTokenizer.from_pretrained(path, **how), path)
 
     def fingerprint(self) -> str:

@@ -52,8 +52,21 @@ def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
     return products(x, dequantize(tensor, rows, x.dtype))
 
 
+WIDENED_ROWS = 1024
+"""Rows of a bf16 weight that are held as fp32 at once."""
+
+
+def widens_bf16(device: torch.device) -> bool:
+    """Whether bf16 is best multiplied as fp32: on processors without instructions for it, where torch widens every product."""
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cpu" and not supported
+
+
 def products(x: Tensor, weights: Tensor) -> Tensor:
     """Each share's x @ W.T: (views, m, columns) and (views, n, columns) -> (views, m, n)."""
+    if x.dtype is torch.bfloat16 and widens_bf16(x.device):
+        wide, some = x.float(), torch.split(weights, WIDENED_ROWS, dim=1)
+        return torch.cat([products(wide, rows.float()).to(x.dtype) for rows in some], dim=-1)
     if len(x) == 1:
         return F.linear(x[0], weights[0]).unsqueeze(0)
     y = x.new_empty(*x.shape[:-1], weights.shape[1])

@@ -143,14 +143,10 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
-    """See `reference.linear`; bf16 in panels, a few rows unpacked at a time, where the processor multiplies it, and as fp32
-    where torch would have to widen it itself, product by product."""
+    """See `reference.linear`; bf16 in panels, a few rows unpacked at a time, where the processor multiplies it."""
     if x.dtype is torch.bfloat16 and _library.gradless_multiplies_bf16():
         return _product(_library.gradless_linear_bf16, tensor, rows, x)
-    weights = dequantize(tensor, rows, x.dtype)
-    if x.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return reference.products(x.float(), weights.float()).to(x.dtype)
-    return reference.products(x, weights)
+    return reference.products(x, dequantize(tensor, rows, x.dtype))
 
 
 def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
