@@ -2,7 +2,7 @@
 
     python papers/answers.py                                   # from the base: the bias first, then what lies behind it
     python papers/answers.py --damped 0                        # inputs as they are
-    python papers/answers.py --layers 0-29 --parts _proj       # all layers, not only the last third's down_proj
+    python papers/answers.py --layers 0 29 --parts _proj       # all layers, not only the last third's down_proj
     python papers/answers.py --first-order                     # AdamW on the same weights, through the answer's token alone
 
 A prompt is read once a step, unperturbed. Its last token, where the answer is read off, is then passed again 2 q times over the
@@ -141,7 +141,7 @@ def zeroth_order(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a GGUF file (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--layers", default="20-29", metavar="FIRST-LAST")
+    parser.add_argument("--layers", nargs=2, type=int, default=(20, 29), metavar=("FIRST", "LAST"))
     parser.add_argument("--parts", default="down_proj", help="a pattern of the layers' names")
     parser.add_argument("--damped", type=int, default=4, help="principal directions of the inputs that are damped")
     parser.add_argument("--left", type=float, default=0.25, help="what is left of them")
@@ -160,12 +160,14 @@ def main() -> None:
     loaded, how = run.load_model(arguments.model or model_path()), RunOptions(**WEAK, seed=arguments.seed)
     train = run.prepare(str(DATA / "train.tsv"), loaded, how, limit=TRAIN_ROWS, shuffled=True).examples
     dev = run.prepare(str(DATA / "dev.tsv"), loaded, how, limit=arguments.eval_rows).examples
-    model, (first, last) = dequantized(loaded).float().eval(), map(int, arguments.layers.split("-"))
+    model, (first, last) = dequantized(loaded).float().eval(), arguments.layers
     chosen = {}
     for name, module in model.named_modules():
         place = re.search(r"layers\.(\d+)\.", name)
         if place and first <= int(place[1]) <= last and isinstance(module, nn.Linear) and re.search(arguments.parts, name):
             chosen[name] = module
+    if not chosen:
+        parser.error("no linear layer of this model is in --layers and matches --parts")
     answers, units = Answers(model, torch.tensor(train[0].words), chosen), {n: step_sizes(m.weight) for n, m in chosen.items()}
     print(objectives.evaluate(model, dev, loaded.tokenizer), flush=True)
     with torch.no_grad():
