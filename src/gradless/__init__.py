@@ -19,6 +19,7 @@ _HOMES = {
     "Estimate": "gradless.methods",
     "EZO": "gradless.methods",
     "MeZO": "gradless.methods",
+    "NZO": "gradless.methods",
     "QZO": "gradless.methods",
     "QuZO": "gradless.methods",
     "ZOQO": "gradless.methods",

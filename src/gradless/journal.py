@@ -7,11 +7,12 @@ Rows are chained by digests: a journal that was edited is refused.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE steps (
     step INTEGER PRIMARY KEY,
     losses TEXT NOT NULL,    -- [[loss at +eps, loss at -eps] of each query]
-    estimate TEXT NOT NULL,  -- [[d of each query] of each parameter group]
+    estimate TEXT NOT NULL,  -- [d of each query, see _packed, of each parameter group]
     lr TEXT NOT NULL,        -- [of each parameter group]
     seconds REAL NOT NULL,   -- since the run began, pauses left out
     moved REAL,              -- share of the integer codes that the update changed, NULL where there are none
@@ -130,7 +131,7 @@ class Journal:
         Raises:
             GradlessError: it could not be written; the journal is as it was.
         """
-        columns = (json.dumps(estimate.losses), json.dumps(estimate.d), json.dumps(estimate.lr))
+        columns = (json.dumps(estimate.losses), json.dumps([*map(_packed, estimate.d)]), json.dumps(estimate.lr))
         digest = _chained(self._digest, estimate.step, *columns)
         self._connection.execute("PRAGMA journal_mode=WAL")
         with self._writing(f"step {estimate.step}") as transaction:
@@ -158,7 +159,7 @@ class Journal:
             yield Estimate(
                 step,
                 tuple(tuple(pair) for pair in json.loads(losses)),
-                tuple(tuple(group) for group in json.loads(d)),
+                tuple(map(_unpacked, json.loads(d))),
                 tuple(json.loads(lr)),
             )
 
@@ -183,6 +184,22 @@ class Journal:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._connection.execute("PRAGMA journal_mode=DELETE")
         self._connection.close()
+
+
+def _packed(d: Sequence[Any]) -> list[Any] | str:
+    """A group's derivatives: a list, or, of whole numbers from -7 to 7, base85 of a nibble each."""
+    if d and all(isinstance(each, int) and abs(each) <= 7 for each in d):
+        nibbles = [each + 8 for each in d] + [0] * (len(d) % 2)
+        return base64.b85encode(bytes(16 * a + b for a, b in zip(nibbles[::2], nibbles[1::2], strict=True))).decode()
+    return list(d)
+
+
+def _unpacked(d: list[Any] | str) -> tuple[Any, ...]:
+    """What `_packed` was given."""
+    if isinstance(d, str):
+        nibbles = (nibble for byte in base64.b85decode(d) for nibble in divmod(byte, 16))
+        return tuple(nibble - 8 for nibble in nibbles if nibble)
+    return tuple(d)
 
 
 def _chained(previous: str, step: int, losses: str, estimate: str, lr: str) -> str:

@@ -104,15 +104,18 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
     return TokenizedExample(tuple(prompts), tuple(completions), example.label, example.answers)
 
 
-def collate(examples: Sequence[TokenizedExample], *, packed: bool = True) -> dict[str, Any]:
+def collate(examples: Sequence[TokenizedExample], *, packed: bool = True, copies: int = 0) -> dict[str, Any]:
     """A batch: its sequences packed end to end into rows, so that next to nothing is padding.
 
     Args:
         examples: of the batch.
         packed: whether the model keeps sequences in one row apart by their position ids; otherwise each gets a row.
+        copies: how often more each sequence's last token is passed, at the same position, seen by none but itself; only where
+            all examples choose among the same words, and the model takes a mask of who sees whom.
 
     Returns:
         `input_ids`, `position_ids`: int64 (rows, length); position ids begin anew with each sequence.
+        `attention_mask`: bool (rows, 1, length, length), who sees whom, where there are copies; else None.
         `owners`: int64 (rows, length), the example that each token is part of; 0 where it is padding.
         `rows`, `columns`: int64 (supervised,), the positions whose logits are needed, sequence by sequence.
         `targets`: int64 (supervised,), what they predict.
@@ -129,25 +132,29 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True) -> dic
         of_example = list(zip(example.prompts, example.completions, strict=True))[: 1 if words else None]
         pairs += of_example
         owner += [i] * len(of_example)
-    sequences = [(*prompt, *completion[:-1]) for prompt, completion in pairs]
+    assert words is not None or not copies
+    sequences = [(*prompt, *completion[:-1], *prompt[-1:] * copies) for prompt, completion in pairs]
     places = _pack([len(ids) for ids in sequences], PACKED_ROW if packed else 0)
     n_rows = 1 + max(row for row, _ in places)
     length = max(start + len(ids) for (_, start), ids in zip(places, sequences, strict=True))
     # Unfilled places hold token 0 at position 0: each is a sequence of its own, which no other attends to.
     input_ids = torch.zeros(n_rows, length, dtype=torch.int64)
     position_ids, owners = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    numbers = torch.full_like(input_ids, -1)
     rows: list[int] = []
     columns: list[int] = []
-    for (row, start), ids, (prompt, _), i in zip(places, sequences, pairs, owner, strict=True):
-        input_ids[row, start : start + len(ids)] = torch.tensor(ids)
-        owners[row, start : start + len(ids)] = i
-        position_ids[row, start : start + len(ids)] = torch.arange(len(ids))
+    for number, ((row, start), ids, (prompt, _), i) in enumerate(zip(places, sequences, pairs, owner, strict=True)):
+        here = slice(start, start + len(ids))
+        input_ids[row, here] = torch.tensor(ids)
+        owners[row, here], numbers[row, here] = i, number
+        position_ids[row, here] = torch.arange(len(ids)).clamp(max=len(ids) - 1 - copies)
         supervised = range(start + len(prompt) - 1, start + len(ids))
         rows += [row] * len(supervised)
         columns += supervised
     return {
         "input_ids": input_ids,
-        "position_ids": position_ids if packed else None,
+        "position_ids": position_ids if packed or copies else None,
+        "attention_mask": _sees(numbers, position_ids) if copies else None,
         "owners": owners,
         "rows": torch.tensor(rows),
         "columns": torch.tensor(columns),
@@ -157,6 +164,13 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True) -> dic
         "sizes": [len(example.completions) for example in examples],
         "labels": torch.tensor([example.label for example in examples]),
     }
+
+
+def _sees(numbers: Tensor, position_ids: Tensor) -> Tensor:
+    """Of each token those before it in its sequence, and itself: bool (rows, 1, length, length)."""
+    before = position_ids.unsqueeze(1) < position_ids.unsqueeze(2)
+    same = numbers.unsqueeze(1) == numbers.unsqueeze(2)
+    return (same & before | torch.eye(numbers.shape[1], dtype=torch.bool)).unsqueeze(1)
 
 
 def doubled(batch: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +209,7 @@ def keeps_places(model: Any) -> bool:
 def scores(model: Any, batch: dict[str, Any]) -> list[Tensor]:
     """Every candidate's score: for each example fp32 (candidates,), up to a constant of the example."""
     batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if batch[name] is not None}
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if batch[name] is not None}
     head, words, targets = model.get_output_embeddings(), batch["words"], batch["targets"]
     with reading_at(head, batch["rows"], batch["columns"]), restricted_to(head, words) as restricted:
         logits = model(**inputs, use_cache=False).logits[0].float()
@@ -204,6 +218,12 @@ def scores(model: Any, batch: dict[str, Any]) -> list[Tensor]:
     logprobs = -F.cross_entropy(logits, targets, reduction="none")
     means = torch.stack([one.mean() for one in torch.split(logprobs, batch["counts"])])
     return list(torch.split(means, batch["sizes"]))
+
+
+def asked(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Every word's score at each example's last token and at its copies: fp32, (examples, 1 + copies, words)."""
+    every = torch.stack(scores(model, batch))
+    return every.view(len(batch["sizes"]), -1, every.shape[1])
 
 
 def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

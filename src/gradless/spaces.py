@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,12 @@ from gradless import kernels
 from gradless.ball import Ball
 from gradless.errors import GradlessError
 from gradless.grids import Grid
+from gradless.kernels.reference import f32, stopped
 from gradless.noise import Chunks, Direction, Signs
 from gradless.tensor import Move, Part, QuantTensor
+
+AT_ONCE = 1 << 20
+"""Weights whose slopes are held at once."""
 
 
 class Space(ABC):
@@ -94,6 +99,48 @@ class BlockSpace(Space):
         kernels.move_blocks(self.tensor, moves)
         return 0
 
+    def slopes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """File rows, and by what each weight in them changes where its tuned value moves by one unit: int64 (n,), and fp32
+        (n, columns) in packed order. Weights are linear in what is tuned."""
+        tensor, unit = self.tensor, self.tensor.unit()
+        ends = [replace(tensor, master=x, views=(), owners=None) for x in (unit, torch.zeros_like(unit))]
+        every = torch.arange(tensor.rows, device=tensor.packed.device)
+        for rows in torch.split(every, max(1, AT_ONCE // tensor.columns)):
+            one, zero = (kernels.dequantize(end, rows, torch.float32)[0] for end in ends)
+            yield rows, one - zero
+
+    def mean_square_slope(self) -> float:
+        """Of all weights."""
+        return sum(float(slopes.square().sum()) for _, slopes in self.slopes()) / (self.tensor.rows * self.tensor.columns)
+
+    def follow(self, rows: Tensor, columns: Tensor, by: float) -> None:
+        """Move x along the gradient of <W, G>, G = sum_t rows_t (x) columns_t: x <- x + by * unit * dW/dx . G.
+
+        One value's sum is added up by halves, so that its bits are the same on every device.
+
+        Args:
+            rows: fp32 (terms, rows), in the model's order.
+            columns: fp32 (terms, columns), likewise.
+            by: how far, in units; rounded to fp32.
+        """
+        tensor = self.tensor
+        assert tensor.master is not None
+        device = tensor.packed.device
+        rows, columns = rows.to(device), columns.to(device)
+        if tensor.row_order is not None:
+            rows = torch.empty_like(rows).index_copy_(1, tensor.row_order, rows)
+        if tensor.column_order is not None:
+            columns = columns[:, tensor.column_order]
+        group = -(-tensor.columns // tensor.values) if tensor.values == 1 else tensor.share * tensor.block.size
+        moved = tensor.master.clone()
+        unit = tensor.unit()
+        for these, slopes in self.slopes():
+            total = torch.zeros(len(these), tensor.values, device=device)
+            for row, column in zip(rows[:, these], columns, strict=True):
+                total = total + row.unsqueeze(1) * _grouped(slopes * column, group)
+            moved[these] = tensor.master[these] + unit[these] * (total * f32(by))
+        tensor.master.copy_(stopped(tensor, moved))
+
     @contextmanager
     def held(self, move: Move) -> Iterator[None]:
         master = self.tensor.master
@@ -104,6 +151,17 @@ class BlockSpace(Space):
             yield
         finally:
             self.tensor.master = master
+
+
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """Sums over groups of columns, the last of which may be shorter: (n, columns) -> (n, groups)."""
+    width = 1 << (group - 1).bit_length()
+    x = nn.functional.pad(x, (0, -x.shape[1] % group)).view(len(x), -1, group)
+    x = nn.functional.pad(x, (0, width - group))
+    while x.shape[2] > 1:
+        half = x.shape[2] // 2
+        x = x[..., :half] + x[..., half:]
+    return x.squeeze(2)
 
 
 class CodeSpace(Space):

@@ -321,11 +321,15 @@ def moved_blocks(tensor: QuantTensor, move: Move) -> Tensor:
     assert tensor.master is not None
     x = tensor.master
     z = move.direction.values(tensor.name, 0, x.numel(), x.device).view_as(x)
-    moved = x * f32(move.decay) + (z * f32(move.coefficient)) * tensor.unit()
-    if tensor.keeps_sign:
-        base = tensor.base()
-        moved = torch.where(base > 0, moved.clamp(min=0), torch.where(base < 0, moved.clamp(max=0), 0.0))
-    return moved
+    return stopped(tensor, x * f32(move.decay) + (z * f32(move.coefficient)) * tensor.unit())
+
+
+def stopped(tensor: QuantTensor, values: Tensor) -> Tensor:
+    """Values for a weight's master, (rows, values), stopped at zero where a sign is kept."""
+    if not tensor.keeps_sign:
+        return values
+    base = tensor.base()
+    return torch.where(base > 0, values.clamp(min=0), torch.where(base < 0, values.clamp(max=0), 0.0))
 
 
 def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:

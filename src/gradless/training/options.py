@@ -16,6 +16,12 @@ RATIO = 0.3
 """Of a step's root mean square to a query's, where the step size follows the estimates."""
 SHARED = ("qzo", "quzo", "zoqo", "mezo")
 """The methods whose examples share their directions."""
+NZO_QUERIES = 8
+"""Queries an example, each of two tokens."""
+LAST = 1 / 3
+"""Of a model's layers those that nzo tunes: there one sensitivity serves all examples."""
+INTO_STREAM = ("o_proj", "down_proj")
+"""The modules of a layer that nzo tunes: those that write into the residual stream."""
 
 
 def number_or_auto(text: str) -> float | str:
@@ -29,13 +35,14 @@ class MethodOptions:
 
     method: str = option(
         "qzo",
-        "qzo: scales of a quantized model; ezo: its offsets, each example along a direction of its own; quzo, zoqo: its "
-        "integer codes; mezo: plain weights.",
-        choices=("qzo", "ezo", "quzo", "zoqo", "mezo"),
+        "qzo: scales of a quantized model; nzo: scales too, for answers of one word, from perturbed outputs; ezo: offsets, "
+        "each example along a direction of its own; quzo, zoqo: integer codes; mezo: plain weights.",
+        choices=("qzo", "nzo", "ezo", "quzo", "zoqo", "mezo"),
     )
     lr: float | str | None = option(
         None,
-        "Step size at the start (zoqo: eta, in grid steps), or auto: from the estimates' size and --ratio (ezo's default).",
+        "Step size at the start (zoqo: eta, in grid steps; nzo: by how much a step changes the answers' scores), or auto: from "
+        "the estimates' size and --ratio (ezo's default).",
         parse=number_or_auto,
         metavar="N|auto",
     )
@@ -46,13 +53,18 @@ class MethodOptions:
     share: float | None = option(
         None, "quzo, zoqo: share of the tuned codes that a query moves, instead of --eps.", methods=CODES
     )
-    q: int = option(1, "Queries (directions) a step; each costs two forwards.", methods=SHARED)
+    q: int | None = option(
+        None,
+        "Queries (directions) a step, each of which costs two forwards (default: 1); nzo: an example, each of which costs two "
+        "tokens (default: 8).",
+        methods=(*SHARED, "nzo"),
+    )
     clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.", methods=("qzo",))
     part: str = option(
         "scale",
-        "QZO: which value of a block is tuned; types without an offset, or without codebooks, tune their scale.",
+        "qzo, nzo: which value of a block is tuned; types without an offset, or without codebooks, tune their scale.",
         choices=("scale", "offset", "both", "codebook"),
-        methods=("qzo",),
+        methods=("qzo", "nzo"),
     )
     absolute: bool = option(
         False,
@@ -99,7 +111,7 @@ class MethodOptions:
         metavar="A,B,..|REGEX",
     )
     exclude_modules: str | None = option(None, "Leave these modules out.", metavar="A,B,..|REGEX")
-    weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.")
+    weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.", methods=(*SHARED, "ezo"))
 
     def check(self) -> None:
         """Refuse values that cannot work, or that the method would not read."""
@@ -240,6 +252,7 @@ DEFAULTS = {
     "qzo": (8e-3, 6e-2),
     "qzo, codes from zero": (4e-4, 2e-2),
     "qzo, absolute": (1e-7, 1e-3),
+    "nzo": (0.3, 0.25),
     "ezo": (RATIO, 1e-2),
     "ezo, scales": (RATIO, 6e-2),
     "quzo": (0.6, 0.35),

@@ -14,9 +14,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -30,10 +31,13 @@ from gradless.formats.adapter import AdaptedModel
 from gradless.formats.dense import DenseModel
 from gradless.fusing import ARCHITECTURES
 from gradless.journal import Journal
+from gradless.layers import QuantLinear
 from gradless.methods import METHODS, Estimate, ZerothOrderOptimizer
 from gradless.methods.ezo import EZO
+from gradless.methods.nzo import NZO, Answers, looked_at
 from gradless.methods.quzo import eps_of_share
 from gradless.methods.zoqo import mu_of_share
+from gradless.nodes import Nodes
 from gradless.noise import discretized_gaussian
 from gradless.objectives import TokenizedExample
 from gradless.targets import Targets
@@ -43,12 +47,17 @@ from gradless.training.options import (
     DEFAULT_STRIDE,
     DEFAULTS,
     FEW_LEVELS,
+    INTO_STREAM,
+    LAST,
+    NZO_QUERIES,
     PAIR_TOKENS,
     RATIO,
     MethodOptions,
     qzo_default,
 )
 
+LOOKED_AT = 128
+"""Examples from which nzo takes the principal directions of a layer's inputs."""
 NAN_STEPS = 5
 """Steps in a row without a finite loss after which a run stops."""
 
@@ -146,6 +155,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self._skipped_in_a_row = 0
         self._resuming = False
         self._sums: list[tuple[float, float]] = []
+        self._answers: list[Answers] = []
+        self._seen: dict[str, Any] | None = None
         self._examples = 0
         self._seconds_before = 0.0
         self._began = 0.0
@@ -162,14 +173,18 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         del model
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.checkpoint, self.header_groups(), self.header_method())
+            if isinstance(self.optimizer, NZO):
+                self.optimizer.nodes = self._nodes(list(self.optimizer.looks))
         return self.zeroth_order
 
     def header_method(self) -> dict[str, Any]:
         """The method's name and the options that a replay needs."""
         args = self.args
         method = {"name": args.method, "seed": args.seed}
+        if args.method == "nzo":
+            return method | {"q": args.q or NZO_QUERIES, **self._looked()["method"]}
         if args.method != "ezo":
-            method |= {"q": args.q, "distribution": args.distribution}
+            method |= {"q": args.q or 1, "distribution": args.distribution}
         if args.method == "quzo":
             method |= {"roundings": args.roundings, "perturbation_bits": args.perturbation_bits}
         if args.method == "zoqo":
@@ -187,6 +202,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 return [{**self._group("parameters", "mezo", "this model has no linear layer"), "master": args.master}]
             case "quzo" | "zoqo":
                 return self._code_groups()
+            case "nzo":
+                return [self._looked()["group"]]
         groups = self._block_groups()
         if args.train_unquantized:
             lr, eps = DEFAULTS["mezo, floats of a GGUF"]
@@ -196,6 +213,53 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 vectors["lr"] = args.unquantized_lr or lr
             groups.append({**vectors, "eps": args.unquantized_eps or eps, "weight_decay": 0.0, "clip": args.clip})
         return groups
+
+    def _looked(self) -> dict[str, Any]:
+        """What nzo sees of model and data before its first step, as the header keeps it; of a resumed run, what it saw then."""
+        if self._seen is None:
+            header = {} if self.journal is None else self.journal.header
+            if header.get("method", {}).get("name") == "nzo":
+                method = {name: header["method"][name] for name in ("words", "looks")}
+                self._seen = {"group": header["groups"][0], "method": method}
+            else:
+                self._seen = self._look()
+        return self._seen
+
+    def _look(self) -> dict[str, Any]:
+        args = self.args
+        missing = "nzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
+        group = {**self._group("blocks", "nzo", missing), "part": args.part, "relative": True}
+        words, q, size = self._words(), args.q or NZO_QUERIES, args.per_device_train_batch_size
+        spaces = self.checkpoint.spaces(**{name: group[name] for name in ("kind", "names", "part", "relative")})
+        order = noise.permutation(args.seed, 0, len(self.train_dataset)).tolist()[:LOOKED_AT]
+        asked = []
+        for start in range(0, len(order), size):
+            batch = self._prepare_inputs(self._collate([self.train_dataset[i] for i in order[start : start + size]]))
+            asked.append((partial(objectives.asked, self.model, batch), _asked_tokens(batch)))
+        slopes = {space.name: space.mean_square_slope() for space in spaces}
+        with torch.inference_mode():
+            looks = looked_at(self._nodes(group["names"]), slopes, asked, q, args.seed)
+        return {"group": group, "method": {"words": words, "looks": {name: look.to_json() for name, look in looks.items()}}}
+
+    def _words(self) -> int:
+        """Among how many words all examples choose.
+
+        Raises:
+            GradlessError: they do not, or the model does not take copies of a token.
+        """
+        words = {example.words for example in self.train_dataset} if _tokenized(self.train_dataset) else {None}
+        (shared,) = words if len(words) == 1 else (None,)
+        if shared is None or not self._keeps_places:
+            raise GradlessError(
+                "nzo asks for one of a few words, the same for all rows, each a single token, of a model that gradless knows "
+                f"({', '.join(ARCHITECTURES)}); use --method ezo or qzo."
+            )
+        return len(shared)
+
+    def _nodes(self, names: Sequence[str]) -> Nodes:
+        """The layers that multiply the named tensors."""
+        layers = {m.packed.name: m for m in self.model.modules() if isinstance(m, QuantLinear)}
+        return Nodes({name: layers[name] for name in names})
 
     def _block_groups(self) -> list[dict[str, Any]]:
         """A group for each kind of block, where the user leaves lr or eps to us."""
@@ -240,7 +304,10 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     def _group(self, kind: str, default: str, missing: str, names: str | None = None) -> dict[str, Any]:
         """One group over all tunable tensors of a kind."""
         args = self.args
-        tunable = self.checkpoint.tunable(names or kind, Targets(args.target_modules, args.exclude_modules))
+        targets = Targets(args.target_modules, args.exclude_modules)
+        if args.method == "nzo" and args.target_modules is None and self.checkpoint.quantized:
+            targets = replace(targets, target=_last_layers(self.model.config.num_hidden_layers))
+        tunable = self.checkpoint.tunable(names or kind, targets)
         if not tunable:
             raise GradlessError(f"{missing}.")
         lr, eps = DEFAULTS[default]
@@ -267,20 +334,35 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         model.eval()
         inputs = self._prepare_inputs(inputs)
         with torch.inference_mode():
-            losses = self._each_query(model, inputs) if self.zeroth_order.each_example else self._query(model, inputs)
+            losses: list[tuple[Any, Any]]
+            match self.zeroth_order:
+                case NZO() as method:
+                    losses = self._ask(method, model, inputs)
+                case EZO() as method:
+                    losses = self._each_query(method, model, inputs)
+                case method:
+                    losses = self._query(method, model, inputs)
         share = 1 / self.current_gradient_accumulation_steps
         return torch.tensor(share * sum(map(sum, losses)) / (2 * len(losses)), device=self.args.device)
 
-    def _query(self, model: Any, inputs: Any) -> list[tuple[Any, Any]]:
+    def _ask(self, method: NZO, model: Any, inputs: Any) -> list[tuple[float, float]]:
+        """What a micro-batch answers to nzo's queries, behind those before; the mean loss at either side of them."""
+        first = sum(len(each.responses) for each in self._answers)
+        scores = partial(objectives.asked, model, inputs)
+        self._answers.append(method.ask(scores, inputs["labels"], _asked_tokens(inputs), first))
+        up, down = self._answers[-1].losses
+        return [(up / len(inputs["sizes"]), down / len(inputs["sizes"]))]
+
+    def _query(self, method: ZerothOrderOptimizer, model: Any, inputs: Any) -> list[tuple[Any, Any]]:
         """The losses of a micro-batch, which are added up over the step."""
         examples = len(inputs["sizes"]) if "sizes" in inputs else 1
-        losses = self.zeroth_order.query(lambda: self.compute_loss(model, inputs), self._pair(model, inputs))
+        losses = method.query(lambda: self.compute_loss(model, inputs), self._pair(model, inputs))
         self._examples += examples
         before = self._sums or [(0.0, 0.0)] * len(losses)
         self._sums = [(p + examples * plus, m + examples * minus) for (p, m), (plus, minus) in zip(before, losses, strict=True)]
         return losses
 
-    def _each_query(self, model: Any, inputs: Any) -> list[tuple[Any, Any]]:
+    def _each_query(self, method: EZO, model: Any, inputs: Any) -> list[tuple[Any, Any]]:
         """The losses of a micro-batch's examples, each along its own direction, behind those before."""
         if not (self._computes_losses(inputs) and self._keeps_places):
             raise GradlessError(
@@ -288,9 +370,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 f"model whose layers all see a batch's tokens in their order ({', '.join(ARCHITECTURES)})."
             )
         pair = self._pair(model, inputs, mean=False)
-        losses: list[tuple[Any, Any]] = cast(EZO, self.zeroth_order).query(
-            lambda: objectives.losses(model, inputs)[0], pair, owners=inputs["owners"], first=len(self._sums)
-        )
+        closure = lambda: objectives.losses(model, inputs)[0]  # noqa: E731
+        losses = method.query(closure, pair, owners=inputs["owners"], first=len(self._sums))
         self._sums, self._examples = self._sums + losses, 1
         return losses
 
@@ -313,8 +394,11 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """Turn the step's losses into its estimate and write it to the journal; the optimizer's next step applies it."""
         optimizer = self.zeroth_order
         assert self.journal is not None
-        estimate = optimizer.estimate_of([(plus / self._examples, minus / self._examples) for plus, minus in self._sums])
-        self._sums, self._examples = [], 0
+        if isinstance(optimizer, NZO):
+            estimate = optimizer.estimate_of_answers(self._answers)
+        else:
+            estimate = optimizer.estimate_of([(plus / self._examples, minus / self._examples) for plus, minus in self._sums])
+        self._sums, self._examples, self._answers = [], 0, []
         self.journal.append(estimate, self.seconds)
         optimizer.pending = estimate
         self.last_loss = estimate.loss
@@ -463,7 +547,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     # -- data and evaluation ------------------------------------------------------------------------------------------
 
     def _collate(self, examples: Sequence[TokenizedExample]) -> dict[str, Any]:
-        return objectives.collate(examples, packed=self._packed)
+        copies = 2 * (self.args.q or NZO_QUERIES) if self.args.method == "nzo" else 0
+        return objectives.collate(examples, packed=self._packed, copies=copies)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SeededSampler:
         return SeededSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
@@ -511,6 +596,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
+
+
+def _asked_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """Which tokens of a batch, flattened, are each example's last and its copies: int64 (examples, 1 + copies)."""
+    tokens: torch.Tensor = batch["rows"] * batch["input_ids"].shape[1] + batch["columns"]
+    return tokens.view(len(batch["sizes"]), -1)
+
+
+def _last_layers(layers: int) -> str:
+    """The paths of the modules that nzo tunes, as a regular expression."""
+    last = range(math.floor(layers * (1 - LAST)), layers)
+    return rf".*\.({'|'.join(map(str, last))})\..*\.({'|'.join(INTO_STREAM)})"
 
 
 def _tokenized(data: Any) -> bool:

@@ -1,0 +1,54 @@
+"""What chosen linear layers take in and put out at some tokens of a batch, to be read and to be shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Nodes:
+    """The inputs and outputs of linear layers.
+
+    Args:
+        layers: by the name of the tensor that each multiplies; every one sees all tokens of a batch in their order.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = dict(layers)
+
+    @contextmanager
+    def read(self, tokens: Tensor) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Yields, by name, what the last forward inside took in and put out at `tokens`, int64 (n,): fp32 (n, columns) and
+        (n, rows)."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(name: str, x: Tensor, y: Tensor) -> None:
+            found[name] = x[tokens].float(), y[tokens].float()
+
+        with self._hooked(keep):
+            yield found
+
+    @contextmanager
+    def shifted(self, tokens: Tensor, by: Callable[[str], Tensor]) -> Iterator[None]:
+        """Forwards inside add by(name), fp32 (n, rows), to each layer's outputs at `tokens`, int64 (n,)."""
+
+        def shift(name: str, _: Tensor, y: Tensor) -> None:
+            y[tokens] = (y[tokens].float() + by(name)).to(y.dtype)
+
+        with self._hooked(shift):
+            yield
+
+    @contextmanager
+    def _hooked(self, do: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+        """Forwards inside call do(name, inputs, outputs) of each layer, both flattened to (tokens, ..)."""
+        with ExitStack() as hooks:
+            for name, layer in self.layers.items():
+
+                def hook(_: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+                    do(name, inputs[0].flatten(0, -2), output.view(-1, output.shape[-1]))
+
+                hooks.callback(layer.register_forward_hook(hook).remove)
+            yield
