@@ -20,7 +20,7 @@ from gradless.formats.words import pack_words, unpack_words
 from gradless.noise import Direction
 from gradless.tensor import Move
 from tests.checkpoint_folders import CODED, FORMATS, quantized_folder, stream, write_shards
-from tests.test_cli import TASK
+from tests.test_cli import ONE_TOKEN, TASK
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -91,16 +91,16 @@ def test_what_is_tuned_by_nothing_keeps_its_bits(dense, tmp_path, name):
 
 
 SCALES = {"scales", "weight.absmax", "SCB"}
-CHANGED = {"qzo": SCALES, "ezo": SCALES, "quzo": {"qweight", "weight"}, "zoqo": {"qweight", "weight"}}
+CHANGED = {"qzo": SCALES, "nzo": SCALES, "ezo": SCALES, "quzo": {"qweight", "weight"}, "zoqo": {"qweight", "weight"}}
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [(name, method) for name in FORMATS for method in CHANGED if name in CODED or method in ("qzo", "ezo")]
+    ("name", "method"), [(name, method) for name in FORMATS for method in CHANGED if name in CODED or CHANGED[method] is SCALES]
 )
 def test_a_folder_is_tuned_and_replays_to_the_byte(dense, rows, tmp_path, name, method):
     quantized_folder(dense, tmp_path / "base", name, shards=2)
     more = {"qzo": ["--lr", "1e-2"], "quzo": ["--eps", "0.5", "--lr", "0.1"], "zoqo": ["--share", "0.2", "--lr", "1"]}
-    more = more.get(method, [])
+    more = {**more, "nzo": ONE_TOKEN}.get(method, [])
     arguments = [str(rows), *TASK, "--batch-size", "4", "--steps", "3", "--method", method, *more]
     assert main(["tune", str(tmp_path / "base"), *arguments, "--output", str(tmp_path / "run")]) == 0
     journal = str(tmp_path / "run" / "journal.db")

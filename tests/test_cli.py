@@ -15,6 +15,8 @@ from gradless.errors import GradlessError
 from gradless.journal import Journal
 
 TASK = ["--template", "{text} is", "--labels", "0=no,1=yes"]
+ONE_TOKEN = ["--template", "{text} is\\n", "--labels", "0=n,1=y"]
+"""Words that the byte-level tokenizer does not split."""
 
 
 def tune(model, rows, output, *more):
@@ -51,6 +53,8 @@ def test_tune_eval_and_replay(tiny, rows, tmp_path, capsys):
         ["--part", "both", "--absolute", "--eps", "1e-4", "--lr", "1e-8"],
         ["--part", "offset", "--train-unquantized", "--q", "2"],
         ["--lr", "auto", "--ratio", "0.2"],
+        ["--method", "nzo", *ONE_TOKEN],
+        ["--method", "nzo", *ONE_TOKEN, "--part", "offset", "--accumulate", "2", "--q", "3", "--activations", "int8"],
         ["--method", "ezo"],
         ["--method", "ezo", "--lr", "1e-2", "--accumulate", "2"],
         ["--method", "mezo", "--distribution", "rademacher"],
@@ -93,7 +97,7 @@ def test_inputs_are_never_replaced(tiny, rows, tmp_path, capsys):
         (["--method", "quzo", "--eps", "1e-9"], "no code would ever move"),
         (["--method", "zoqo", "--share", "0.9"], "share is 0.9"),
         (["--share", "0.1"], "share is for quzo and zoqo"),
-        (["--method", "ezo", "--q", "2"], "q is for qzo and quzo and zoqo and mezo; ezo does not read it"),
+        (["--method", "ezo", "--q", "2"], "q is for qzo and quzo and zoqo and mezo and nzo; ezo does not read it"),
         (["--method", "ezo", "--eps", "2"], r"eps is 2\.0; it is relative"),
         (["--method", "quzo", "--lr", "auto"], "lr is 'auto'; it is a number, or auto for qzo, ezo and mezo"),
         (["--method", "ezo", "--absolute"], "absolute is for qzo and quzo and zoqo; ezo does not read it"),

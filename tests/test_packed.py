@@ -18,7 +18,7 @@ from gradless.layers import QuantLinear, set_activations
 from gradless.noise import Direction, uniform_grid
 from gradless.tensor import Move, Part, QuantTensor
 from gradless.training.options import DEFAULT_STRIDE
-from tests.test_cli import TASK
+from tests.test_cli import ONE_TOKEN, TASK
 
 
 def quantized(dense, folder, *options):
@@ -56,12 +56,12 @@ def test_a_range_a_row_is_one_scale_in_all_its_blocks():
         ["--grid", "fp8"],
     ],
 )
-@pytest.mark.parametrize("method", ["quzo", "zoqo", "qzo", "ezo"])
+@pytest.mark.parametrize("method", ["quzo", "zoqo", "qzo", "nzo", "ezo"])
 def test_a_packed_folder_is_tuned_and_replays_to_the_byte(dense, rows, tmp_path, options, method):
     base = quantized(dense, tmp_path / "base", *options)
     arguments = [*TASK, "--batch-size", "4", "--steps", "3", "--method", method, "--eval", str(rows)]
     more = {"quzo": ["--eps", "0.5", "--lr", "0.1"], "zoqo": ["--share", "0.2", "--lr", "1"], "qzo": ["--lr", "1e-2"]}
-    more = more.get(method, [])
+    more = {**more, "nzo": ONE_TOKEN}.get(method, [])
     assert main(["tune", str(base), str(rows), *arguments, *more, "--output", str(tmp_path / "run")]) == 0
     replay = ["replay", str(base), str(tmp_path / "run" / "journal.db"), "--output", str(tmp_path / "again")]
     assert main(replay) == 0

@@ -15,8 +15,8 @@ from gradless.training.trainer import SeededSampler, ZOConfig, ZOTrainer
 from tests.tiny import tiny_gguf
 
 
-def examples(tokenizer, n=20):
-    made = [Example(f"{'az'[i % 2] * 3} word {i}", ("no", "yes"), i % 2) for i in range(n)]
+def examples(tokenizer, n=20, *, words=("no", "yes"), end=""):
+    made = [Example(f"{'az'[i % 2] * 3} word {i}{end}", words, i % 2) for i in range(n)]
     return [tokenize(example, tokenizer, context=128) for example in made]
 
 
@@ -24,7 +24,9 @@ def trainer(path, output, *, lora=None, **options):
     loaded = load_gguf(path) if lora is None else AdaptedModel(load_gguf(path), LoRA(lora))
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, "part": "scale"}
     config = ZOConfig(output_dir=str(output), **{**defaults, **options})
-    return ZOTrainer(loaded.model, config, examples(loaded.tokenizer), checkpoint=loaded, processing_class=loaded.tokenizer)
+    of_one_token = {"words": ("n", "y"), "end": "\n"} if config.method == "nzo" else {}
+    rows = examples(loaded.tokenizer, **of_one_token)
+    return ZOTrainer(loaded.model, config, rows, checkpoint=loaded, processing_class=loaded.tokenizer)
 
 
 def no_losses(_model, batch):
@@ -54,6 +56,8 @@ def test_a_run_journals_every_step_and_moves_the_weights(tiny, tmp_path):
         {"q": 2},
         {"gradient_accumulation_steps": 2},
         {"train_unquantized": True},
+        {"method": "nzo"},
+        {"method": "nzo", "gradient_accumulation_steps": 2, "q": 2, "target_modules": "o_proj"},
         {"method": "ezo"},
         {"method": "ezo", "gradient_accumulation_steps": 2, "lr": 1e-3},
         {"lr": "auto", "ratio": 0.1, "q": 2},
@@ -165,6 +169,20 @@ def test_each_examples_tokens_must_be_known(tmp_path, tiny):
     config = ZOConfig(output_dir=str(tmp_path), method="ezo", max_steps=1, use_cpu=True)
     zo = ZOTrainer(loaded.model, config, [{"input_ids": [1], "labels": [1]}] * 8, checkpoint=loaded)
     with pytest.raises(GradlessError, match="ezo needs to know which tokens are whose"):
+        zo.train()
+
+
+def test_nzo_asks_for_one_of_the_same_few_words(tiny, tmp_path):
+    loaded = load_gguf(tiny)
+    config = ZOConfig(output_dir=str(tmp_path), method="nzo", use_cpu=True, disable_tqdm=True)
+    zo = ZOTrainer(loaded.model, config, examples(loaded.tokenizer), checkpoint=loaded, processing_class=loaded.tokenizer)
+    with pytest.raises(GradlessError, match="the same for all rows, each a single token"):
+        zo.train()
+
+
+def test_nzo_tunes_layers_of_one_width(tiny, tmp_path):
+    zo = trainer(tiny, tmp_path, method="nzo", target_modules="o_proj,gate_proj")
+    with pytest.raises(GradlessError, match="write into one residual stream"):
         zo.train()
 
 

@@ -30,6 +30,8 @@ FEATURES = 16
 """Principal directions of a layer's inputs in which updates lie."""
 AGREEMENT_LOST = 2 / 3
 """How much less the first and the last layer's sensitivities agree than two neighbours'."""
+REMEMBERED = 8
+"""Steps whose queries the sensitivity rests on, about."""
 DAMPING = 0.01
 """lambda: of the inputs' mean square length."""
 PROBE = 0.5
@@ -111,10 +113,10 @@ class NZO(ZerothOrderOptimizer):
 
         xi_ik ~ {-1, +1}^D                             D: the outputs of all N layers together
         d_ik = [t_i(y + eps a / sqrt(N) xi_ik) - t_i(y - eps a / sqrt(N) xi_ik)] / 2
-        S <- S + sum_ik (d_ik - S xi_ik) (C xi_ik)^T / (D + B q max_n sum_m C_nm),      C_nm = 1 - 2/3 |n - m| / N
+        S <- S + sum_ik (d_ik - S xi_ik) (C xi_ik)^T / (D + min(t, 8) B q c),      C_nm = 1 - 2/3 |n - m| / N
 
-    with a_n what makes all layers count the same (see `Look`), so that d has a root mean square of eps. S tends to the mean of
-    J eps a / sqrt(N), and only what it did not foresee is learned. Then
+    with a_n what makes all layers count the same (see `Look`), so that d has a root mean square of eps, t the step, from 1 on,
+    and c = max_n sum_m C_nm. S tends to the mean of J eps a / sqrt(N), and only what it did not foresee is learned. Then
 
         W_n <- W_n + eta a_n S_n^T (1/B sum_i e_i phi_n(x_i)^T) phi_n,        phi_n: the layer's features, see `Look`
 
@@ -139,7 +141,7 @@ class NZO(ZerothOrderOptimizer):
     def __init__(
         self,
         spaces: Iterable[Space] | Iterable[Group],
-        lr: float = 0.3,
+        lr: float = 0.6,
         eps: float = 0.25,
         *,
         words: int,
@@ -196,7 +198,8 @@ class NZO(ZerothOrderOptimizer):
 
         def shift(name: str) -> Tensor:
             xi = signs[name].view(n, self.q, -1)
-            return (size * self.looks[name].unit * torch.cat([xi, -xi], 1)).flatten(0, 1).to(tokens.device)
+            both: Tensor = size * self.looks[name].unit * torch.cat([xi, -xi], 1)
+            return both.flatten(0, 1).to(tokens.device)
 
         with self.nodes.read(tokens[:, 0]) as seen, self.nodes.shifted(tokens[:, 1:].flatten(), shift):
             answered = scores().cpu()
@@ -224,17 +227,18 @@ class NZO(ZerothOrderOptimizer):
         surprise = ((responses - foreseen) / self.unit).round().clamp(-MOST, MOST)
         followed = torch.einsum("bt,nbf->ntf", errors, features) / len(errors)
         whole = (followed / followed.abs().max().clamp(min=1e-30) * MOST).round()
-        learned = self._learned(surprise, signs)
+        learned = self._learned(self.t, surprise, signs)
         change = torch.einsum("nbf,ntf,ntr,nur->bu", features, whole, learned, learned)
         size = float(change.square().mean().sqrt()) / self.param_groups[0]["eps"] * math.sqrt(len(self.looks))
         eta = self.param_groups[0]["lr"] / size if size > 0 else 0.0
         d = (*surprise.flatten().int().tolist(), *whole.flatten().int().tolist())
         return Estimate(self.t, ((up, down),), (d,), (eta,))
 
-    def _learned(self, surprise: Tensor, signs: Tensor) -> Tensor:
-        """S after a step whose queries, along `signs`, brought these surprises: whole numbers, (queries, T)."""
+    def _learned(self, step: int, surprise: Tensor, signs: Tensor) -> Tensor:
+        """S after a step, whose queries, along `signs`, brought these surprises: whole numbers, (queries, T)."""
         own = [surprise.T @ of_layer for of_layer in signs]  # exact in any order
-        alpha = self.unit / (self.sensitivity.shape[2] * len(own) + max(map(sum, self.agreement)) * len(surprise))
+        seen = min(step + 1, REMEMBERED) * len(surprise)
+        alpha = self.unit / (self.sensitivity.shape[2] * len(own) + seen * max(map(sum, self.agreement)))
         learned = []
         for of_layer, agreement in zip(self.sensitivity, self.agreement, strict=True):
             total = torch.zeros_like(of_layer)
@@ -257,7 +261,7 @@ class NZO(ZerothOrderOptimizer):
         numbers = torch.tensor(estimate.d[0], dtype=torch.float32)
         surprise, *whole = torch.split(numbers, [len(numbers) - sum(sizes), *sizes])
         surprise = surprise.view(-1, t)
-        self.sensitivity = self._learned(surprise, self.signs(estimate.step, 0, len(surprise)))
+        self.sensitivity = self._learned(estimate.step, surprise, self.signs(estimate.step, 0, len(surprise)))
         for space, of_layer, c in zip(self.followed, self.sensitivity, whole, strict=True):
             look = self.looks[space.name]
             columns = c.view(t, -1) @ look.features.float()  # exact in any order

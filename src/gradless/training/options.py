@@ -60,9 +60,10 @@ class MethodOptions:
         methods=(*SHARED, "nzo"),
     )
     clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.", methods=("qzo",))
-    part: str = option(
-        "scale",
-        "qzo, nzo: which value of a block is tuned; types without an offset, or without codebooks, tune their scale.",
+    part: str | None = option(
+        None,
+        "Which value of a block is tuned (default: qzo's scale, nzo's both); types without an offset, or without codebooks, tune "
+        "their scale.",
         choices=("scale", "offset", "both", "codebook"),
         methods=("qzo", "nzo"),
     )
@@ -117,7 +118,7 @@ class MethodOptions:
         """Refuse values that cannot work, or that the method would not read."""
         for each in fields(MethodOptions):
             value, choices, methods = getattr(self, each.name), each.metadata.get("choices"), each.metadata.get("methods")
-            if choices and value not in choices:
+            if choices and value not in (each.default, *choices):
                 raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
             if methods and value != each.default and self.method not in methods:
                 raise GradlessError(f"{each.name} is for {' and '.join(methods)}; {self.method} does not read it.")
@@ -217,7 +218,7 @@ class RunOptions(MethodOptions):
         self.check()
         for each in fields(self):
             value, choices, needs = (getattr(self, each.name), each.metadata.get("choices"), each.metadata.get("needs"))
-            if choices and value not in choices:
+            if choices and value not in (each.default, *choices):
                 raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
             if needs and value != each.default and getattr(self, needs) is None:
                 raise GradlessError(f"{each.name} goes with --{needs}; give it too, or leave {each.name} out.")
@@ -252,7 +253,7 @@ DEFAULTS = {
     "qzo": (8e-3, 6e-2),
     "qzo, codes from zero": (4e-4, 2e-2),
     "qzo, absolute": (1e-7, 1e-3),
-    "nzo": (0.3, 0.25),
+    "nzo": (0.6, 0.25),
     "ezo": (RATIO, 1e-2),
     "ezo, scales": (RATIO, 6e-2),
     "quzo": (0.6, 0.35),

@@ -228,7 +228,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     def _look(self) -> dict[str, Any]:
         args = self.args
         missing = "nzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
-        group = {**self._group("blocks", "nzo", missing), "part": args.part, "relative": True}
+        group = {**self._group("blocks", "nzo", missing), "part": args.part or "both", "relative": True}
         words, q, size = self._words(), args.q or NZO_QUERIES, args.per_device_train_batch_size
         spaces = self.checkpoint.spaces(**{name: group[name] for name in ("kind", "names", "part", "relative")})
         order = noise.permutation(args.seed, 0, len(self.train_dataset)).tolist()[:LOOKED_AT]
@@ -272,7 +272,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             else:
                 default = "qzo, absolute" if args.absolute else qzo_default(checkpoint.is_centred(name))
             by_default.setdefault(default, []).append(name)
-        own = {"part": "offset"} if args.method == "ezo" else {"part": args.part, "clip": args.clip}
+        own = {"part": "offset"} if args.method == "ezo" else {"part": args.part or "scale", "clip": args.clip}
         space = {**own, "relative": not args.absolute}
         return [{**self._group("blocks", default, missing), "names": names, **space} for default, names in by_default.items()]
 
