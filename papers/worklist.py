@@ -118,9 +118,11 @@ class WorkList:
                 lines.append(f"| **{row}, {len(seeds)} seeds** | {' | '.join(cells)} |")
         return lines
 
-    def draw(self, names: Sequence[str], picture: Path, metrics: Sequence[str]) -> None:
-        """The curves of finished rows, where there are any: each metric against steps and against seconds; one colour for all
-        seeds of a row."""
+    def draw(
+        self, names: Sequence[str], picture: Path, metrics: Sequence[str], along: tuple[str, str] = ("step", "seconds")
+    ) -> None:
+        """The curves of finished rows, where there are any: each metric against steps and against seconds, or what else their
+        points hold; one colour for all seeds of a row."""
         if not names:
             return
         import matplotlib
@@ -133,12 +135,12 @@ class WorkList:
         done = self.done()
         kinds = list(dict.fromkeys(name.partition(", seed ")[0] for name in names))
         for metric, row in zip(metrics, axes, strict=True):
-            for axis, along in zip(row, ("step", "seconds"), strict=True):
+            for axis, x in zip(row, along, strict=True):
                 for name in names:
                     curve, kind = done[name].get("curve", []), name.partition(", seed ")[0]
                     style = {"color": f"C{kinds.index(kind)}", "markersize": 3, "label": kind}
-                    axis.plot([p[along] for p in curve], [p[metric] for p in curve], "o-", **style)
-                axis.set(xlabel=along, ylabel=metric)
+                    axis.plot([p[x] for p in curve], [p[metric] for p in curve], "o-", **style)
+                axis.set(xlabel=x, ylabel=metric)
                 axis.set_xscale("symlog", linthresh=25)
                 axis.grid(alpha=0.3)
         shown = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
@@ -156,7 +158,12 @@ class WorkList:
         output = self.runs / "".join(c if c.isalnum() else "-" for c in row["name"])
         names = {field.name for field in fields(RunOptions)}
         chosen = RunOptions(
-            **{"train_rows": TRAIN_ROWS, **{name: row[name] for name in row if name in names}, **row.get("prompt", WEAK)},
+            **{
+                "method": "qzo",
+                "train_rows": TRAIN_ROWS,
+                **{name: row[name] for name in row if name in names},
+                **row.get("prompt", WEAK),
+            },
             eval=str(dev),
             batch_size=BATCH,
             eval_every=every,

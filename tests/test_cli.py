@@ -72,6 +72,23 @@ def test_every_kind_of_run_replays_to_the_byte(tiny, rows, tmp_path, options):
     assert target.read_bytes() != tiny.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        (ONE_TOKEN, "nzo"),
+        ([*ONE_TOKEN, "--q", "2"], "nzo"),
+        ([*ONE_TOKEN, "--clip", "1"], "qzo"),
+        ([*ONE_TOKEN, "--lr", "1e-3"], "qzo"),
+        ([], "qzo"),
+    ],
+)
+def test_what_learns_best_is_chosen_by_the_rows_and_the_options(tiny, rows, tmp_path, options, method):
+    assert tune(tiny, rows, tmp_path / "run", *options) == 0
+    journal = Journal.open(tmp_path / "run" / "journal.db")
+    assert journal.header["method"]["name"] == journal.header["options"]["method"] == method
+    assert tune(tiny, rows, tmp_path / "run", *options, "--resume") == 0
+
+
 def test_inputs_are_never_replaced(tiny, rows, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()

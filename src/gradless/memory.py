@@ -15,6 +15,7 @@ adapters of rank 8 on all of them, T = batch * length the tokens and V the vocab
     zoqo    packed           -          N / 16: residuals       2 C min(L, TILE): a tile, unpacked
     quzo    packed           -          N / 16: residuals       2 C min(L, TILE)
     qzo     packed           -          4 B: fp32 masters      2 C min(L, TILE)
+    nzo     packed           -          4 B / 3: of a third    2 min(L, TILE)
 
 Full tuning is in fp32: 16 bytes a parameter with AdamW, which is also what mixed precision takes (bf16 weights and gradients,
 fp32 masters and moments). QAT holds latent weights and their rounded copies. Adapters are fp32 on a bf16 base, as peft makes
@@ -39,6 +40,8 @@ widest layer's (a gated product and its factors),
 times C: gradless reads both sides of a query in one forward, C = 2, unless T is above 1024; MeZO's dense weights one after the
 other. The same goes for logits.
 
+NZO passes 2 q = 16 tokens more of each example, and C = 1.
+
 Logits are those that a loss needs, one position an example: fp32 logits and their log-softmax, 8 V bytes an example, and 12 V
 with their gradient.
 """
@@ -61,9 +64,9 @@ from gradless.formats.gguf import GGUFFile
 from gradless.grids import integers
 from gradless.layers import TILE
 from gradless.spaces import parameter_sites
-from gradless.training.options import DEFAULT_STRIDE, PAIR_TOKENS
+from gradless.training.options import DEFAULT_STRIDE, LAST, NZO_QUERIES, PAIR_TOKENS
 
-METHODS = ("adamw", "sgd", "qat", "lora", "qlora", "mezo", "zoqo", "quzo", "qzo", "ezo")
+METHODS = ("adamw", "sgd", "qat", "lora", "qlora", "mezo", "zoqo", "quzo", "qzo", "nzo", "ezo")
 """What can be planned: by gradients all weights, quantization-aware, or adapters; by forward passes the rest."""
 RANK = 8
 """Of LoRA's adapters."""
@@ -128,9 +131,10 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
     both = inputs + sum(rows for rows, _ in shapes.linear)
     n, largest = (of(rows * columns for rows, columns in shapes.linear) for of in (sum, max))
     tokens, adapters = batch_size * length, RANK * both
+    of_token = 2 * (2 * shapes.hidden + 3 * max(map(max, shapes.linear)))
     forward = {
         "gradients": 0,
-        "activations": 2 * tokens * (2 * shapes.hidden + 3 * max(map(max, shapes.linear))),
+        "activations": tokens * of_token,
         "logits": 8 * batch_size * shapes.vocabulary,
     }
     full = {"gradients": 4 * p, "activations": 4 * tokens * both, "logits": 12 * batch_size * shapes.vocabulary}
@@ -156,6 +160,9 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
             return Memory(weights=shapes.packed, states=residuals, scratch=tile, **read)
         case "qzo" | "ezo":
             return Memory(weights=shapes.packed, states=4 * shapes.blocks, scratch=tile, **read)
+        case "nzo":
+            asked = {**forward, "activations": (tokens + 2 * NZO_QUERIES * batch_size) * of_token}
+            return Memory(weights=shapes.packed, states=round(4 * LAST * shapes.blocks), scratch=tile // copies, **asked)
     raise GradlessError(f"there is no method {method!r} to plan for; there are {', '.join(METHODS)}.")
 
 

@@ -38,8 +38,8 @@ from gradless.objectives import TokenizedExample
 from gradless.report.card import write_card
 from gradless.tasks.data import read_rows
 from gradless.tasks.prompts import Task, choose_task
-from gradless.training.options import MAY_CHANGE, MethodOptions, RunOptions, grid_name
-from gradless.training.trainer import ZOConfig, ZOTrainer, build_optimizer
+from gradless.training.options import CODES, MAY_CHANGE, MethodOptions, RunOptions, grid_name
+from gradless.training.trainer import ZOConfig, ZOTrainer, build_optimizer, shared_words
 
 DEFAULT_STEPS = 1000
 CARD = "README.md"
@@ -165,9 +165,9 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         `rounding` (losses before and after scales were rounded to the file's type), `finished`.
     """
     output = Path(options.output)
-    if options.activations == "fp8" and options.method == "qzo":
+    if options.activations == "fp8" and options.method not in CODES:
         raise GradlessError(
-            "qzo moves the scale of every group, and fp8 activations need one scale a row; leave --activations out."
+            f"{options.method} moves the scales of groups, and fp8 activations need one scale a row; leave --activations out."
         )
     _claim(output, options, [model, data, options.eval])
     if options.threads:
@@ -187,8 +187,9 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         say(f"quantizing {model} to {base}")
         quantize(loaded, base, options)
         loaded = load_model(base)
+    options = options.chosen(one_word=isinstance(loaded, QuantizedModel) and bool(shared_words(loaded.model, train.examples)))
     set_activations(loaded.model, options.activations)
-    say(how_it_multiplies(loaded, options))
+    say(f"method: {options.method}; {how_it_multiplies(loaded, options)}")
     if options.lora is not None:
         assert not isinstance(loaded, AdaptedModel)
         loaded = AdaptedModel(loaded, LoRA(options.lora, options.lora_alpha, options.lora_bits, options.seed))

@@ -20,7 +20,7 @@ from gradless.kernels.reference import f32, stopped
 from gradless.noise import Chunks, Direction, Signs
 from gradless.tensor import Move, Part, QuantTensor
 
-AT_ONCE = 1 << 20
+AT_ONCE = 1 << 17
 """Weights whose slopes are held at once."""
 
 

@@ -5,11 +5,12 @@ Importing this module is cheap: the command line reads it before torch is there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from gradless.errors import GradlessError
 from gradless.flags import option
 
+CHOICES = ("qzo", "nzo", "ezo", "quzo", "zoqo", "mezo")
 CODES = ("quzo", "zoqo")
 """The methods that tune integer codes."""
 RATIO = 0.3
@@ -35,9 +36,8 @@ class MethodOptions:
 
     method: str = option(
         "qzo",
-        "qzo: scales of a quantized model; nzo: scales too, for answers of one word, from perturbed outputs; ezo: offsets, "
-        "each example along a direction of its own; quzo, zoqo: integer codes; mezo: plain weights.",
-        choices=("qzo", "nzo", "ezo", "quzo", "zoqo", "mezo"),
+        "How to search; see RunOptions.",
+        choices=CHOICES,
     )
     lr: float | str | None = option(
         None,
@@ -62,7 +62,7 @@ class MethodOptions:
     clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.", methods=("qzo",))
     part: str | None = option(
         None,
-        "Which value of a block is tuned (default: qzo's scale, nzo's both); types without an offset, or without codebooks, tune "
+        "Which value of a block is tuned (default: scale, of nzo both); types without an offset, or without codebooks, tune "
         "their scale.",
         choices=("scale", "offset", "both", "codebook"),
         methods=("qzo", "nzo"),
@@ -115,25 +115,26 @@ class MethodOptions:
     weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.", methods=(*SHARED, "ezo"))
 
     def check(self) -> None:
-        """Refuse values that cannot work, or that the method would not read."""
+        """Refuse values that cannot work, or that the method (where it is still to be chosen, qzo) would not read."""
+        method = "qzo" if self.method == "auto" else self.method
         for each in fields(MethodOptions):
             value, choices, methods = getattr(self, each.name), each.metadata.get("choices"), each.metadata.get("methods")
             if choices and value not in (each.default, *choices):
                 raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
-            if methods and value != each.default and self.method not in methods:
-                raise GradlessError(f"{each.name} is for {' and '.join(methods)}; {self.method} does not read it.")
-        if isinstance(self.lr, str) and (self.lr != "auto" or self.method in CODES):
+            if methods and value != each.default and method not in methods:
+                raise GradlessError(f"{each.name} is for {' and '.join(methods)}; {method} does not read it.")
+        if isinstance(self.lr, str) and (self.lr != "auto" or method in CODES):
             raise GradlessError(f"lr is {self.lr!r}; it is a number, or auto for qzo, ezo and mezo.")
         if self.ratio is not None and self.lr not in (None, "auto"):
             raise GradlessError("ratio is for --lr auto; leave one of the two out.")
-        if self.ratio is not None and self.lr is None and self.method != "ezo":
-            raise GradlessError(f"ratio is for a step size that follows the estimates; give --lr auto to {self.method}.")
+        if self.ratio is not None and self.lr is None and method != "ezo":
+            raise GradlessError(f"ratio is for a step size that follows the estimates; give --lr auto to {method}.")
         if self.share is not None and self.share > 0.5:
             raise GradlessError(f"share is {self.share}; at most 0.5 of the codes can move in a query (--eps goes further).")
         if self.share is not None and (self.eps is not None or self.distribution == "uniform"):
             raise GradlessError("share stands for eps, with gaussian noise; leave --eps and --distribution out, or --share.")
-        if self.absolute and self.method in CODES and (self.eps is None or self.lr is None):
-            raise GradlessError(f"{self.method} has no defaults in units of the weights; give --eps and --lr with --absolute.")
+        if self.absolute and method in CODES and (self.eps is None or self.lr is None):
+            raise GradlessError(f"{method} has no defaults in units of the weights; give --eps and --lr with --absolute.")
         bits = self.perturbation_bits
         if bits is not None and not (2 <= bits <= 8 and self.roundings == 1):
             raise GradlessError(f"perturbation_bits is {bits}; it can be 2 to 8, and goes with one rounding.")
@@ -171,6 +172,13 @@ GRID_CHOICES = ("int", "uint", "fp8", "fp8-e5m2", "nf4")
 class RunOptions(MethodOptions):
     """Everything that `gradless tune` takes beside the model and the data."""
 
+    method: str = option(
+        "auto",
+        "qzo: scales of a quantized model; nzo: scales too, for answers of one word, from perturbed outputs; ezo: offsets, "
+        "each example along a direction of its own; quzo, zoqo: integer codes; mezo: plain weights; auto: nzo where all rows "
+        "choose among the same few one-token words and no option asks for another, else qzo.",
+        choices=("auto", *CHOICES),
+    )
     eval: str | None = option(None, "Rows to measure on, as DATA.", metavar="DATA")
     task: str | None = option(None, "A built-in task; without it, or --template, the data's columns decide.", metavar="NAME")
     template: str | None = option(None, "A prompt with {columns}, such as '{text} It was'.", metavar="TEXT")
@@ -207,6 +215,16 @@ class RunOptions(MethodOptions):
     resume: bool = option(False, "Go on with the run that --output holds.")
     overwrite: bool = option(False, "Replace the run that --output holds.")
     allow_changes: bool = option(False, "Resume although versions, kernels or threads differ; bits may then differ too.")
+
+    def chosen(self, *, one_word: bool) -> RunOptions:
+        """The options with `auto` made a method: one_word says whether nzo could tune on these rows."""
+        if self.method != "auto":
+            return self
+        nzo = one_word and self.lr is None and self.eps is None and self.lora is None
+        try:
+            return replace(self, method="nzo" if nzo else "qzo")
+        except GradlessError:  # an option that nzo does not read
+            return replace(self, method="qzo")
 
     @property
     def quantizes(self) -> bool:

@@ -229,7 +229,16 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         args = self.args
         missing = "nzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
         group = {**self._group("blocks", "nzo", missing), "part": args.part or "both", "relative": True}
-        words, q, size = self._words(), args.q or NZO_QUERIES, args.per_device_train_batch_size
+        words, q, size = (
+            len(shared_words(self.model, self.train_dataset)),
+            args.q or NZO_QUERIES,
+            args.per_device_train_batch_size,
+        )
+        if not words:
+            raise GradlessError(
+                "nzo asks for one of a few words, the same for all rows, each a single token, of a model that gradless knows "
+                f"({', '.join(ARCHITECTURES)}); use --method ezo or qzo."
+            )
         spaces = self.checkpoint.spaces(**{name: group[name] for name in ("kind", "names", "part", "relative")})
         order = noise.permutation(args.seed, 0, len(self.train_dataset)).tolist()[:LOOKED_AT]
         asked = []
@@ -240,21 +249,6 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         with torch.inference_mode():
             looks = looked_at(self._nodes(group["names"]), slopes, asked, q, args.seed)
         return {"group": group, "method": {"words": words, "looks": {name: look.to_json() for name, look in looks.items()}}}
-
-    def _words(self) -> int:
-        """Among how many words all examples choose.
-
-        Raises:
-            GradlessError: they do not, or the model does not take copies of a token.
-        """
-        words = {example.words for example in self.train_dataset} if _tokenized(self.train_dataset) else {None}
-        (shared,) = words if len(words) == 1 else (None,)
-        if shared is None or not self._keeps_places:
-            raise GradlessError(
-                "nzo asks for one of a few words, the same for all rows, each a single token, of a model that gradless knows "
-                f"({', '.join(ARCHITECTURES)}); use --method ezo or qzo."
-            )
-        return len(shared)
 
     def _nodes(self, names: Sequence[str]) -> Nodes:
         """The layers that multiply the named tensors."""
@@ -596,6 +590,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
+
+
+def shared_words(model: Any, data: Any) -> tuple[int, ...]:
+    """The token ids of the words among which all rows choose, of a model that takes copies of a token; () if there are none."""
+    words = {example.words for example in data} if _tokenized(data) and objectives.keeps_places(model) else set()
+    return (words.pop() or ()) if len(words) == 1 else ()
 
 
 def _asked_tokens(batch: dict[str, Any]) -> torch.Tensor:
