@@ -117,7 +117,8 @@ class MethodOptions:
     def check(self) -> None:
         """Refuse values that cannot work, or that the method (where it is still to be chosen, qzo) would not read."""
         method = "qzo" if self.method == "auto" else self.method
-        for each in fields(MethodOptions):
+        names = {each.name for each in fields(MethodOptions)}
+        for each in (each for each in fields(self) if each.name in names):
             value, choices, methods = getattr(self, each.name), each.metadata.get("choices"), each.metadata.get("methods")
             if choices and value not in (each.default, *choices):
                 raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
