@@ -22,7 +22,7 @@ def examples(tokenizer, n=20, *, words=("no", "yes"), end=""):
 
 def trainer(path, output, *, lora=None, **options):
     loaded = load_gguf(path) if lora is None else AdaptedModel(load_gguf(path), LoRA(lora))
-    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, "part": "scale"}
+    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
     config = ZOConfig(output_dir=str(output), **{**defaults, **options})
     of_one_token = {"words": ("n", "y"), "end": "\n"} if config.method == "nzo" else {}
     rows = examples(loaded.tokenizer, **of_one_token)

@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
         "--methods",
         default="all",
         metavar="A,B,..",
-        help="Some of: adamw, sgd, qat, lora, qlora, mezo, zoqo, quzo, qzo. (default: all)",
+        help="Some of: adamw, sgd, qat, lora, qlora, mezo, zoqo, quzo, qzo, nzo, ezo. (default: all)",
     )
     plan.add_argument("--batch-size", type=int, default=16, metavar="N", help="Examples in a forward. (default: 16)")
     plan.add_argument("--length", type=int, default=128, metavar="N", help="Tokens of an example. (default: 128)")
