@@ -13,7 +13,7 @@ from gradless.errors import GradlessError
 from gradless.formats.gguf_model import load_gguf
 from gradless.journal import _packed, _unpacked
 from gradless.methods import NZO
-from gradless.methods.nzo import Answers, Look, contrasts, looked_at
+from gradless.methods.nzo import FEATURES, Answers, Look, contrasts, looked_at
 from gradless.nodes import Nodes
 from gradless.objectives import TokenizedExample, collate
 from gradless.spaces import BlockSpace, CodeSpace
@@ -210,17 +210,18 @@ def test_features_weigh_directions_by_what_they_tell_apart():
 
 
 def test_a_journal_of_1000_steps_is_below_a_megabyte():
-    """20 layers of SmolLM2's widths, 16 examples, 8 queries each, two words."""
-    looks = [Look(torch.zeros(16, columns, dtype=torch.int8), 1e-4, 10.0, 0.2) for columns in [576, 1536] * 10]
+    """30 layers of SmolLM2's widths, 16 examples, 8 queries each, two words."""
+    random = (torch.randn(FEATURES, columns) * 30 for columns in [576, 1536] * 15)
+    looks = [Look(x.clamp(-127, 127).to(torch.int8), 1e-4, 10.0, 0.2) for x in random]
     header = len(json.dumps([look.to_json() for look in looks]))
-    numbers = tuple(int(x) for x in torch.randint(-7, 8, (16 * 8 + 20 * 16,)))
+    numbers = tuple(int(x) for x in torch.randint(-7, 8, (16 * 8 + 30 * FEATURES,)))
     assert header + 1000 * (len(json.dumps(_packed(numbers))) + 200) < 950_000
 
 
 def test_answers_that_are_not_finite_are_a_skipped_step():
     toy = Toy()
     before = toy.spaces[0].values.clone()
-    broken = Answers((math.nan, 1.0), torch.zeros(4, 2), torch.zeros(1, 2), torch.zeros(2, 1, 16))
+    broken = Answers((math.nan, 1.0), torch.zeros(4, 2), torch.zeros(1, 2), torch.zeros(2, 1, FEATURES))
     estimate = toy.method.estimate_of_answers([broken])
     assert not estimate.finite
     toy.method.apply(estimate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ RESOLUTION = 2.5
 """Units of those of them that are responses to one eps."""
 FINEST = 127
 """Largest of the whole numbers that features are made with."""
-FEATURES = 16
+FEATURES = 12
 """Principal directions of a layer's inputs in which updates lie."""
 AGREEMENT_LOST = 2 / 3
 """How much less the first and the last layer's sensitivities agree than two neighbours'."""
@@ -72,13 +73,13 @@ class Look:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        text = base64.b85encode(self.features.numpy().tobytes()).decode()
+        text = base64.b85encode(zlib.compress(self.features.numpy().tobytes(), 9)).decode()
         return {"features": text, "columns": self.features.shape[1], "gain": self.gain, "unit": self.unit, "slope": self.slope}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Look:
         """What `to_json` made."""
-        raw = torch.frombuffer(bytearray(base64.b85decode(values["features"])), dtype=torch.int8)
+        raw = torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(values["features"]))), dtype=torch.int8)
         return cls(raw.view(-1, values["columns"]), values["gain"], values["unit"], values["slope"])
 
 

@@ -19,7 +19,7 @@ SHARED = ("qzo", "quzo", "zoqo", "mezo")
 """The methods whose examples share their directions."""
 NZO_QUERIES = 8
 """Queries an example, each of two tokens."""
-LAST = 1 / 3
+LAST = 1 / 2
 """Of a model's layers those that nzo tunes: there one sensitivity serves all examples."""
 INTO_STREAM = ("o_proj", "down_proj")
 """The modules of a layer that nzo tunes: those that write into the residual stream."""
