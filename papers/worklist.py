@@ -34,7 +34,7 @@ TASKS: dict[str, tuple[Path, Path, Row]] = {
     "AG News": (SHARED / "agnews/dev.tsv", SHARED / "agnews/test.tsv", {**AGNEWS, "eval_rows": 500}),
     "RTE": (SHARED / "rte/train.tsv", SHARED / "rte/dev.tsv", {"task": "rte"}),
     "CB": (GLUE / "CB/train.jsonl", GLUE / "CB/val.jsonl", {"task": "cb"}),
-    "BoolQ": (GLUE / "BoolQ/train.jsonl", GLUE / "BoolQ/val.jsonl", {"task": "boolq", "eval_rows": 500}),
+    "BoolQ": (GLUE / "BoolQ/train.jsonl", GLUE / "BoolQ/val.jsonl", {"task": "boolq", "eval_rows": 250}),
     "COPA": (GLUE / "COPA/train.jsonl", GLUE / "COPA/val.jsonl", {"task": "copa"}),
     "SQuAD": (SHARED / "squad/train-v1.1.json", SHARED / "squad/dev-v1.1.json", {"task": "squad", "eval_rows": 100}),
 }
