@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gradless.kernels.reference import moved_blocks, products
 from gradless.tensor import CodebookTensor, Move, Part
@@ -29,9 +28,9 @@ def linear(tensor: CodebookTensor, rows: Tensor, x: Tensor, vectors: Vectors) ->
     views: tuple[Move | None, ...] = tensor.views or (None,)
     if tensor.part is Part.CODEBOOK:
         return products(x, dequantize(tensor, rows, x.dtype, vectors))
-    y = F.linear(x, vectors(tensor.packed[rows], _table(tensor, None), x.dtype))
+    y = products(x.flatten(0, 1).unsqueeze(0), vectors(tensor.packed[rows], _table(tensor, None), x.dtype).unsqueeze(0))
     scales = torch.stack([_scales(tensor, view)[rows].T for view in views])
-    return (y.float() * scales).to(x.dtype)
+    return (y.view(*x.shape[:-1], -1).float() * scales).to(x.dtype)
 
 
 def _scales(tensor: CodebookTensor, view: Move | None) -> Tensor:
