@@ -18,6 +18,7 @@ from gradless.nodes import Nodes
 from gradless.objectives import TokenizedExample, collate
 from gradless.spaces import BlockSpace, CodeSpace
 from gradless.tensor import Part
+from gradless.training.options import RunOptions
 from tests.test_kernels import quant as unnamed
 from tests.tiny import tiny_gguf
 
@@ -229,7 +230,27 @@ def test_answers_that_are_not_finite_are_a_skipped_step():
     assert toy.method.t == 1
 
 
+def test_a_first_look_at_few_rows_asks_every_layer():
+    toy = Toy()
+    toy.x, toy.labels, toy.tokens = toy.x[:1], toy.labels[:1], toy.tokens[:1]
+    looks = looked_at(Nodes(toy.layers), dict.fromkeys(NAMES, 1.0), [(toy.scores, toy.tokens)], QUERIES, 0)
+    assert all(0 < look.unit < math.inf and len(look.features) == 1 for look in looks.values())
+
+
+def test_a_layer_that_answers_do_not_follow_is_refused():
+    toy = Toy()
+    toy.read_off[1].zero_()
+    with pytest.raises(GradlessError, match="the answers stay as they are where the outputs of two are shifted"):
+        looked_at(Nodes(toy.layers), dict.fromkeys(NAMES, 1.0), [(toy.scores, toy.tokens)], QUERIES, 0)
+    toy.read_off[0].fill_(math.nan)
+    with pytest.raises(GradlessError, match="the answers are not finite where the outputs of one are shifted"):
+        looked_at(Nodes(toy.layers), dict.fromkeys(NAMES, 1.0), [(toy.scores, toy.tokens)], QUERIES, 0)
+
+
 def test_what_nzo_cannot_do_is_refused():
+    with pytest.raises(GradlessError, match="a codebook's entries do not"):
+        RunOptions(method="nzo", part="codebook")
+    assert RunOptions(part="codebook").chosen(one_word=True).method == "qzo"
     with pytest.raises(GradlessError, match="w is CodeSpace"):
         NZO([CodeSpace(quant("Q4_1", 2, 2))], words=2, looks={})
     with pytest.raises(GradlessError, match="v has 4 outputs"):

@@ -140,13 +140,12 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True, copies
     # Unfilled places hold token 0 at position 0: each is a sequence of its own, which no other attends to.
     input_ids = torch.zeros(n_rows, length, dtype=torch.int64)
     position_ids, owners = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    numbers = torch.full_like(input_ids, -1)
     rows: list[int] = []
     columns: list[int] = []
-    for number, ((row, start), ids, (prompt, _), i) in enumerate(zip(places, sequences, pairs, owner, strict=True)):
+    for (row, start), ids, (prompt, _), i in zip(places, sequences, pairs, owner, strict=True):
         here = slice(start, start + len(ids))
         input_ids[row, here] = torch.tensor(ids)
-        owners[row, here], numbers[row, here] = i, number
+        owners[row, here] = i
         position_ids[row, here] = torch.arange(len(ids)).clamp(max=len(ids) - 1 - copies)
         supervised = range(start + len(prompt) - 1, start + len(ids))
         rows += [row] * len(supervised)
@@ -154,7 +153,7 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True, copies
     return {
         "input_ids": input_ids,
         "position_ids": position_ids if packed or copies else None,
-        "attention_mask": _sees(numbers, position_ids) if copies else None,
+        "attention_mask": _sees(owners, position_ids) if copies else None,
         "owners": owners,
         "rows": torch.tensor(rows),
         "columns": torch.tensor(columns),
@@ -166,11 +165,11 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True, copies
     }
 
 
-def _sees(numbers: Tensor, position_ids: Tensor) -> Tensor:
-    """Of each token those before it in its sequence, and itself: bool (rows, 1, length, length)."""
-    before = position_ids.unsqueeze(1) < position_ids.unsqueeze(2)
-    same = numbers.unsqueeze(1) == numbers.unsqueeze(2)
-    return (same & before | torch.eye(numbers.shape[1], dtype=torch.bool)).unsqueeze(1)
+def _sees(owners: Tensor, position_ids: Tensor) -> Tensor:
+    """Of each token those before it in its example's one sequence, and itself: bool (rows, 1, length, length)."""
+    before = (position_ids.unsqueeze(1) < position_ids.unsqueeze(2)).tril()  # what fills a row up comes last in it
+    same = owners.unsqueeze(1) == owners.unsqueeze(2)
+    return (same & before | torch.eye(owners.shape[1], dtype=torch.bool)).unsqueeze(1)
 
 
 def doubled(batch: dict[str, Any]) -> dict[str, Any]:

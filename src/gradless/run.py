@@ -165,9 +165,10 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         `rounding` (losses before and after scales were rounded to the file's type), `finished`.
     """
     output = Path(options.output)
-    if options.activations == "fp8" and options.method not in CODES:
+    if options.activations == "fp8" and options.method not in (*CODES, "mezo"):
         raise GradlessError(
-            f"{options.method} moves the scales of groups, and fp8 activations need one scale a row; leave --activations out."
+            "qzo, nzo and ezo move the scales of groups, and fp8 activations need one scale a row; "
+            "give --method quzo or zoqo, or leave --activations out."
         )
     _claim(output, options, [model, data, options.eval])
     if options.threads:

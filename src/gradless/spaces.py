@@ -131,7 +131,7 @@ class BlockSpace(Space):
             rows = torch.empty_like(rows).index_copy_(1, tensor.row_order, rows)
         if tensor.column_order is not None:
             columns = columns[:, tensor.column_order]
-        group = -(-tensor.columns // tensor.values) if tensor.values == 1 else tensor.share * tensor.block.size
+        group = tensor.columns if tensor.values == 1 else tensor.share * tensor.block.size
         moved = tensor.master.clone()
         unit = tensor.unit()
         for these, slopes in self.slopes():

@@ -86,11 +86,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         distribution: of the directions' coordinates, or its name.
 
     Attributes:
-        each_example: whether a closure returns the loss of each example, which has a direction of its own.
         moved: the share of all integer codes that the last update changed; None where none are searched.
     """
-
-    each_example = False
 
     def __init__(
         self,

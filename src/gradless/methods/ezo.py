@@ -47,8 +47,6 @@ class EZO(ZerothOrderOptimizer):
         GradlessError: a space whose values tokens cannot read each under a move of their own; an eps of 1 or more.
     """
 
-    each_example = True
-
     def __init__(
         self,
         spaces: Iterable[Space] | Iterable[Group],

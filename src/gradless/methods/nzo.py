@@ -8,6 +8,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from gradless.methods.base import Estimate, Group, ZerothOrderOptimizer
 from gradless.nodes import Nodes
 from gradless.noise import Direction, Rademacher
 from gradless.spaces import BlockSpace, Space
+from gradless.tensor import Part
 
 MOST = 7
 """Largest of a step's whole numbers: half a byte each in the journal."""
@@ -29,12 +31,12 @@ FINEST = 127
 """Largest of the whole numbers that features are made with."""
 FEATURES = 12
 """Principal directions of a layer's inputs in which updates lie."""
-AGREEMENT_LOST = 2 / 3
-"""How much less the first and the last layer's sensitivities agree than two neighbours'."""
 REMEMBERED = 8
 """Steps whose queries the sensitivity rests on, about."""
 DAMPING = 0.01
 """lambda: of the inputs' mean square length."""
+LOOKS = 8
+"""Queries that the size of a layer's shifts rests on, at least."""
 PROBE = 0.5
 """By how much of its outputs' root mean square a layer is shifted before the run, to see how far the answers follow."""
 
@@ -114,7 +116,7 @@ class NZO(ZerothOrderOptimizer):
 
         xi_ik ~ {-1, +1}^D                             D: the outputs of all N layers together
         d_ik = [t_i(y + eps a / sqrt(N) xi_ik) - t_i(y - eps a / sqrt(N) xi_ik)] / 2
-        S <- S + sum_ik (d_ik - S xi_ik) (C xi_ik)^T / (D + min(t, 8) B q c),      C_nm = 1 - 2/3 |n - m| / N
+        S <- S + sum_ik (d_ik - S xi_ik) (C xi_ik)^T / (D + min(t, 8) B q c),      C_nm = exp(-|n - m| / N)
 
     with a_n what makes all layers count the same (see `Look`), so that d has a root mean square of eps, t the step, from 1 on,
     and c = max_n sum_m C_nm. S tends to the mean of J eps a / sqrt(N), and only what it did not foresee is learned. Then
@@ -136,7 +138,7 @@ class NZO(ZerothOrderOptimizer):
         seed: of the run.
 
     Raises:
-        GradlessError: a space that holds no block values, or layers of different widths.
+        GradlessError: a space that holds no block values, or codebooks, or layers of different widths.
     """
 
     def __init__(
@@ -160,14 +162,14 @@ class NZO(ZerothOrderOptimizer):
                     f"nzo tunes layers that write into one residual stream, of one width; {space.name} has {space.tensor.rows} "
                     "outputs: choose others with --target-modules."
                 )
+            if space.tensor.part is Part.CODEBOOK:
+                raise GradlessError(f"nzo tunes what belongs to one row; an entry of {space.name}'s codebooks does not.")
             self.followed.append(space)
         self.looks = {space.name: Look.from_json(looks[space.name]) for space in self.followed}
         self.contrasts = contrasts(words)
-        self.agreement = [
-            [math.exp(-abs(n - m) / len(self.looks)) for m in range(len(self.looks))] for n in range(len(self.looks))
-        ]
-        self._largest = float(torch.linalg.eigvalsh(torch.tensor(self.agreement, dtype=torch.float64))[-1])
-        self.sensitivity = torch.zeros(len(self.looks), words - 1, self.followed[0].tensor.rows)
+        layers = range(len(self.looks))
+        self.agreement = [[math.exp(-abs(n - m) / len(layers)) for m in layers] for n in layers]
+        self.sensitivity = torch.zeros(len(layers), words - 1, self.followed[0].tensor.rows)
         self.nodes: Nodes | None = None
 
     def derivative(self, plus: Any, minus: Any, group: Group) -> Any:
@@ -294,9 +296,13 @@ def looked_at(
     Args:
         nodes: the layers.
         slopes: mean squares, see `Look`.
-        batches: of each of some micro-batches the `scores` and the `tokens` of `NZO.ask`.
+        batches: of each of some micro-batches the `scores` and the `tokens` of `NZO.ask`; gone through again until every layer
+            has been asked `LOOKS` times.
         q: queries an example; each shifts one layer only, in turn.
         seed: of the run.
+
+    Raises:
+        GradlessError: the answers do not follow a layer.
     """
     inputs: dict[str, list[Tensor]] = {name: [] for name in slopes}
     followed: dict[str, list[Tensor]] = {name: [] for name in slopes}
@@ -304,8 +310,12 @@ def looked_at(
     with nodes.read(tokens[:, 0]) as seen:
         scores()
     sizes = {name: PROBE * float(y.square().mean().sqrt()) for name, (_, y) in seen.items()}
-    for step, (scores, tokens) in enumerate(batches):
-        mine = (torch.arange(len(tokens) * q) + step).view(-1, q) % len(slopes)
+    asked = 0
+    for step, (scores, tokens) in enumerate(cycle(batches)):
+        if step >= len(batches) and asked >= LOOKS * len(slopes):
+            break
+        mine = (torch.arange(len(tokens) * q) + asked).view(-1, q) % len(slopes)
+        asked += mine.numel()
 
         def shift(name: str, n: int = len(tokens), mine: Tensor = mine, step: int = step) -> Tensor:
             rows = seen[name][1].shape[1]
@@ -317,7 +327,16 @@ def looked_at(
             _, plus, minus = torch.split(scores().cpu(), [1, q, q], 1)
         responses = (plus - minus) @ contrasts(plus.shape[2]).T / 2
         for number, name in enumerate(slopes):
-            inputs[name].append(here[name][0].cpu())
             followed[name].append(responses[mine == number])
-    units = {name: sizes[name] / float(torch.cat(d).square().mean().sqrt()) for name, d in followed.items()}
-    return {name: Look.of(torch.cat(inputs[name]), units[name], slope) for name, slope in slopes.items()}
+            if step < len(batches):
+                inputs[name].append(here[name][0].cpu())
+    looks = {}
+    for name, slope in slopes.items():
+        response = float(torch.cat(followed[name]).square().mean().sqrt())
+        if not 0 < response < math.inf:
+            raise GradlessError(
+                f"the answers {'are not finite' if response else 'stay as they are'} where the outputs of {name} are shifted; "
+                "leave it out with --exclude-modules."
+            )
+        looks[name] = Look.of(torch.cat(inputs[name]), sizes[name] / response, slope)
+    return looks

@@ -5,7 +5,8 @@ Importing this module is cheap: the command line reads it before torch is there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
+from typing import Any
 
 from gradless.errors import GradlessError
 from gradless.flags import option
@@ -114,18 +115,24 @@ class MethodOptions:
     exclude_modules: str | None = option(None, "Leave these modules out.", metavar="A,B,..|REGEX")
     weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.", methods=(*SHARED, "ezo"))
 
+    @property
+    def queries(self) -> int:
+        """See `q`."""
+        return self.q or (NZO_QUERIES if self.method == "nzo" else 1)
+
     def check(self) -> None:
         """Refuse values that cannot work, or that the method (where it is still to be chosen, qzo) would not read."""
         method = "qzo" if self.method == "auto" else self.method
         names = {each.name for each in fields(MethodOptions)}
         for each in (each for each in fields(self) if each.name in names):
-            value, choices, methods = getattr(self, each.name), each.metadata.get("choices"), each.metadata.get("methods")
-            if choices and value not in (each.default, *choices):
-                raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
+            value, methods = getattr(self, each.name), each.metadata.get("methods")
+            _check_choice(each, value)
             if methods and value != each.default and method not in methods:
                 raise GradlessError(f"{each.name} is for {' and '.join(methods)}; {method} does not read it.")
         if isinstance(self.lr, str) and (self.lr != "auto" or method in CODES):
             raise GradlessError(f"lr is {self.lr!r}; it is a number, or auto for qzo, ezo and mezo.")
+        if self.part == "codebook" and method == "nzo":
+            raise GradlessError("nzo tunes what belongs to one row, and a codebook's entries do not; tune them with qzo.")
         if self.ratio is not None and self.lr not in (None, "auto"):
             raise GradlessError("ratio is for --lr auto; leave one of the two out.")
         if self.ratio is not None and self.lr is None and method != "ezo":
@@ -139,6 +146,12 @@ class MethodOptions:
         bits = self.perturbation_bits
         if bits is not None and not (2 <= bits <= 8 and self.roundings == 1):
             raise GradlessError(f"perturbation_bits is {bits}; it can be 2 to 8, and goes with one rounding.")
+
+
+def _check_choice(each: Field[Any], value: Any) -> None:
+    choices = each.metadata.get("choices")
+    if choices and value not in (each.default, *choices):
+        raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(map(str, choices))}.")
 
 
 POSITIVE = {
@@ -221,7 +234,7 @@ class RunOptions(MethodOptions):
         """The options with `auto` made a method: one_word says whether nzo could tune on these rows."""
         if self.method != "auto":
             return self
-        nzo = one_word and self.lr is None and self.eps is None and self.lora is None
+        nzo = one_word and self.lr is None and self.eps is None
         try:
             return replace(self, method="nzo" if nzo else "qzo")
         except GradlessError:  # an option that nzo does not read
@@ -236,9 +249,8 @@ class RunOptions(MethodOptions):
         """Refuse values that cannot work, wherever they came from."""
         self.check()
         for each in fields(self):
-            value, choices, needs = (getattr(self, each.name), each.metadata.get("choices"), each.metadata.get("needs"))
-            if choices and value not in (each.default, *choices):
-                raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(choices)}.")
+            value, needs = getattr(self, each.name), each.metadata.get("needs")
+            _check_choice(each, value)
             if needs and value != each.default and getattr(self, needs) is None:
                 raise GradlessError(f"{each.name} goes with --{needs}; give it too, or leave {each.name} out.")
             if each.name in POSITIVE and value not in (None, "auto") and not (isinstance(value, int | float) and value > 0):
@@ -250,9 +262,7 @@ class RunOptions(MethodOptions):
         if not 2 <= self.lora_bits <= 8:
             raise GradlessError(f"lora_bits is {self.lora_bits}; codes have 2 to 8.")
         if self.lora is not None and self.method not in CODES:
-            raise GradlessError(
-                f"lora is for quzo and zoqo, whose adapters live on a grid; {self.method} tunes the model's own."
-            )
+            raise GradlessError("lora is for adapters on a grid, which quzo and zoqo tune: choose one of them, or none.")
         if self.lora is not None and self.stride is not None:
             raise GradlessError("stride is for a model's own codes; adapters are tuned whole: leave it out with --lora.")
         if self.quantizes and self.activations == "int8" and not grid_name(self).startswith(("int", "uint")):

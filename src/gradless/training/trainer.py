@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,6 @@ from gradless.training.options import (
     FEW_LEVELS,
     INTO_STREAM,
     LAST,
-    NZO_QUERIES,
     PAIR_TOKENS,
     RATIO,
     MethodOptions,
@@ -182,9 +181,9 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         args = self.args
         method = {"name": args.method, "seed": args.seed}
         if args.method == "nzo":
-            return method | {"q": args.q or NZO_QUERIES, **self._looked()["method"]}
+            return method | {"q": args.queries, **self._looked()["method"]}
         if args.method != "ezo":
-            method |= {"q": args.q or 1, "distribution": args.distribution}
+            method |= {"q": args.queries, "distribution": args.distribution}
         if args.method == "quzo":
             method |= {"roundings": args.roundings, "perturbation_bits": args.perturbation_bits}
         if args.method == "zoqo":
@@ -226,14 +225,11 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         return self._seen
 
     def _look(self) -> dict[str, Any]:
-        args = self.args
+        args, size = self.args, self.args.per_device_train_batch_size
         missing = "nzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
-        group = {**self._group("blocks", "nzo", missing), "part": args.part or "both", "relative": True}
-        words, q, size = (
-            len(shared_words(self.model, self.train_dataset)),
-            args.q or NZO_QUERIES,
-            args.per_device_train_batch_size,
-        )
+        target = _last_layers(self.model.config.num_hidden_layers) if self.checkpoint.quantized else None
+        group = {**self._group("blocks", "nzo", missing, target=target), "part": args.part or "both", "relative": True}
+        words = len(shared_words(self.model, self.train_dataset))
         if not words:
             raise GradlessError(
                 "nzo asks for one of a few words, the same for all rows, each a single token, of a model that gradless knows "
@@ -247,7 +243,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             asked.append((partial(objectives.asked, self.model, batch), _asked_tokens(batch)))
         slopes = {space.name: space.mean_square_slope() for space in spaces}
         with torch.inference_mode():
-            looks = looked_at(self._nodes(group["names"]), slopes, asked, q, args.seed)
+            looks = looked_at(self._nodes(group["names"]), slopes, asked, args.queries, args.seed)
         return {"group": group, "method": {"words": words, "looks": {name: look.to_json() for name, look in looks.items()}}}
 
     def _nodes(self, names: Sequence[str]) -> Nodes:
@@ -295,13 +291,12 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             groups.append({**group, "names": names, "lr": lr, "eps": eps, **space})
         return groups
 
-    def _group(self, kind: str, default: str, missing: str, names: str | None = None) -> dict[str, Any]:
-        """One group over all tunable tensors of a kind."""
+    def _group(
+        self, kind: str, default: str, missing: str, *, names: str | None = None, target: str | None = None
+    ) -> dict[str, Any]:
+        """One group over all tunable tensors of a kind, or, where the user names no modules, over those of `target`."""
         args = self.args
-        targets = Targets(args.target_modules, args.exclude_modules)
-        if args.method == "nzo" and args.target_modules is None and self.checkpoint.quantized:
-            targets = replace(targets, target=_last_layers(self.model.config.num_hidden_layers))
-        tunable = self.checkpoint.tunable(names or kind, targets)
+        tunable = self.checkpoint.tunable(names or kind, Targets(args.target_modules or target, args.exclude_modules))
         if not tunable:
             raise GradlessError(f"{missing}.")
         lr, eps = DEFAULTS[default]
@@ -541,7 +536,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     # -- data and evaluation ------------------------------------------------------------------------------------------
 
     def _collate(self, examples: Sequence[TokenizedExample]) -> dict[str, Any]:
-        copies = 2 * (self.args.q or NZO_QUERIES) if self.args.method == "nzo" else 0
+        copies = 2 * self.args.queries if self.args.method == "nzo" else 0
         return objectives.collate(examples, packed=self._packed, copies=copies)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SeededSampler:
