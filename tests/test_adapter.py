@@ -131,7 +131,7 @@ def test_adapters_that_do_not_fit(tiny, rows, tmp_path, capsys):
     with pytest.raises(GradlessError, match=r"does not fit this model: no linear layer model\.layers\.9"):
         attach_peft(loaded, tmp_path / "other")
     assert tune(tiny, rows, tmp_path / "run", "--method", "qzo", "--lora", "4") == 1
-    assert "lora is for quzo and zoqo" in capsys.readouterr().err
+    assert "lora is for adapters on a grid, which quzo and zoqo tune" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("key", "value"), [("use_dora", True), ("rank_pattern", {"q_proj": 2}), ("bias", "all")])
