@@ -49,11 +49,11 @@ def forwards_a_step(row: Row) -> float:
     if row["method"] != "nzo":
         return 2.0
     from gradless import run
-    from gradless.training.options import NZO_QUERIES, RunOptions
+    from gradless.training.options import RunOptions
 
-    loaded, options = run.load_model(model_path()), RunOptions(**WEAK, seed=row["seed"])
+    loaded, options = run.load_model(model_path()), RunOptions(**WEAK, method="nzo", seed=row["seed"])
     examples = run.prepare(str(DATA / "train.tsv"), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
-    return 1 + 2 * NZO_QUERIES * len(examples) / sum(len(example.prompts[0]) for example in examples)
+    return 1 + 2 * options.queries * len(examples) / sum(len(example.prompts[0]) for example in examples)
 
 
 def counted(row: Row, found: Row) -> Row:

@@ -226,15 +226,15 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     def _look(self) -> dict[str, Any]:
         args, size = self.args, self.args.per_device_train_batch_size
-        missing = "nzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
-        target = _last_layers(self.model.config.num_hidden_layers) if self.checkpoint.quantized else None
-        group = {**self._group("blocks", "nzo", missing, target=target), "part": args.part or "both", "relative": True}
         words = len(shared_words(self.model, self.train_dataset))
         if not words:
             raise GradlessError(
                 "nzo asks for one of a few words, the same for all rows, each a single token, of a model that gradless knows "
                 f"({', '.join(ARCHITECTURES)}); use --method ezo or qzo."
             )
+        missing = "nzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
+        target = _last_layers(self.model.config.num_hidden_layers) if self.checkpoint.quantized else None
+        group = {**self._group("blocks", "nzo", missing, target=target), "part": args.part or "both", "relative": True}
         spaces = self.checkpoint.spaces(**{name: group[name] for name in ("kind", "names", "part", "relative")})
         order = noise.permutation(args.seed, 0, len(self.train_dataset)).tolist()[:LOOKED_AT]
         asked = []
