@@ -153,7 +153,7 @@ def test_an_output_that_holds_a_run_is_refused(tiny, rows, tmp_path, capsys):
 def test_a_dense_folder_is_tuned_by_mezo_and_replayed(tiny, rows, tmp_path):
     dense, run = tmp_path / "dense", tmp_path / "run"
     assert main(["dequantize", str(tiny), "--output", str(dense)]) == 0
-    assert tune(dense, rows, run, "--method", "mezo", "--lr", "1e-4") == 0
+    assert tune(dense, rows, run, "--lr", "1e-4") == 0
     assert main(["replay", str(dense), str(run / "journal.db"), "--output", str(tmp_path / "again")]) == 0
     ours, theirs = (folder / "model.safetensors" for folder in (run / "model", tmp_path / "again"))
     assert ours.read_bytes() == theirs.read_bytes()

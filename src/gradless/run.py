@@ -188,7 +188,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         say(f"quantizing {model} to {base}")
         quantize(loaded, base, options)
         loaded = load_model(base)
-    options = options.chosen(one_word=isinstance(loaded, QuantizedModel) and bool(shared_words(loaded.model, train.examples)))
+    options = options.chosen(quantized=loaded.quantized, one_word=bool(shared_words(loaded.model, train.examples)))
     set_activations(loaded.model, options.activations)
     say(f"method: {options.method}; {how_it_multiplies(loaded, options)}")
     if options.lora is not None:

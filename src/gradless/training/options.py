@@ -189,8 +189,8 @@ class RunOptions(MethodOptions):
     method: str = option(
         "auto",
         "qzo: scales of a quantized model; nzo: scales too, for answers of one word, from perturbed outputs; ezo: offsets, "
-        "each example along a direction of its own; quzo, zoqo: integer codes; mezo: plain weights; auto: nzo where all rows "
-        "choose among the same few one-token words and no option asks for another, else qzo.",
+        "each example along a direction of its own; quzo, zoqo: integer codes; mezo: plain weights; auto: mezo for plain weights, "
+        "nzo where all rows choose among the same few one-token words and no option asks for another, else qzo.",
         choices=("auto", *CHOICES),
     )
     eval: str | None = option(None, "Rows to measure on, as DATA.", metavar="DATA")
@@ -230,10 +230,13 @@ class RunOptions(MethodOptions):
     overwrite: bool = option(False, "Replace the run that --output holds.")
     allow_changes: bool = option(False, "Resume although versions, kernels or threads differ; bits may then differ too.")
 
-    def chosen(self, *, one_word: bool) -> RunOptions:
-        """The options with `auto` made a method: one_word says whether nzo could tune on these rows."""
+    def chosen(self, *, quantized: bool, one_word: bool) -> RunOptions:
+        """The options with `auto` made a method: whether the model has quantized weights, and whether nzo could tune them on
+        these rows."""
         if self.method != "auto":
             return self
+        if not quantized:
+            return replace(self, method="mezo")
         nzo = one_word and self.lr is None and self.eps is None
         try:
             return replace(self, method="nzo" if nzo else "qzo")
