@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gradless.errors import GradlessError
+from gradless.methods.watch import Watch
 from gradless.noise import NAMED, Direction, Distribution
 from gradless.spaces import Space
 from gradless.tensor import Move
@@ -79,14 +80,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     Args:
         spaces: what to search, as a list of spaces or as parameter groups with a "spaces" key and their own options.
         defaults: options of every group; they include `lr`, `eps` and `weight_decay`. Where they include `auto` and it is set,
-            lr is the root mean square of a step in units of eps; the step's own lr, which its estimate holds, follows from it
-            and the size of the last estimates (see `step_size`).
+            lr is the root mean square of a step in units of eps; the step's own lr, which its estimate holds, follows from it,
+            the size of the last estimates and the `watch` (see `step_size`).
         q: queries (directions) a step; each costs two forwards.
         seed: of the run; directions follow from (seed, step, query, tensor name, offset).
         distribution: of the directions' coordinates, or its name.
 
     Attributes:
         moved: the share of all integer codes that the last update changed; None where none are searched.
+        watch: halves steps that choose their own size where the loss rises.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.t = 0
         self.moved: float | None = None
         self.pending: Estimate | None = None
+        self.watch = Watch()
         self._powers: list[deque[float]] = [deque(maxlen=REMEMBERED) for _ in self.param_groups]
 
     def add_param_group(self, param_group: Group) -> None:
@@ -207,7 +210,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def step_size(self, group: int, d: Sequence[Loss]) -> float:
         """The lr of a group's next step, whose estimate has these derivatives: the group's own or, with `auto`, that with which
 
-            rms(lr ghat) = lr_group * eps,    rms(ghat)^2 = mean over the last steps of sum_i d_i^2 / q^2
+            rms(lr ghat) = watch * lr_group * eps,    rms(ghat)^2 = mean over the last steps of sum_i d_i^2 / q^2
 
         ghat = 1/q sum_i d_i u_i being the estimate, whose coordinates have that mean square where u's have one of 1.
         """
@@ -216,7 +219,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             return float(options["lr"])
         powers = [*self._powers[group], _power(d)][-REMEMBERED:]
         rms = math.sqrt(sum(powers) / len(powers))
-        return float(options["lr"] * options["eps"] / rms) if 0 < rms < math.inf else 0.0
+        return float(self.watch.factor * options["lr"] * options["eps"] / rms) if 0 < rms < math.inf else 0.0
 
     @torch.no_grad()
     def apply(self, *estimates: Estimate) -> None:
@@ -231,6 +234,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 of_group += self.moves(estimate.step, d, lr, group)
                 if group.get("auto"):
                     powers.append(_power(d))
+            if any(group.get("auto") for group in self.param_groups):
+                self.watch.see(estimate.loss)
         changed = sum(space.move(of_group) for of_group, spaces in zip(moves, self.spaces_of, strict=True) for space in spaces)
         codes = sum(space.codes for space in self.spaces)
         self.moved = changed / codes if codes else None

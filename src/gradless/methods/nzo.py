@@ -233,7 +233,7 @@ class NZO(ZerothOrderOptimizer):
         learned = self._learned(self.t, surprise, signs)
         change = torch.einsum("nbf,ntf,ntr,nur->bu", features, whole, learned, learned)
         size = float(change.square().mean().sqrt()) / self.param_groups[0]["eps"] * math.sqrt(len(self.looks))
-        eta = self.param_groups[0]["lr"] / size if size > 0 else 0.0
+        eta = self.watch.factor * self.param_groups[0]["lr"] / size if size > 0 else 0.0
         d = (*surprise.flatten().int().tolist(), *whole.flatten().int().tolist())
         return Estimate(self.t, ((up, down),), (d,), (eta,))
 
@@ -256,6 +256,7 @@ class NZO(ZerothOrderOptimizer):
         for estimate in estimates:
             if estimate.finite:
                 self._apply(estimate)
+                self.watch.see(estimate.loss)
         self.t = estimates[-1].step + 1
 
     def _apply(self, estimate: Estimate) -> None:

@@ -189,8 +189,8 @@ class RunOptions(MethodOptions):
     method: str = option(
         "auto",
         "qzo: scales of a quantized model; nzo: scales too, for answers of one word, from perturbed outputs; ezo: offsets, "
-        "each example along a direction of its own; quzo, zoqo: integer codes; mezo: plain weights; auto: mezo for plain weights, "
-        "nzo where all rows choose among the same few one-token words and no option asks for another, else qzo.",
+        "each example along a direction of its own; quzo, zoqo: integer codes; mezo: plain weights; auto: mezo for plain "
+        "weights, nzo where all rows choose among the same few one-token words and no option asks for another, else qzo.",
         choices=("auto", *CHOICES),
     )
     eval: str | None = option(None, "Rows to measure on, as DATA.", metavar="DATA")
