@@ -11,6 +11,8 @@ from gradless.formats.gguf_model import load_gguf
 from gradless.journal import Journal
 from gradless.objectives import Example, tokenize
 from gradless.training import trainer as trainers
+from gradless.training.options import DEFAULTS
+from gradless.training.probe import FACTORS
 from gradless.training.trainer import SeededSampler, ZOConfig, ZOTrainer
 from tests.tiny import tiny_gguf
 
@@ -113,7 +115,7 @@ def test_skipped_steps_are_counted_over_a_resume(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"method": "ezo"}, {"method": "quzo", "roundings": 2, "q": 2}, {"method": "zoqo"}],
+    [{}, {"method": "ezo", "eps": 1e-2}, {"method": "quzo", "roundings": 2, "q": 2}, {"method": "zoqo"}],
     ids=["qzo", "ezo", "quzo", "zoqo"],
 )
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_examples_of_micro_batches_have_directions_of_their_own(tiny, tmp_path):
 
 
 def test_a_step_that_follows_the_estimates_is_as_long_as_asked(tiny, tmp_path):
-    zo = trainer(tiny, tmp_path, method="ezo", ratio=0.2, max_steps=1, lr_scheduler_type="constant")
+    zo = trainer(tiny, tmp_path, method="ezo", ratio=0.2, eps=1e-2, max_steps=1, lr_scheduler_type="constant")
     before = [space.values.clone() for space in zo.create_optimizer().spaces]
     zo.train()
     units = [space.tensor.unit() for space in zo.zeroth_order.spaces]
@@ -197,6 +199,18 @@ def test_the_unquantized_tensors_steps_follow_the_estimates_too(tiny, tmp_path):
         scales, vectors = zo.create_optimizer().param_groups
         assert (scales["lr"], scales["auto"]) == (0.3, True)
         assert (vectors["lr"], vectors["auto"]) == (lr, not more)
+
+
+@pytest.mark.parametrize("options", [{"lr": "auto"}, {"method": "ezo"}])
+def test_eps_is_chosen_by_a_probe_where_steps_choose_themselves(tiny, tmp_path, options):
+    zo = trainer(tiny, tmp_path / "probed", **options)
+    header = zo.header()
+    assert FACTORS[0] < header["eps_factor"] < FACTORS[-1]
+    default = DEFAULTS[options.get("method", "qzo, codes from zero")][1]
+    assert [group["eps"] for group in header["groups"]] == [header["eps_factor"] * default]
+    assert zo.create_optimizer().param_groups[0]["eps"] == header["groups"][0]["eps"]
+    given = trainer(tiny, tmp_path / "given", eps=0.02, **options).header()
+    assert (given["eps_factor"], given["groups"][0]["eps"]) == (None, 0.02)
 
 
 def test_another_run_is_not_resumed(tiny, tmp_path):

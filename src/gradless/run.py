@@ -391,7 +391,7 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         if self.before is not None and self.trainer.journal is not None:
             self.trainer.journal.evaluated(0, self.before, 0.0)
         self.done_before = self.trainer.seconds if self.by_clock else state.global_step
-        self.bar = self.progress.add_task("", total=self.total, completed=int(self.done_before), text="")
+        self.progress.update(self.bar, total=self.total, completed=int(self.done_before), text="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args
@@ -418,6 +418,7 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
 
     def __enter__(self) -> None:
         self.progress.start()
+        self.bar = self.progress.add_task("", total=None, text="a first look at model and data")
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()

@@ -54,6 +54,7 @@ from gradless.training.options import (
     MethodOptions,
     qzo_default,
 )
+from gradless.training.probe import DIRECTIONS, best_factor
 
 LOOKED_AT = 128
 """Examples from which nzo takes the principal directions of a layer's inputs."""
@@ -156,6 +157,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self._sums: list[tuple[float, float]] = []
         self._answers: list[Answers] = []
         self._seen: dict[str, Any] | None = None
+        self._factor: float | None = None
         self._examples = 0
         self._seconds_before = 0.0
         self._began = 0.0
@@ -192,6 +194,14 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     def header_groups(self) -> list[dict[str, Any]]:
         """The parameter groups as plain values: kind and names of their tensors, and their options."""
+        if self.args.method == "nzo":
+            return [self._looked()["group"]]
+        groups = self._groups()
+        chosen = self.args.eps or self.args.unquantized_eps or not any(group.get("auto") for group in groups)
+        factor = 1.0 if chosen else self._probed(groups)
+        return [{**group, "eps": factor * group["eps"]} for group in groups]
+
+    def _groups(self) -> list[dict[str, Any]]:
         args = self.args
         match args.method:
             case "mezo" if self.checkpoint.quantized:
@@ -201,8 +211,6 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 return [{**self._group("parameters", "mezo", "this model has no linear layer"), "master": args.master}]
             case "quzo" | "zoqo":
                 return self._code_groups()
-            case "nzo":
-                return [self._looked()["group"]]
         groups = self._block_groups()
         if args.train_unquantized:
             lr, eps = DEFAULTS["mezo, floats of a GGUF"]
@@ -212,6 +220,31 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 vectors["lr"] = args.unquantized_lr or lr
             groups.append({**vectors, "eps": args.unquantized_eps or eps, "weight_decay": 0.0, "clip": args.clip})
         return groups
+
+    def _probed(self, groups: list[dict[str, Any]]) -> float:
+        """By what to multiply the groups' eps, as the first rows say; of a resumed run, what they said then."""
+        if self._factor is None and self.journal is not None:
+            self._factor = self.journal.header.get("eps_factor", 1.0)
+        if self._factor is None:
+            method = build_optimizer(self.checkpoint, groups, self.header_method())
+            method.q = 1 if isinstance(method, EZO) else DIRECTIONS
+            inputs = self._prepare_inputs(self.data_collator(self._first_rows(self.args.per_device_train_batch_size)))
+            self.model.eval()
+
+            def derivatives(factor: float) -> torch.Tensor:
+                for group, given in zip(method.param_groups, groups, strict=True):
+                    group["eps"] = factor * given["eps"]
+                losses = self._query(method, self.model, inputs)
+                return torch.tensor([float(plus - minus) / (2 * factor) for plus, minus in losses])
+
+            with torch.inference_mode():
+                self._factor = best_factor(derivatives)
+        return self._factor
+
+    def _first_rows(self, n: int) -> list[Any]:
+        """The first rows that are trained on."""
+        order = noise.permutation(self.args.seed, 0, len(self.train_dataset)).tolist()
+        return [self.train_dataset[i] for i in order[:n]]
 
     def _looked(self) -> dict[str, Any]:
         """What nzo sees of model and data before its first step, as the header keeps it; of a resumed run, what it saw then."""
@@ -236,10 +269,9 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         target = _last_layers(self.model.config.num_hidden_layers) if self.checkpoint.quantized else None
         group = {**self._group("blocks", "nzo", missing, target=target), "part": args.part or "both", "relative": True}
         spaces = self.checkpoint.spaces(**{name: group[name] for name in ("kind", "names", "part", "relative")})
-        order = noise.permutation(args.seed, 0, len(self.train_dataset)).tolist()[:LOOKED_AT]
-        asked = []
-        for start in range(0, len(order), size):
-            batch = self._prepare_inputs(self._collate([self.train_dataset[i] for i in order[start : start + size]]))
+        rows, asked = self._first_rows(LOOKED_AT), []
+        for start in range(0, len(rows), size):
+            batch = self._prepare_inputs(self._collate(rows[start : start + size]))
             asked.append((partial(objectives.asked, self.model, batch), _asked_tokens(batch)))
         slopes = {space.name: space.mean_square_slope() for space in spaces}
         with torch.inference_mode():
@@ -328,9 +360,11 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 case NZO() as method:
                     losses = self._ask(method, model, inputs)
                 case EZO() as method:
-                    losses = self._each_query(method, model, inputs)
+                    losses = self._query(method, model, inputs, first=len(self._sums))
+                    self._sums, self._examples = self._sums + losses, 1
                 case method:
                     losses = self._query(method, model, inputs)
+                    self._add(losses, len(inputs["sizes"]) if "sizes" in inputs else 1)
         share = 1 / self.current_gradient_accumulation_steps
         return torch.tensor(share * sum(map(sum, losses)) / (2 * len(losses)), device=self.args.device)
 
@@ -342,27 +376,24 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         up, down = self._answers[-1].losses
         return [(up / len(inputs["sizes"]), down / len(inputs["sizes"]))]
 
-    def _query(self, method: ZerothOrderOptimizer, model: Any, inputs: Any) -> list[tuple[Any, Any]]:
-        """The losses of a micro-batch, which are added up over the step."""
-        examples = len(inputs["sizes"]) if "sizes" in inputs else 1
-        losses = method.query(lambda: self.compute_loss(model, inputs), self._pair(model, inputs))
-        self._examples += examples
-        before = self._sums or [(0.0, 0.0)] * len(losses)
-        self._sums = [(p + examples * plus, m + examples * minus) for (p, m), (plus, minus) in zip(before, losses, strict=True)]
-        return losses
-
-    def _each_query(self, method: EZO, model: Any, inputs: Any) -> list[tuple[Any, Any]]:
-        """The losses of a micro-batch's examples, each along its own direction, behind those before."""
+    def _query(self, method: ZerothOrderOptimizer, model: Any, inputs: Any, first: int = 0) -> list[tuple[Any, Any]]:
+        """(loss at +eps, loss at -eps) of a micro-batch along each direction; of ezo, of each of its examples, from the
+        direction `first` on."""
+        if not isinstance(method, EZO):
+            return method.query(lambda: self.compute_loss(model, inputs), self._pair(model, inputs))
         if not (self._computes_losses(inputs) and self._keeps_places):
             raise GradlessError(
                 f"{self.args.method} needs to know which tokens are whose: rows that gradless tokenized, its own loss, and a "
                 f"model whose layers all see a batch's tokens in their order ({', '.join(ARCHITECTURES)})."
             )
         pair = self._pair(model, inputs, mean=False)
-        closure = lambda: objectives.losses(model, inputs)[0]  # noqa: E731
-        losses = method.query(closure, pair, owners=inputs["owners"], first=len(self._sums))
-        self._sums, self._examples = self._sums + losses, 1
-        return losses
+        return method.query(lambda: objectives.losses(model, inputs)[0], pair, owners=inputs["owners"], first=first)
+
+    def _add(self, losses: list[tuple[Any, Any]], examples: int) -> None:
+        """Add a micro-batch's losses to the step's."""
+        before = self._sums or [(0.0, 0.0)] * len(losses)
+        self._sums = [(p + examples * plus, m + examples * minus) for (p, m), (plus, minus) in zip(before, losses, strict=True)]
+        self._examples += examples
 
     def _computes_losses(self, inputs: Any) -> bool:
         """Whether a batch is one of `TokenizedExample`s, with the loss that is ours."""
@@ -446,6 +477,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         return {
             "method": self.header_method(),
             "groups": self.header_groups(),
+            "eps_factor": self._factor,
             "base": self.checkpoint.fingerprint(),
             "lora": asdict(self.checkpoint.lora) if isinstance(self.checkpoint, AdaptedModel) else None,
             "query_shares": [optimizer.distribution(group).share for group in optimizer.param_groups],
