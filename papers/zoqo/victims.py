@@ -96,18 +96,20 @@ def cifar10_model() -> nn.Module:
 
 
 class Normalize(nn.Module):
+    """Pixels as the model wants them; channels last, where torch's convolutions and pools on a CPU are several times as fast."""
+
     def __init__(self, mean: float, std: float) -> None:
         super().__init__()
         self.mean, self.std = mean, std
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images - self.mean) / self.std
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
 def filled(model: nn.Module, values: list[Tensor]) -> nn.Module:
     """The model, in eval mode, with these values for its parameters and buffers, in their order."""
     model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
-    return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 VICTIMS = {"mnist": (mnist_images, mnist_model), "cifar10": (cifar10_images, cifar10_model)}

@@ -25,7 +25,7 @@ class ZOQOAttack(Attack):
     Args:
         directions: "chunks" or "random".
         mu: how far random directions move a pixel, as a share of eps; at least a grid step.
-        share: of the pixels that they move; where a grid step is longer than mu, fewer by as much.
+        share: of the pixels that they move; where mu is less than three grid steps, fewer by as much.
         eta: root mean square of the first step with random directions, over all pixels, as a share of eps; see `falling`.
         q: random directions a step.
         eps: as the rest, see `Attack`; `bits` is 8 unless another number, or None for no grid, is given.
@@ -37,7 +37,7 @@ class ZOQOAttack(Attack):
         *,
         bits: int | None = 8,
         directions: Literal["chunks", "random"] = "chunks",
-        mu: float = 0.16,
+        mu: float = 0.48,
         share: float = 0.1,
         eta: float = 0.3,
         q: int = 1,
@@ -63,7 +63,7 @@ class ZOQOAttack(Attack):
             far = 2 * levels
             return space, ZOQO([space], lr=far, whole_steps=True, seed=self.seed, distribution=Chunks(pixels, far))
         space, m = ImageSpace(images, self.ball, first=first), max(1, round(self.mu * levels))
-        u = sparse(m, self.share * min(1, self.mu * levels / m))
+        u = sparse(m, self.share * min(1, self.mu * levels / 3))
         lr = min(2, self.eta / u.share**0.5) * levels
         return space, ZOQO([space], lr=lr, whole_steps=True, q=self.q, seed=self.seed, distribution=u)
 
