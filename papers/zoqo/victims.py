@@ -96,7 +96,7 @@ def cifar10_model() -> nn.Module:
 
 
 class Normalize(nn.Module):
-    """Pixels as the model wants them; channels last, where torch's convolutions and pools on a CPU are several times as fast."""
+    """Pixels as the model wants them; channels last, where torch's convolutions and pools on a CPU are faster."""
 
     def __init__(self, mean: float, std: float) -> None:
         super().__init__()
