@@ -187,9 +187,11 @@ def test_info_names_types_sizes_and_what_each_method_tunes(tiny, capsys):
     assert main(["info", str(tiny), "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert {row["type"]: row["bits_per_weight"] for row in about["types"]} == {"Q4_1": 5.0, "Q8_0": 8.5, "F32": 32.0}
-    assert about["tunable"]["qzo"]["tensors"] == 14
+    assert about["tunable"]["qzo"]["tensors"] == about["tunable"]["ezo"]["with offsets"] == 14
     assert main(["info", str(tiny), "--eps", "1e-4"]) == 0
-    assert "warning: of a perturbation of eps 0.0001 only a cosine of" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "warning: of a perturbation of eps 0.0001 only a cosine of" in shown
+    assert "those of o_proj and down_proj in the last 50% of the layers" in shown
 
 
 def test_configuration_from_yaml_and_the_command_line_wins(tmp_path):

@@ -16,7 +16,7 @@ from gradless.formats.gguf import GGUFFile
 from gradless.formats.hub import local
 from gradless.noise import Direction
 from gradless.tensor import CodebookTensor, Move, Part, QuantTensor
-from gradless.training.options import DEFAULT_STRIDE, DEFAULTS, qzo_default
+from gradless.training.options import DEFAULT_STRIDE, DEFAULTS, INTO_STREAM, LAST, qzo_default
 
 ENOUGH = 0.9
 """Cosine between an intended perturbation and what is left of it in a bf16 scratch, below which `info` warns."""
@@ -65,6 +65,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         ],
         "tunable": {
             "qzo": {"tensors": len(linear), "values": sum(tensor.rows * tensor.values for tensor in linear)},
+            "ezo": {"tensors": len(linear), "with offsets": sum(tensor.has_offset for tensor in linear)},
             "quzo, zoqo": {"tensors": len(coded), "values": sum(-(-t.rows // DEFAULT_STRIDE) * t.columns for t in coded)},
             "mezo": {"tensors": len(floats), "values": sum(values.numel() for values in floats)},
         },
@@ -108,6 +109,8 @@ def as_text(description: dict[str, Any]) -> str:
     lines += [
         "",
         f"  qzo would tune  {tunable['qzo']['values']:>12,} block values in {tunable['qzo']['tensors']} linear layers",
+        f"  ezo would tune  their offsets in {tunable['ezo']['with offsets']} of these layers, their scales in the others",
+        f"  nzo would tune  those of {' and '.join(INTO_STREAM)} in the last {LAST:.0%} of the layers, for answers of one word",
         f"  quzo, zoqo would tune {tunable['quzo, zoqo']['values']:>6,} codes of the same layers, one row in {DEFAULT_STRIDE}",
         f"  mezo would tune {tunable['mezo']['values']:>12,} values in {tunable['mezo']['tensors']} norms and biases",
         f"  kernels: {description['kernels']}"
