@@ -189,8 +189,9 @@ class WorkList:
         journal.close()
         return found
 
-    def first_order(self, loaded: Any, steps: int, lr: float = 2e-5, task: str = "SST-2") -> Row:
-        """AdamW (constant lr, fp32) on what a dense model trains, all of it or its adapters, in the order of seed 0."""
+    def first_order(self, loaded: Any, steps: int, lr: float = 2e-5, task: str = "SST-2", every: int = 25) -> Row:
+        """AdamW (constant lr, fp32) on what a dense model trains, all of it or its adapters, in the order of seed 0, measured
+        every so many steps and at the end."""
         import torch
 
         from gradless import noise, objectives, run
@@ -207,7 +208,7 @@ class WorkList:
         curve, seconds, order = [], 0.0, noise.permutation(0, 0, len(train)).tolist()
         torch.set_float32_matmul_precision("medium")
         for step in range(steps + 1):
-            if step % 25 == 0 or step == steps:
+            if step == steps or (step % every == 0 and every < steps):
                 metrics = objectives.evaluate(model, dev, loaded.tokenizer)
                 curve.append({"step": step, "seconds": seconds, **metrics})
                 print(curve[-1], flush=True)

@@ -189,6 +189,7 @@ def scores(arguments: argparse.Namespace) -> None:
     found = []
     with torch.inference_mode():
         for ids, lengths in zip(asked["ids"].split(16), asked["lengths"].split(16), strict=True):
+            ids = ids[:, : int(lengths.max())]
             mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
             last = model(ids, attention_mask=mask.long()).logits[torch.arange(len(ids)), lengths - 1]
             found.append(last[:, asked["candidates"]].float())

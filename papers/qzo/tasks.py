@@ -106,10 +106,14 @@ def zero(row: Row) -> Row:
     return run.evaluate(str(base(row["base"])), str(dev), RunOptions(**options))
 
 
+def measured_every(row: Row) -> int:
+    """Steps between a row's measurements; of curves of other tasks than SST-2 nothing is drawn."""
+    return row["steps"] // (4 if row["kind"] == "tune" else 2) if row["task"] == "SST-2" else row["steps"]
+
+
 def tune(row: Row) -> Row:
     train, dev, options = TASKS[row["task"]]
-    every = row["steps"] // (4 if row["task"] == "SST-2" else 1)  # of the others' curves nothing is drawn
-    return WORK.tune({**row, "prompt": options, "train_rows": None}, base(row["base"]), every, train, dev)
+    return WORK.tune({**row, "prompt": options, "train_rows": None}, base(row["base"]), measured_every(row), train, dev)
 
 
 def lora(row: Row) -> Row:
@@ -122,7 +126,8 @@ def lora(row: Row) -> Row:
 
     loaded = run.load_model(base(row["base"]))
     model = get_peft_model(dequantized(loaded).float(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    return WORK.first_order(DenseModel(model, loaded.tokenizer), row["steps"], lr=1e-3, task=row["task"])
+    adapted = DenseModel(model, loaded.tokenizer)
+    return WORK.first_order(adapted, row["steps"], lr=1e-3, task=row["task"], every=measured_every(row))
 
 
 def table(done: dict[str, Row]) -> str:
