@@ -32,7 +32,7 @@ def rows() -> dict[str, Row]:
         made[f"QZO, int8 activations, 1000 steps, seed {seed}"] = row
     made["QZO from the strong prompt, 1000 steps"] = {"kind": "tune", "steps": 1000, "prompt": STRONG}
     made["AdamW on the dense model, 50 steps"] = {"kind": "adamw", "steps": 50}
-    made["MeZO on the dense model, 1000 steps"] = {"kind": "tune", "method": "mezo", "steps": 1000}
+    made["MeZO on the dense model, 1000 steps"] = {"kind": "tune", "method": "mezo", "steps": 1000, "lr": 1e-5}
     made["QZO, 3000 steps"] = {"kind": "tune", "steps": 3000}
     return made
 

@@ -68,7 +68,7 @@ def rows() -> dict[str, Row]:
             by_lora(task, base)
         zero_shot(task, "bf16")
         steps = FEWER_STEPS.get(task, STEPS)
-        tuned(task, "bf16", f"MeZO, {steps} steps, seed 0", method="mezo", steps=steps)
+        tuned(task, "bf16", f"MeZO, {steps} steps, seed 0", method="mezo", steps=steps, lr=1e-5)
     for clip in (1.0, 0.3):
         tuned("SST-2", "GPTQ", f"{Q}, C = {clip:g}", clip=clip)
     for lr, eps in ((4e-4, 2e-2), (4e-3, 6e-2), (1.6e-2, 6e-2), (3.2e-2, 6e-2), (8e-3, 2e-2), (8e-3, 1.2e-1)):

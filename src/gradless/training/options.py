@@ -14,7 +14,7 @@ from gradless.flags import option
 CHOICES = ("qzo", "nzo", "ezo", "quzo", "zoqo", "mezo")
 CODES = ("quzo", "zoqo")
 """The methods that tune integer codes."""
-RATIO = 0.3
+RATIO, MEZO_RATIO = 0.3, 0.2
 """Of a step's root mean square to a query's, where the step size follows the estimates."""
 SHARED = ("qzo", "quzo", "zoqo", "mezo")
 """The methods whose examples share their directions."""
@@ -43,12 +43,14 @@ class MethodOptions:
     lr: float | str | None = option(
         None,
         "Step size at the start (zoqo: eta, in grid steps; nzo: by how much a step changes the answers' scores), or auto: from "
-        "the estimates' size and --ratio (ezo's default), and --eps, where not given, from a short probe.",
+        "the estimates' size and --ratio (ezo's default, and mezo's), and --eps, where not given, from a short probe.",
         parse=number_or_auto,
         metavar="N|auto",
     )
     ratio: float | None = option(
-        None, f"--lr auto: the root mean square of a step, in units of eps (default: {RATIO}).", methods=("qzo", "ezo", "mezo")
+        None,
+        f"--lr auto: the root mean square of a step, in units of eps (default: {RATIO}, of mezo {MEZO_RATIO}).",
+        methods=("qzo", "ezo", "mezo"),
     )
     eps: float | None = option(None, "Size of a query's perturbation (quzo, and zoqo's mu: in grid steps).")
     share: float | None = option(
@@ -135,7 +137,7 @@ class MethodOptions:
             raise GradlessError("nzo tunes what belongs to one row, and a codebook's entries do not; tune them with qzo.")
         if self.ratio is not None and self.lr not in (None, "auto"):
             raise GradlessError("ratio is for --lr auto; leave one of the two out.")
-        if self.ratio is not None and self.lr is None and method != "ezo":
+        if self.ratio is not None and self.lr is None and method not in ("ezo", "mezo"):
             raise GradlessError(f"ratio is for a step size that follows the estimates; give --lr auto to {method}.")
         if self.share is not None and self.share > 0.5:
             raise GradlessError(f"share is {self.share}; at most 0.5 of the codes can move in a query (--eps goes further).")
@@ -294,10 +296,12 @@ DEFAULTS = {
     "zoqo": (0.04, 0.53),
     "zoqo, few levels": (0.04, 0.53),
     "zoqo, lora": (0.05, 2.4),
-    "mezo": (1e-5, 1e-3),
+    "mezo": (MEZO_RATIO, 1e-3),
     "mezo, floats of a GGUF": (1e-3, 3e-2),
 }
-"""(lr, or ezo's ratio, and eps) that learn where a user gives none; docs/results.md has the runs behind them."""
+"""(lr, or a ratio, and eps) that learn where a user gives none; docs/results.md has the runs behind them."""
+AUTO = ("ezo", "ezo, scales", "mezo")
+"""Those of `DEFAULTS` that begin with a ratio: steps choose their own size."""
 
 
 def qzo_default(centred: bool) -> str:

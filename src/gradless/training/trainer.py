@@ -42,6 +42,7 @@ from gradless.noise import discretized_gaussian
 from gradless.objectives import TokenizedExample
 from gradless.targets import Targets
 from gradless.training.options import (
+    AUTO,
     DEFAULT_GRID,
     DEFAULT_SPAN,
     DEFAULT_STRIDE,
@@ -335,9 +336,12 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if args.share is not None:
             eps = eps_of_share(args.share) if args.method == "quzo" else mu_of_share(args.share)
         options = {"lr": lr if args.lr is None else args.lr, "eps": args.eps or eps, "weight_decay": args.weight_decay}
-        if args.lr == "auto" or args.method == "ezo":
-            auto = not isinstance(args.lr, int | float)
-            options |= {"lr": args.ratio or RATIO if auto else args.lr, "auto": auto}
+        chooses = default in AUTO
+        auto = args.lr == "auto" or (args.lr is None and (chooses or args.ratio is not None))
+        if auto:
+            options["lr"] = args.ratio or (lr if chooses else RATIO)
+        if auto or chooses:
+            options["auto"] = auto
         return {"kind": kind, "names": tunable, **options}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
