@@ -136,7 +136,7 @@ def table(done: dict[str, Row]) -> str:
     columns |= {"seconds": figure("seconds", ".0f"), "peak MB": figure("peak_mb", "")}
     lines = WORK.table(done, columns)
     drawn = [name for name in WORK.rows if name.startswith("SST-2") and "curve" in done.get(name, ())]
-    drawn = [name for name in drawn if "C =" not in name and "lr " not in name]
+    drawn = [name for name in drawn if "C =" not in name and "eps " not in name]
     WORK.draw(drawn, ROOT / "docs" / "qzo-checkpoints.png", ("loss", "accuracy"))
     return "\n".join(lines)
 
