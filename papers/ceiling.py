@@ -6,8 +6,8 @@
 To first order, changing the layers that NZO tunes adds to the words' scores a linear function of what they take in at the token
 where the answer is given. Here such a function is fitted outright: logistic regression over those inputs, from the untuned
 scores on, with the ridge penalty that is best on the dev rows. So no steps and no noise of queries are left in it, and the dev
-rows chose the penalty: it flatters. Inputs are scaled as `gradless.methods.nzo.Look` scales them, in so many of their
-principal directions. A line a choice of layers and directions: accuracy and loss on the rows of training, then on the dev rows.
+rows chose the penalty: it flatters. Inputs enter as NZO's features do, in so many of their principal directions. A line a
+choice of layers and directions: accuracy and loss on the rows of training, then on the dev rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from worklist import MODELS, TASKS
 
 from gradless import objectives, run
 from gradless.layers import QuantLinear
-from gradless.methods.nzo import DAMPING
+from gradless.methods.nzo import damped
 from gradless.nodes import Nodes
 from gradless.training.options import INTO_STREAM, RunOptions
 
@@ -42,20 +42,12 @@ def seen(model: Any, layers: dict[str, Any], examples: list[objectives.Tokenized
     nodes = Nodes(layers)
     with torch.inference_mode():
         for batch in map(objectives.collate, objectives.batches(examples, 32)):
-            with nodes.read(batch["rows"] * batch["input_ids"].shape[1] + batch["columns"]) as inside:
-                scores = torch.stack(objectives.scores(model, batch))
+            with nodes.read(objectives.asked_tokens(batch)[:, 0]) as inside:
+                scores = objectives.asked(model, batch)[:, 0]
             inside = {name: x for name, (x, _) in inside.items()}
             for name, value in {**inside, "scores": scores, "labels": batch["labels"]}.items():
                 found[name].append(value)
     return {name: torch.cat(each) for name, each in found.items()}
-
-
-def features(train: Tensor, dev: Tensor, directions: int | None) -> tuple[Tensor, Tensor]:
-    """Inputs (n, columns) of both as `Look` scales them: (n, directions)."""
-    _, spread, principal = torch.linalg.svd(train, full_matrices=False)
-    along, length = spread[:directions].square() / len(train), spread.square().sum() / len(train)
-    scaled = principal[:directions] / (length * (1 + along / (DAMPING * length))).sqrt().unsqueeze(1)
-    return train @ scaled.T, dev @ scaled.T
 
 
 def fitted(products: Tensor, scores: Tensor, labels: Tensor, ridge: float) -> Tensor:
@@ -92,10 +84,11 @@ def main() -> None:
     majority = float(dev["labels"].bincount().max() / len(dev["labels"]))
     print(f"{arguments.task}, {len(train['labels'])} rows, {len(dev['labels'])} dev rows; majority {majority:.4f}\n")
     print("| layers | directions | train | loss | dev | loss | ridge |\n|---|---|---|---|---|---|---|")
-    for part, names in (("last half", list(layers)[len(layers) // 2 :]), ("all", list(layers))):
-        for directions in DIRECTIONS:
-            each = [features(train[name], dev[name], directions) for name in names]
-            here, there = (torch.cat(side, 1) for side in zip(*each, strict=True))
+    directions = {name: damped(train[name]).float().T for name in layers}
+    features = [(train[name] @ by, dev[name] @ by) for name, by in directions.items()]
+    for part, first in (("last half", len(layers) // 2), ("all", 0)):
+        for count in DIRECTIONS:
+            here, there = (torch.cat([x[:, :count] for x in side], 1) for side in zip(*features[first:], strict=True))
             products, across = here @ here.T, there @ here.T
             unit, tried = float(products.diagonal().mean()), []
             for ridge in RIDGES:
@@ -106,7 +99,7 @@ def main() -> None:
                 tried.append((figures, ridge))
             ((accuracy, loss), (dev_accuracy, dev_loss)), ridge = min(tried, key=lambda of: of[0][1][1])
             shown = f"{accuracy:.4f} | {loss:.4f} | {dev_accuracy:.4f} | {dev_loss:.4f} | {ridge:g}"
-            print(f"| {part} | {directions or 'every'} | {shown} |", flush=True)
+            print(f"| {part} | {count or 'every'} | {shown} |", flush=True)
 
 
 if __name__ == "__main__":

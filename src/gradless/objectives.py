@@ -225,6 +225,12 @@ def asked(model: Any, batch: dict[str, Any]) -> Tensor:
     return every.view(len(batch["sizes"]), -1, every.shape[1])
 
 
+def asked_tokens(batch: dict[str, Any]) -> Tensor:
+    """Which tokens of a batch, flattened, are each example's last and its copies: int64 (examples, 1 + copies)."""
+    tokens: Tensor = batch["rows"] * batch["input_ids"].shape[1] + batch["columns"]
+    return tokens.view(len(batch["sizes"]), -1)
+
+
 def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(loss, whether the prediction is right) of every example: fp32 and bool, (examples,)."""
     each, right = [], []

@@ -59,17 +59,8 @@ class Look:
 
     @classmethod
     def of(cls, inputs: Tensor, unit: float, slope: float) -> Look:
-        """From inputs (n, columns). With u_k their principal directions, uncentred, v_k the mean square along one of them and v
-        that of their length, feature k is
-
-            (u_k . x) / sqrt(v (1 + v_k / (lambda v)))
-
-        so that one direction in which all inputs are long has no more to say than the others.
-        """
-        _, spread, directions = torch.linalg.svd(inputs.double(), full_matrices=False)
-        along = spread[:FEATURES].square() / len(inputs)
-        length = spread.square().sum() / len(inputs)
-        scaled = directions[:FEATURES] / (length * (1 + along / (DAMPING * length))).sqrt().unsqueeze(1)
+        """From inputs (n, columns), in the first of their directions as `damped` gives them."""
+        scaled = damped(inputs)[:FEATURES]
         gain = float(scaled.abs().max()) / FINEST
         return cls((scaled / gain).round().to(torch.int8), gain, unit, slope)
 
@@ -100,6 +91,22 @@ class Answers:
     responses: Tensor
     errors: Tensor
     features: Tensor
+
+
+def damped(inputs: Tensor) -> Tensor:
+    """Directions that make features of inputs (n, columns): fp64 (min(n, columns), columns), those of the longest inputs first.
+
+    With u_k the inputs' principal directions, uncentred, v_k the mean square along one of them and v that of their length, they
+    are
+
+        u_k / sqrt(v (1 + v_k / (lambda v)))
+
+    so that one direction in which all inputs are long has no more to say than the others.
+    """
+    _, spread, directions = torch.linalg.svd(inputs.double(), full_matrices=False)
+    along, length = spread.square() / len(inputs), spread.square().sum() / len(inputs)
+    scaled: Tensor = directions / (length * (1 + along / (DAMPING * length))).sqrt().unsqueeze(1)
+    return scaled
 
 
 class NZO(ZerothOrderOptimizer):

@@ -43,7 +43,8 @@ class MethodOptions:
     lr: float | str | None = option(
         None,
         "Step size at the start (zoqo: eta, in grid steps; nzo: by how much a step changes the answers' scores), or auto: from "
-        "the estimates' size and --ratio (ezo's default, and mezo's for plain weights), and --eps, where not given, from a short probe.",
+        "the estimates' size and --ratio (ezo's default, and mezo's for plain weights), and --eps, where not given, from a "
+        "short probe.",
         parse=number_or_auto,
         metavar="N|auto",
     )

@@ -273,7 +273,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         rows, asked = self._first_rows(LOOKED_AT), []
         for start in range(0, len(rows), size):
             batch = self._prepare_inputs(self._collate(rows[start : start + size]))
-            asked.append((partial(objectives.asked, self.model, batch), _asked_tokens(batch)))
+            asked.append((partial(objectives.asked, self.model, batch), objectives.asked_tokens(batch)))
         slopes = {space.name: space.mean_square_slope() for space in spaces}
         with torch.inference_mode():
             looks = looked_at(self._nodes(group["names"]), slopes, asked, args.queries, args.seed)
@@ -376,7 +376,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """What a micro-batch answers to nzo's queries, behind those before; the mean loss at either side of them."""
         first = sum(len(each.responses) for each in self._answers)
         scores = partial(objectives.asked, model, inputs)
-        self._answers.append(method.ask(scores, inputs["labels"], _asked_tokens(inputs), first))
+        self._answers.append(method.ask(scores, inputs["labels"], objectives.asked_tokens(inputs), first))
         up, down = self._answers[-1].losses
         return [(up / len(inputs["sizes"]), down / len(inputs["sizes"]))]
 
@@ -627,12 +627,6 @@ def shared_words(model: Any, data: Any) -> tuple[int, ...]:
     """The token ids of the words among which all rows choose, of a model that takes copies of a token; () if there are none."""
     words = {example.words for example in data} if _tokenized(data) and objectives.keeps_places(model) else set()
     return (words.pop() or ()) if len(words) == 1 else ()
-
-
-def _asked_tokens(batch: dict[str, Any]) -> torch.Tensor:
-    """Which tokens of a batch, flattened, are each example's last and its copies: int64 (examples, 1 + copies)."""
-    tokens: torch.Tensor = batch["rows"] * batch["input_ids"].shape[1] + batch["columns"]
-    return tokens.view(len(batch["sizes"]), -1)
 
 
 def _last_layers(layers: int) -> str:
