@@ -336,12 +336,10 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if args.share is not None:
             eps = eps_of_share(args.share) if args.method == "quzo" else mu_of_share(args.share)
         options = {"lr": lr if args.lr is None else args.lr, "eps": args.eps or eps, "weight_decay": args.weight_decay}
-        chooses = default in AUTO
-        auto = args.lr == "auto" or (args.lr is None and (chooses or args.ratio is not None))
-        if auto:
-            options["lr"] = args.ratio or (lr if chooses else RATIO)
-        if auto or chooses:
-            options["auto"] = auto
+        if args.lr == "auto" or (args.lr is None and (default in AUTO or args.ratio is not None)):
+            options |= {"lr": args.ratio or (lr if default in AUTO else RATIO), "auto": True}
+        elif args.method == "ezo":
+            options["auto"] = False
         return {"kind": kind, "names": tunable, **options}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
