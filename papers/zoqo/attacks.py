@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ from victims import victim
 from worklist import Row, WorkList, figure
 
 from gradless import AttackResult, SignHunter, ZOQOAttack, ZOSignSGDAttack
+from gradless.attacks.base import Attack
 
 EPS = {"mnist": 0.3, "cifar10": 12 / 255}
 BUDGET, IMAGES, BITS, SEEDS = 10_000, 1000, (8, 6, 4, 2), 3
 MODELS = ("float", "int8")
+CALL = 64
+"""Images in a call of the model: what it keeps between two layers of so many fits a cache."""
 
 
 def rows() -> dict[str, Row]:
@@ -63,18 +67,21 @@ def attack(row: Row, images: int = IMAGES) -> Row:
         with torch.inference_mode():
             right = model(pixels).argmax(1) == labels
         pixels, labels = pixels[right], labels[right]
-    eps, shared = EPS[row["dataset"]], {"max_queries": BUDGET, "seed": row["seed"]}
+
+    def predict(batch: Tensor) -> Tensor:
+        return torch.cat([model(part) for part in batch.split(CALL)])
+
+    eps, shared = EPS[row["dataset"]], {"max_queries": BUDGET, "seed": row["seed"], "batch_size": images}
     match row["method"]:
         case "square":
-            result = square(model, pixels, labels, eps, row["seed"])
+            return square(predict, pixels, labels, eps, row["seed"]).summary()
         case "signhunter":
-            result = SignHunter(eps, **shared).attack(model, pixels, labels)
+            method: Attack = SignHunter(eps, **shared)
         case "zo_signsgd":
-            result = ZOSignSGDAttack(eps, **shared).attack(model, pixels, labels)
+            method = ZOSignSGDAttack(eps, **shared)
         case _:
-            chosen = {"bits": row["bits"], "directions": row.get("directions", "chunks")}
-            result = ZOQOAttack(eps, **chosen, **shared).attack(model, pixels, labels)
-    return result.summary()
+            method = ZOQOAttack(eps, bits=row["bits"], directions=row.get("directions", "chunks"), **shared)
+    return method.attack(predict, pixels, labels).summary()
 
 
 def quantized(model: nn.Module, images: Tensor) -> nn.Module:
@@ -90,7 +97,7 @@ def quantized(model: nn.Module, images: Tensor) -> nn.Module:
         return nn.Sequential(normalize, torch.ao.quantization.convert(wrapped)).eval()
 
 
-def square(model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> AttackResult:
+def square(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, eps: float, seed: int) -> AttackResult:
     """ART's Square, in batches, with a count of the model's inputs image by image."""
     from art.attacks.evasion import SquareAttack
     from art.estimators.classification import BlackBoxClassifierNeuralNetwork
