@@ -110,7 +110,7 @@ def as_text(description: dict[str, Any]) -> str:
         "",
         f"  qzo would tune  {tunable['qzo']['values']:>12,} block values in {tunable['qzo']['tensors']} linear layers",
         f"  ezo would tune  their offsets in {tunable['ezo']['with offsets']} of these layers, their scales in the others",
-        f"  nzo would tune  those of {' and '.join(INTO_STREAM)} in the last {LAST:.0%} of the layers, for answers of one word",
+        f"  nzo would tune  {' and '.join(INTO_STREAM)} alone, in the last {LAST:.0%} of the layers, for answers of one word",
         f"  quzo, zoqo would tune {tunable['quzo, zoqo']['values']:>6,} codes of the same layers, one row in {DEFAULT_STRIDE}",
         f"  mezo would tune {tunable['mezo']['values']:>12,} values in {tunable['mezo']['tensors']} norms and biases",
         f"  kernels: {description['kernels']}"
