@@ -86,8 +86,10 @@ def rows() -> dict[str, Row]:
     """Every row: more directions a step bear a longer one, about as the root of their number."""
     made: dict[str, Row] = {}
     for name, ratio, q in (
+        ("QZO", 0.15, 1),
         ("QZO", 0.3, 1),
         ("QZO", 0.6, 1),
+        ("QZO", 0.3, 4),
         ("QZO", 0.6, 4),
         ("QZO", 1.2, 4),
         ("FZOO", 0.6, 8),

@@ -64,6 +64,10 @@ class WorkList:
         """Where runs keep their journals and models; not committed."""
         return ROOT / "runs" / "papers" / self.script.parent.name
 
+    def folder(self, name: str) -> Path:
+        """Where a row's run is kept."""
+        return self.runs / "".join(c if c.isalnum() else "-" for c in name)
+
     def done(self) -> dict[str, Row]:
         """The finished rows, by name; of a row done twice, the later."""
         lines = self.results.read_text().splitlines() if self.results.exists() else []
@@ -155,7 +159,7 @@ class WorkList:
         from gradless.journal import Journal
         from gradless.training.options import RunOptions
 
-        output = self.runs / "".join(c if c.isalnum() else "-" for c in row["name"])
+        output = self.folder(row["name"])
         names = {field.name for field in fields(RunOptions)}
         chosen = RunOptions(
             **{
