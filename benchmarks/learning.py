@@ -4,10 +4,10 @@
     python benchmarks/learning.py --table      # print the table from what is committed, and draw docs/learning.png
 
 A work list: a finished row is one line of benchmarks/learning.jsonl. SST-2 (`{text} It was`, all 872 dev rows) unless a row
-says AG News (500 test rows) or RTE; 1000 training rows (RTE: all 2490, but for AdamW), batch 16. A forward is one of a batch's
-tokens through the model: QZO, EZO, QuZO, ZOQO and MeZO pass twice as many a step; NZO the batch and 2 q tokens an example;
-AdamW is counted as three, a backward taking about two. Seconds are the machine's that ran a row, measurements among them, so compare
-rows of one machine with nothing beside them. The last two columns are of the first 400 dev rows after
+says AG News (500 test rows) or RTE; 1000 training rows (RTE: all 2490, but for AdamW), batch 16. A forward is one of a
+batch's tokens through the model: QZO, EZO, QuZO, ZOQO and MeZO pass twice as many a step; NZO the batch and 2 q tokens an
+example; AdamW is counted as three, a backward taking about two. Seconds are the machine's that ran a row, measurements among
+them, so compare rows of one machine with nothing beside them. The last two columns are of the first 400 dev rows after
 `random.Random(0).shuffle`, on which the project's first figures were seen (AdamW: .893 after 150 steps).
 """
 
