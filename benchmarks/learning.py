@@ -6,15 +6,17 @@
 A work list: a finished row is one line of benchmarks/learning.jsonl. SST-2 (`{text} It was`, all 872 dev rows) unless a row
 says AG News (500 test rows) or RTE; 1000 training rows (RTE: all 2490, but for AdamW), batch 16. A forward is one of a
 batch's tokens through the model: QZO, EZO, QuZO, ZOQO and MeZO pass twice as many a step; NZO the batch and 2 q tokens an
-example; AdamW is counted as three, a backward taking about two. Seconds are the machine's that ran a row, measurements among
-them, so compare rows of one machine with nothing beside them. The last two columns are of the first 400 dev rows after
-`random.Random(0).shuffle`, on which the project's first figures were seen (AdamW: .893 after 150 steps).
+example; AdamW is counted as three, a backward taking about two; what is asked before the first step (NZO's look, some 15
+forwards, and the probe of eps of EZO and MeZO) is left out. Seconds are the machine's that ran a row, measurements among them
+but for AdamW, so compare rows of one machine with nothing beside them. The last two columns are of the first 400 dev rows
+after `random.Random(0).shuffle`, on which the project's first figures were seen (AdamW: .893 after 150 steps).
 """
 
 from __future__ import annotations
 
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +107,9 @@ def adamw(row: Row) -> Row:
     return {**found, **(on_first_rows(loaded) if row["on"] == "SST-2" else {})}
 
 
-def forwards_to(loss: float, row: Row) -> float | None:
-    """The forwards after which a row's dev loss is first measured at or below `loss`; None if it never is."""
-    return next((point["forwards"] for point in row.get("curve", ()) if point["loss"] <= loss), None)
+def forwards_to(loss: float, row: Row) -> str:
+    """The forwards after which a row's dev loss is first measured at or below `loss`; a dash if it never is."""
+    return next((f"{point['forwards']:.0f}" for point in row.get("curve", ()) if point["loss"] <= loss), "–")
 
 
 def table(done: dict[str, Row]) -> str:
@@ -115,7 +117,7 @@ def table(done: dict[str, Row]) -> str:
     reached = {}
     if plain:
         mean = sum(plain) / len(plain)
-        reached = {f"forwards to {mean:.4f}": lambda row: f"{forwards_to(mean, row) or '–'}"}
+        reached = {f"forwards to {mean:.4f}": partial(forwards_to, mean)}
     columns = {"accuracy": figure("accuracy"), "loss": figure("loss"), "forwards a step": figure("forwards_a_step", ".2f")}
     columns |= {**reached, "seconds": figure("seconds", ".0f"), "peak MB": figure("peak_mb", "")}
     columns |= {f"accuracy, {FIRST_ROWS} rows": figure("first_accuracy"), f"loss, {FIRST_ROWS} rows": figure("first_loss")}

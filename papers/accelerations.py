@@ -3,18 +3,18 @@
     python papers/accelerations.py            # do what is still to do; stop and start again at will
     python papers/accelerations.py --table    # print the table from what is committed
 
-A work list: a finished row is one line of papers/accelerations.jsonl. 1000 training rows, batch 16, all 872 dev rows, a linear
-schedule, some 600 forwards of a batch. In every row a step's root mean square is a ratio R of eps (`--lr auto --ratio R`): what
-is compared is where a step goes, not how long it is. What learned no better has no place in the package: it is here.
+A work list: a finished row is one line of papers/accelerations.jsonl. 1000 training rows, batch 16, all 872 dev rows, a
+linear schedule, some 600 forwards of a batch. A step's root mean square is a ratio R of eps (`--lr auto --ratio R`; momentum
+spreads it over later steps, FZOO takes the deviation of its losses for their size), so that what is compared is where steps
+go. What learned no better has no place in the package: it is here.
 
-Second moments need no row. Of a direction of random signs, z^2 = 1 in every coordinate, and so the second moment that Adam
-keeps a coordinate is one number for all: the mean square of d, which `--lr auto` divides by.
+Second moments need no row. Of one direction of random signs, z^2 = 1 in every coordinate, and so the second moment that Adam
+keeps a coordinate is one number for all: the mean square of d, by whose root `--lr auto` divides.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -75,8 +75,9 @@ class FZOO(QZO):
         return (plus - minus) / group["eps"]
 
     def step_size(self, group: int, d: Sequence[Loss]) -> float:
-        options = self.param_groups[group]
-        return float(options["lr"] * options["eps"] * math.sqrt(len(d)) / statistics.stdev(d))
+        options, deviation = self.param_groups[group], float(torch.tensor(d).std())
+        usable = 0 < deviation < math.inf
+        return float(self.watch.factor * options["lr"] * options["eps"] * math.sqrt(len(d)) / deviation) if usable else 0.0
 
 
 CHANGED = {"QZO": QZO, "momentum": Momentum, "subspace": Subspace, "FZOO": FZOO}

@@ -3,8 +3,9 @@
     python papers/paths.py            # do what is still to do; stop and start again at will
     python papers/paths.py --table    # print the table from what is committed
 
-A work list: a finished row is one line of papers/paths.jsonl. AdamW, SmolLM2-135M in fp32, SST-2, 50 steps of 16 of 1000 rows,
-seed 0, all 872 dev rows. A row says what is tuned, and along which paths the gradient goes from the answer's token:
+A work list: a finished row is one line of papers/paths.jsonl. AdamW, SmolLM2-135M (fp32, its products in bf16 where the
+processor has them), SST-2, 50 steps of 16 of 1000 rows, seed 0, all 872 dev rows. A row says what is tuned, and along which
+paths the gradient goes from the answer's token:
 
     every path      back-propagation
     one hop         on that token from layer to layer, and once, by attention, to the prompt's other tokens

@@ -129,6 +129,25 @@ def test_chunks_are_halved_down_to_single_coordinates(size, m):
     assert torch.equal(again, drawn[0])
 
 
+@given(seed=st.integers(0, 199), method=st.sampled_from([SignHunter, ZOQOAttack]))
+@settings(deadline=None)
+def test_chunks_go_on_until_no_flip_of_one_lowers_the_margin(seed, method):
+    pixels = 6
+    margins = torch.rand(2**pixels, generator=torch.Generator().manual_seed(seed)) + 0.1  # never adversarial
+    asked = set()
+
+    def model(batch):
+        up = (batch.flatten(1) > 0.5).long() @ 2 ** torch.arange(pixels)
+        asked.update(up.tolist())
+        return torch.stack([margins[up], torch.zeros(len(up))], 1)
+
+    result = method(0.1, max_queries=1000).attack(model, torch.full((1, 1, pixels), 0.5), [0])
+    assert not result.success.any()
+    best = min(asked, key=lambda up: float(margins[up]))
+    chunks = [Chunks(pixels).chunk(step) for step in range(Chunks(pixels).steps)]
+    assert {best ^ (2 ** min(last, pixels) - 2**first) for first, last in chunks} <= asked
+
+
 class Broken(Exception):
     pass
 

@@ -117,6 +117,8 @@ def test_inputs_are_never_replaced(tiny, rows, tmp_path, capsys):
         (["--method", "ezo", "--q", "2"], "q is for qzo and quzo and zoqo and mezo and nzo; ezo does not read it"),
         (["--method", "ezo", "--eps", "2"], r"eps is 2\.0; it is relative"),
         (["--method", "quzo", "--lr", "auto"], "lr is 'auto'; it is a number, or auto for qzo, ezo and mezo"),
+        (["--method", "nzo", "--lr", "auto"], "lr is 'auto'; it is a number, or auto for qzo, ezo and mezo"),
+        (["--unquantized-lr", "1"], "unquantized_lr goes with --train-unquantized"),
         (["--method", "ezo", "--absolute"], "absolute is for qzo and quzo and zoqo; ezo does not read it"),
         (["--method", "ezo", "--clip", "1"], "clip is for qzo; ezo does not read it"),
         (["--ratio", "0.1"], "give --lr auto to qzo"),
@@ -191,7 +193,7 @@ def test_info_names_types_sizes_and_what_each_method_tunes(tiny, capsys):
     assert main(["info", str(tiny), "--eps", "1e-4"]) == 0
     shown = capsys.readouterr().out
     assert "warning: of a perturbation of eps 0.0001 only a cosine of" in shown
-    assert "those of o_proj and down_proj in the last 50% of the layers" in shown
+    assert "o_proj and down_proj alone, in the last 50% of the layers" in shown
 
 
 def test_configuration_from_yaml_and_the_command_line_wins(tmp_path):

@@ -251,6 +251,7 @@ def test_what_nzo_cannot_do_is_refused():
     with pytest.raises(GradlessError, match="a codebook's entries do not"):
         RunOptions(method="nzo", part="codebook")
     assert RunOptions(part="codebook").chosen(quantized=True, one_word=True).method == "qzo"
+    assert RunOptions(target_modules="q_proj").chosen(quantized=True, one_word=True).method == "qzo"
     assert RunOptions().chosen(quantized=False, one_word=True).method == "mezo"
     with pytest.raises(GradlessError, match="w is CodeSpace"):
         NZO([CodeSpace(quant("Q4_1", 2, 2))], words=2, looks={})

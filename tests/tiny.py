@@ -6,7 +6,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 
 from gradless.blocks import ZERO_AT, block_type
 
@@ -118,8 +117,3 @@ def tiny_data(path: Path, rows: int = 24) -> Path:
     letters = ("a", "z")
     path.write_text("".join(f"{letters[i % 2] * 3} word {i}\t{i % 2}\n" for i in range(rows)))
     return path
-
-
-def same_tensors(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    """Bit equality of two lists of tensors."""
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

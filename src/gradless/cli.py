@@ -66,7 +66,9 @@ examples:
   gradless attack --model https://host/predict --rate 20 --images images.npz --eps 0.1 --max-total-queries 900 --output runs/api
   gradless attack --model https://host/predict --rate 20 --images images.npz --eps 0.1 --output runs/api --resume
 """
-QUANTIZED_HELP = "A GGUF file, a quantized folder (GPTQ, AWQ, AutoRound, bitsandbytes, ours), or the name of either on the Hub."
+QUANTIZED_HELP = (
+    "A GGUF file, a quantized folder (GPTQ, AWQ, AutoRound, AQLM, bitsandbytes, ours), or the name of either on the Hub."
+)
 DATA_HELP = "JSONL, CSV, TSV, Parquet or SQuAD JSON, or the name of a data set."
 EVAL_OPTIONS = (
     "task",

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -254,7 +255,8 @@ class GridSpace(Space):
 class ImageSpace(Space):
     """Perturbations of a batch of images, each a problem of its own: values in units of their ball, (problems, pixels).
 
-    An image draws its coordinates by its own name, so what happens to it depends on no other image.
+    An image draws its coordinates by its own name, so what happens to it depends on no other image. Along `Chunks` a coordinate
+    moves toward the farther of its two ends.
 
     Args:
         images: fp32 (problems, pixels), inside the pixels' range.
@@ -278,6 +280,12 @@ class ImageSpace(Space):
     @property
     def codes(self) -> int:
         return 0 if self.ball.bits is None else self.values.numel()
+
+    @cached_property
+    def _middle(self) -> Tensor:
+        """Between the two ends of each coordinate: fp32 (problems, pixels)."""
+        far = torch.full_like(self.images, 2.0 * self.ball.levels)
+        return (self.ball.project(far, self.images) + self.ball.project(-far, self.images)) / 2
 
     def restart(self, rows: Tensor, x: Tensor) -> None:
         """Begin some problems anew at x, (n, pixels)."""
@@ -309,7 +317,8 @@ class ImageSpace(Space):
     def _drawn(self, direction: Direction) -> Tensor:
         pixels, device = self.images.shape[1], self.images.device
         if isinstance(direction.distribution, Chunks):
-            return direction.values(self.name, 0, pixels, device)
+            across = torch.where(self.values[self.rows] > self._middle[self.rows], -1.0, 1.0)
+            return across * direction.values(self.name, 0, pixels, device)
         names = (f"image {self.first + row}" for row in self.rows.tolist())
         return torch.stack([kernels.coordinates(direction, name, pixels, device) for name in names])
 

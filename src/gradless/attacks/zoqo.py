@@ -17,10 +17,11 @@ from gradless.spaces import ImageSpace
 class ZOQOAttack(Attack):
     """Sign steps of a perturbation that never leaves its b-bit grid; see `gradless.methods.ZOQO` for the equations.
 
-    With `chunks` u is SignHunter's: twice as far as the grid is long on one chunk of the pixels, all of them at first, then
-    halves, quarters, .. to single ones. x begins at the grid's upper end, so one side of a query is x itself, which has been
-    asked already: a step costs one query. With `random` a few pixels, drawn anew for each step, move by mu up or down, which
-    costs two: the paper's noise moves nearly all of them where a grid is fine, and takes more queries so.
+    With `chunks` u is SignHunter's: from one end of the grid to the other on one chunk of the pixels, all of them at first,
+    then halves, quarters, .. to single ones, and so on from all of them. x begins at the grid's upper end, so one side of
+    a query is x itself, which has been asked already: a step costs one query. With `random` a few pixels, drawn anew for
+    each step, move by mu up or down, which costs two: the paper's noise moves nearly all of them where a grid is fine,
+    and takes more queries so.
 
     Args:
         directions: "chunks" or "random".

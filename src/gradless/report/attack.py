@@ -51,7 +51,7 @@ def write_report(path: Path, about: dict[str, Any], images: Tensor, labels: Tens
         f"<p>{html.escape(how)}</p><table>{rows}</table><h2>Success against the budget</h2>"
         f'<img id="curve" alt="share of images found against queries" src="{_curve(result)}">'
         f"<h2>Original, perturbation, adversarial image</h2>"
-        f'<p>The perturbation is drawn around grey, from -eps (black) to eps (white).</p><div class="grid">{cards}</div>'
+        f'<p>No change is drawn grey, the largest of an image black or white.</p><div class="grid">{cards}</div>'
         "</body></html>\n",
     )
 

@@ -79,8 +79,8 @@ class MethodOptions:
     train_unquantized: bool = option(
         False, "QZO: search the unquantized tensors (norms, biases) in the same step.", methods=("qzo",)
     )
-    unquantized_lr: float | None = option(None, "Step size of the unquantized tensors.")
-    unquantized_eps: float | None = option(None, "Size of the unquantized tensors' perturbation.")
+    unquantized_lr: float | None = option(None, "Step size of the unquantized tensors.", needs="train_unquantized")
+    unquantized_eps: float | None = option(None, "Size of the unquantized tensors' perturbation.", needs="train_unquantized")
     master: bool = option(
         False, "MeZO: keep fp32 masters of bf16 weights instead of rounding updates stochastically.", methods=("mezo",)
     )
@@ -132,7 +132,7 @@ class MethodOptions:
             _check_choice(each, value)
             if methods and value != each.default and method not in methods:
                 raise GradlessError(f"{each.name} is for {' and '.join(methods)}; {method} does not read it.")
-        if isinstance(self.lr, str) and (self.lr != "auto" or method in CODES):
+        if isinstance(self.lr, str) and (self.lr != "auto" or method in (*CODES, "nzo")):
             raise GradlessError(f"lr is {self.lr!r}; it is a number, or auto for qzo, ezo and mezo.")
         if self.part == "codebook" and method == "nzo":
             raise GradlessError("nzo tunes what belongs to one row, and a codebook's entries do not; tune them with qzo.")
@@ -240,7 +240,7 @@ class RunOptions(MethodOptions):
             return self
         if not quantized:
             return replace(self, method="mezo")
-        nzo = one_word and self.lr is None and self.eps is None
+        nzo = one_word and self.lr is None and self.eps is None and self.target_modules is None
         try:
             return replace(self, method="nzo" if nzo else "qzo")
         except GradlessError:  # an option that nzo does not read
@@ -257,8 +257,9 @@ class RunOptions(MethodOptions):
         for each in fields(self):
             value, needs = getattr(self, each.name), each.metadata.get("needs")
             _check_choice(each, value)
-            if needs and value != each.default and getattr(self, needs) is None:
-                raise GradlessError(f"{each.name} goes with --{needs}; give it too, or leave {each.name} out.")
+            if needs and value != each.default and getattr(self, needs) in (None, False):
+                flag = needs.replace("_", "-")
+                raise GradlessError(f"{each.name} goes with --{flag}; give it too, or leave {each.name} out.")
             if each.name in POSITIVE and value not in (None, "auto") and not (isinstance(value, int | float) and value > 0):
                 raise GradlessError(f"{each.name} is {value!r}; it must be a number above zero.")
         if self.bits is not None and not 2 <= self.bits <= 8:
