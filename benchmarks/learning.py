@@ -9,7 +9,7 @@ batch's tokens through the model: QZO, EZO, QuZO, ZOQO and MeZO pass twice as ma
 example; AdamW is counted as three, a backward taking about two; what is asked before the first step (NZO's look, some 15
 forwards, and the probe of eps of EZO and MeZO) is left out. Seconds are the machine's that ran a row, measurements among them
 but for AdamW, so compare rows of one machine with nothing beside them. The last two columns are of the first 400 dev rows
-after `random.Random(0).shuffle`, on which the project's first figures were seen (AdamW: .893 after 150 steps).
+after `random.Random(0).shuffle`, on which the project's first figures were seen.
 """
 
 from __future__ import annotations
@@ -76,11 +76,13 @@ def counted(row: Row, found: Row) -> Row:
     return {**found, "curve": curve, "forwards_a_step": each}
 
 
-def on_first_rows(loaded: Any) -> Row:
-    """A tuned model's figures on the first 400 shuffled rows of SST-2."""
+def on_first_rows(row: Row, loaded: Any) -> Row:
+    """A tuned model's figures on the first 400 shuffled rows, where it was tuned on SST-2."""
     from gradless import run
     from gradless.training.options import RunOptions
 
+    if row["on"] != "SST-2":
+        return {}
     rows = (DATA / "dev.tsv").read_text().splitlines()
     random.Random(0).shuffle(rows)
     path = WORK.runs / "first-rows.tsv"
@@ -96,7 +98,7 @@ def tune(row: Row) -> Row:
     train, dev, how = TASKS[row["on"]]
     found = counted(row, WORK.tune({**row, "prompt": how}, base, row["steps"] // MEASURED, train, dev))
     (tuned,) = WORK.folder(row["name"]).glob("model*")
-    return {**found, **(on_first_rows(run.load_model(tuned)) if row["on"] == "SST-2" else {})}
+    return {**found, **on_first_rows(row, run.load_model(tuned))}
 
 
 def adamw(row: Row) -> Row:
@@ -104,7 +106,7 @@ def adamw(row: Row) -> Row:
 
     loaded = run.load_model(WORK.dense_folder())
     found = counted(row, WORK.first_order(loaded, row["steps"], task=row["on"]))
-    return {**found, **(on_first_rows(loaded) if row["on"] == "SST-2" else {})}
+    return {**found, **on_first_rows(row, loaded)}
 
 
 def forwards_to(loss: float, row: Row) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def adamw(row: Row) -> Row:
 
 
 def table(done: dict[str, Row]) -> str:
-    columns: dict[str, Callable[[Row], str]] = {"accuracy": figure("accuracy"), "loss": figure("loss")}
+    columns = {"accuracy": figure("accuracy"), "loss": figure("loss")}
     return "\n".join(WORK.table(done, columns))
 
 

@@ -15,7 +15,7 @@ adapters of rank 8 on all of them, T = batch * length the tokens and V the vocab
     zoqo    packed           -          N / 16: residuals       2 C min(L, TILE): a tile, unpacked
     quzo    packed           -          N / 16: residuals       2 C min(L, TILE)
     qzo     packed           -          4 B: fp32 masters      2 C min(L, TILE)
-    nzo     packed           -          4 B / 2: at most      2 min(L, TILE)
+    nzo     packed           -          4 B / 2: at most       2 min(L, TILE)
 
 Full tuning is in fp32: 16 bytes a parameter with AdamW, which is also what mixed precision takes (bf16 weights and gradients,
 fp32 masters and moments). QAT holds latent weights and their rounded copies. Adapters are fp32 on a bf16 base, as peft makes
