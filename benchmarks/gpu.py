@@ -1,6 +1,7 @@
-"""Steps of 7-billion-parameter models on a GPU: time, tokens a second and peak memory of each method.
+"""Steps of 7-billion-parameter models on a GPU: time, time against two forwards of the same model, and peak memory.
 
-Weights are random, int4 in groups of 64.
+Each method at its defaults. Weights are random, int4 in groups of 64; `quzo, int8` multiplies their codes with activations
+of 8 bits.
 
     python benchmarks/gpu.py [--batch 1 16] [--length 256] [--json]
     python benchmarks/gpu.py --device cpu --models tiny      # that it runs
@@ -15,6 +16,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from random_model import linear_weights, random_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from gradless.layers import reading_at
+from gradless.layers import reading_at, set_activations
 from gradless.memory import resident_bytes
 from gradless.methods import QZO, ZOQO, MeZO, QuZO
 from gradless.spaces import BlockSpace, CodeSpace, parameters
@@ -36,6 +38,7 @@ MODELS = {
     "OPT-6.7B": OPTConfig(vocab_size=50_272, ffn_dim=16_384, word_embed_proj_dim=4096, **WIDE),
     "tiny": LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2),
 }
+METHODS = ("qzo", "quzo", "quzo, int8", "zoqo", "mezo")
 STEPS = 5
 
 
@@ -44,6 +47,7 @@ def optimizer_of(method: str, model: Any) -> Any:
     if method == "mezo":
         return MeZO(parameters(model), lr=1e-9)
     weights = linear_weights(model)
+    method = method.partition(",")[0]
     if method == "qzo":
         lr, eps = DEFAULTS["qzo"]
         return QZO([BlockSpace(weight, Part.SCALE) for weight in weights], lr=lr, eps=eps)
@@ -53,12 +57,13 @@ def optimizer_of(method: str, model: Any) -> Any:
 
 
 def measured(method: str, config: Any, batch: int, length: int, device: str) -> dict[str, float]:
-    """Seconds a step, the best of some, tokens a second, and the peak of memory in GB."""
+    """Seconds a step and a forward, the best of some, tokens a second, and the peak of memory in GB."""
     if method == "mezo":
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
     else:
         model = random_model(config, "int4/64", device)
+        set_activations(model, "int8" if method.endswith("int8") else "bf16")
     optimizer, head = optimizer_of(method, model), model.get_output_embeddings()
     ids = torch.randint(config.vocab_size, (batch, length), device=device)
 
@@ -73,8 +78,10 @@ def measured(method: str, config: Any, batch: int, length: int, device: str) -> 
     seconds = [
         _timed(lambda: optimizer.step(lambda: losses(1), (lambda: losses(2)) if pairs else None), device) for _ in range(STEPS)
     ]
+    forward = min(_timed(lambda: losses(1), device) for _ in range(STEPS))
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes()
-    return {"seconds": min(seconds), "tokens_a_second": batch * length / min(seconds), "peak_gb": peak / 1e9}
+    found = {"seconds": min(seconds), "tokens_a_second": batch * length / min(seconds), "peak_gb": peak / 1e9}
+    return {**found, "forward_seconds": forward}
 
 
 def _timed(run: Callable[[], object], device: str) -> float:
@@ -98,23 +105,23 @@ def main() -> None:
         raise SystemExit("there is no GPU here; `--device cpu --models tiny` shows that this runs.")
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     rows = []
-    for name in arguments.models:
-        for batch in arguments.batch:
-            for method in ("qzo", "quzo", "zoqo", "mezo"):
-                gc.collect()  # hooks on a model's layers hold it
-                if arguments.device == "cuda":
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                figures = measured(method, MODELS[name], batch, arguments.length, arguments.device)
-                rows.append({"model": name, "method": method, "batch": batch, **figures})
+    if not arguments.json:
+        print(f"{machine}, sequences of {arguments.length} tokens\n")
+        print("| model | method | batch | ms a step | a step / two forwards | tokens/s | peak GB |\n" + "|---" * 7 + "|")
+    for name, batch, method in product(arguments.models, arguments.batch, METHODS):
+        gc.collect()  # hooks on a model's layers hold it
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        row = {"model": name, "method": method, "batch": batch}
+        row |= measured(method, MODELS[name], batch, arguments.length, arguments.device)
+        rows.append(row)
+        if not arguments.json:
+            ratio = row["seconds"] / (2 * row["forward_seconds"])
+            figures = f"{1000 * row['seconds']:.0f} | {ratio:.2f} | {row['tokens_a_second']:.0f} | {row['peak_gb']:.2f}"
+            print(f"| {name} | {method} | {batch} | {figures} |", flush=True)
     if arguments.json:
         print(json.dumps({"machine": machine, "length": arguments.length, "rows": rows}))
-        return
-    print(f"{machine}, sequences of {arguments.length} tokens\n")
-    print("| model | method | batch | ms a step | tokens/s | peak GB |\n|---|---|---|---|---|---|")
-    for row in rows:
-        figures = f"{1000 * row['seconds']:.0f} | {row['tokens_a_second']:.0f} | {row['peak_gb']:.2f}"
-        print(f"| {row['model']} | {row['method']} | {row['batch']} | {figures} |")
 
 
 if __name__ == "__main__":

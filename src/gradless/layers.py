@@ -21,8 +21,9 @@ from gradless.tensor import QuantTensor
 # oneDNN keeps a compiled kernel for each of the last 1024 shapes that it saw; with batches of every length that is 100 MB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
-TILE = 1 << 22
-"""Weights that are unpacked at once: every layer of a small model whole, a language model's head never."""
+TILE, GPU_TILE = 1 << 22, 1 << 25
+"""Weights that are unpacked at once: every layer of a small model whole, a language model's head never; on a GPU, where many
+small launches cost more than their work, every layer of a 7B model but its widest."""
 
 
 class _Packed(nn.Module):
@@ -75,7 +76,7 @@ class QuantLinear(_Packed):
             rows, bias = rows[self.only], None if bias is None else bias[self.only]
             y = kernels.linear(self.packed, rows, shares.float())
         else:
-            tile = max(16, TILE // self.in_features // 16 * 16)
+            tile = max(16, (GPU_TILE if x.is_cuda else TILE) // self.in_features // 16 * 16)
             product = {"bf16": kernels.linear, "int8": kernels.linear_int8, "fp8": _float8_product}[self.activations]
             outputs = [product(self.packed, some, shares.to(self.dtype)) for some in torch.split(rows, tile)]
             y = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(x.dtype)

@@ -278,7 +278,7 @@ def _drawn(direction: Direction | Signs, name: str, device: torch.device) -> dic
         "key_low": _signed(words.key),
         "key_high": _signed(words.key >> 32),
         "step": _signed(words.step),
-        "stream": _signed(words.query_and_stream),
+        "query": _signed(words.query_and_stream),
         "second": _signed(second),
         "normal": _normal(device),
         "edges": edges,

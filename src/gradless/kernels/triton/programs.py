@@ -11,16 +11,16 @@ import triton.language as tl
 
 RADEMACHER, INTEGERS, ROUNDED = (tl.constexpr(i) for i in range(1, 4))
 OFFSET, BOTH, CODE = (tl.constexpr(i) for i in range(2, 5))
-NEW_EVERY_STEP = ["key_low", "key_high", "step", "stream", "second", "rounding", "m", "eps", "coefficient_0", "coefficient_1"]
+NEW_EVERY_STEP = ["key_low", "key_high", "step", "query", "second", "rounding", "m", "eps", "coefficient_0", "coefficient_1"]
 NEW_EVERY_STEP += ["decay_0", "decay_1", "weight", "n"]
 
 
 @triton.jit
-def word(key_low, key_high, step, stream, index):
+def word(key_low, key_high, step, query, index):
     """Random word `index`, int64, of noise.py's sequence: uint32."""
     block, lane = index // 64 * 16 + index % 16, index % 64 // 16
     c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
-    c2, c3 = tl.zeros_like(c0) + step.to(tl.uint32), tl.zeros_like(c0) + stream.to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0) + step.to(tl.uint32), tl.zeros_like(c0) + query.to(tl.uint32)
     k0, k1 = tl.zeros_like(c0) + key_low.to(tl.uint32), tl.zeros_like(c0) + key_high.to(tl.uint32)
     m0, m1 = tl.full(c0.shape, 0xD2511F53, tl.uint32), tl.full(c0.shape, 0xCD9E8D57, tl.uint32)
     for _ in tl.static_range(10):
@@ -48,24 +48,24 @@ def rounded(x, kind: tl.constexpr):
 
 
 @triton.jit
-def half(key_low, key_high, step, stream, index):
+def half(key_low, key_high, step, query, index):
     """Random 16-bit integer `index`, int64: int32."""
     place = index % 128
-    both = word(key_low, key_high, step, stream, index // 128 * 64 + place % 64)
+    both = word(key_low, key_high, step, query, index // 128 * 64 + place % 64)
     return tl.where(place < 64, both & 0xFFFF, both >> 16).to(tl.int32)
 
 
 @triton.jit
 def coordinate(
-    index, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr
+    index, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr
 ):
     """u at elements `index`, int64, of a tensor: fp32."""
     index = index // SPAN
     if DISTRIBUTION == RADEMACHER:
-        bits = word(key_low, key_high, step, stream, index // 32)
+        bits = word(key_low, key_high, step, query, index // 32)
         u = ((bits >> (index % 32).to(tl.uint32)) & 1).to(tl.float32) * 2 - 1
     else:
-        random = half(key_low, key_high, step, stream, index)
+        random = half(key_low, key_high, step, query, index)
         if DISTRIBUTION == INTEGERS:
             drawn = tl.zeros_like(random) - m
             for k in range(2 * m):
@@ -205,7 +205,7 @@ def weights_of(
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def dequantize(
     packed, master, multiplier, offset_multiplier, rows, out, levels, pieces, unit_of_offset,
-    key_low, key_high, step, stream, second, normal, edges, m, eps, coefficient_0, decay_0, coefficient_1, decay_1,
+    key_low, key_high, step, query, second, normal, edges, m, eps, coefficient_0, decay_0, coefficient_1, decay_1,
     n, blocks, zero, lowest, highest, stride,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
@@ -221,9 +221,9 @@ def dequantize(
     element = (block * SIZE)[:, None] + tl.arange(0, SIZE)[None, :]
     z, step_of_code = tl.zeros((P,), tl.float32), tl.zeros((P, SIZE), tl.float32)
     if VIEWS > 0 and PART == CODE and row % stride == 0:
-        step_of_code = coordinate(element, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+        step_of_code = coordinate(element, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
     if VIEWS > 0 and PART > 0 and PART != CODE:
-        z = coordinate(value, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+        z = coordinate(value, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
     for view in tl.static_range(max(1, VIEWS)):
         coefficient, decay = coefficient_0, decay_0
         if view == 1:
@@ -248,7 +248,7 @@ def dequantize(
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def linear(
     x, packed, master, multiplier, offset_multiplier, rows, out, levels, pieces, unit_of_offset,
-    key_low, key_high, step, stream, second, normal, edges, m, eps, coefficient_0, decay_0, coefficient_1, decay_1,
+    key_low, key_high, step, query, second, normal, edges, m, eps, coefficient_0, decay_0, coefficient_1, decay_1,
     tokens, n, blocks, zero, lowest, highest,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
@@ -265,7 +265,7 @@ def linear(
         block, z = row * blocks + k, tl.zeros((ROWS,), tl.float32)
         value = value_of(block, blocks, SHARE)
         if VIEWS > 0 and PART > 0:
-            z = coordinate(value, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+            z = coordinate(value, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
         scale, offset = read(
             packed, master, block, value, blocks, here, z, coefficient_0, decay_0, unit_of_offset,
             NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
@@ -276,7 +276,7 @@ def linear(
                 packed, master, block, value, blocks, here, z, coefficient_1, decay_1, unit_of_offset,
                 NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
             )  # fmt: skip
-        for part in tl.static_range(SIZE // K):
+        for part in range(SIZE // K):
             column = part * K + tl.arange(0, K)
             level = codes_of(packed, block, column, here, pieces, zero, NBYTES, SIZE).to(tl.float32)
             if LEVELS:
@@ -313,7 +313,7 @@ def linear(
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def linear_int8(
     x, s, packed, master, multiplier, offset_multiplier, rows, out, pieces, unit_of_offset,
-    key_low, key_high, step, stream, second, normal, edges, m, eps, coefficient_0, decay_0, coefficient_1, decay_1,
+    key_low, key_high, step, query, second, normal, edges, m, eps, coefficient_0, decay_0, coefficient_1, decay_1,
     tokens, n, blocks, zero, lowest, highest, stride,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
@@ -337,12 +337,12 @@ def linear_int8(
         block, z = row * blocks + k, tl.zeros((ROWS,), tl.float32)
         value = value_of(block, blocks, SHARE)
         if VIEWS > 0 and PART > 0 and PART != CODE:
-            z = coordinate(value, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+            z = coordinate(value, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
         scale, offset = read(
             packed, master, block, value, blocks, here, z, coefficient, decay, unit_of_offset,
             NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
         )  # fmt: skip
-        for group in tl.static_range(GROUPS):
+        for group in range(GROUPS):
             first = group * (SIZE // GROUPS) // K * K
             column = first + tl.arange(0, K)
             inside = column // (SIZE // GROUPS) == group
@@ -351,7 +351,7 @@ def linear_int8(
             inputs = tl.load(x + at[:, None] + column[None, :], mask=there[:, None] & inside[None, :], other=0)
             if VIEWS > 0 and PART == CODE:
                 element = (block * SIZE)[:, None] + column[None, :]
-                u = coordinate(element, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+                u = coordinate(element, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
                 after = code.to(tl.float32) + u * coefficient
                 if CLAMP:
                     after = tl.minimum(tl.maximum(after, lowest), highest)
@@ -375,17 +375,17 @@ def linear_int8(
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def coordinates(
-    out, key_low, key_high, step, stream, second, normal, edges, m, eps, n,
+    out, key_low, key_high, step, query, second, normal, edges, m, eps, n,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
-    u = coordinate(index, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+    u = coordinate(index, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
     tl.store(out + index, u, mask=index < n)
 
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def move_blocks(
-    packed, master, unit_of_offset, key_low, key_high, step, stream, second, normal, edges, m, eps, coefficient_0,
+    packed, master, unit_of_offset, key_low, key_high, step, query, second, normal, edges, m, eps, coefficient_0,
     decay_0, n, blocks,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr,
     PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
@@ -396,7 +396,7 @@ def move_blocks(
     if SHARE > 1:
         values = (blocks + SHARE - 1) // SHARE
         block = value // values * blocks + value % values * SHARE
-    z = coordinate(value, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+    z = coordinate(value, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
     base, unit = base_and_unit(
         packed, block, here, unit_of_offset, NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, WIDE
     )
@@ -429,7 +429,7 @@ def whole_steps(out, u, residual, key_low, key_high, step, rounding, coefficient
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def move_codes(
-    packed, u, residual, count, pieces, key_low, key_high, step, stream, second, rounding, normal, edges, m, eps, coefficient_0,
+    packed, u, residual, count, pieces, key_low, key_high, step, query, second, rounding, normal, edges, m, eps, coefficient_0,
     weight, blocks, zero, lowest, highest, stride,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, GIVEN: tl.constexpr, SIGNS: tl.constexpr, RESIDUAL: tl.constexpr,
     NBYTES: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr,
@@ -446,7 +446,7 @@ def move_codes(
     if GIVEN:
         z = tl.load(u + element, mask=here, other=0)
     else:
-        z = coordinate(element, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+        z = coordinate(element, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
         z = signs(z * weight) if SIGNS else z
     at = ((tuned * blocks + k) * SIZE)[:, None] + i[None, :]
     whole = whole_step(z, coefficient_0, element, key_low, key_high, step, rounding, residual, at, here, RESIDUAL)
@@ -472,7 +472,7 @@ def move_codes(
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def moved_values(
-    values, u, out, key_low, key_high, step, stream, second, rounding, normal, edges, m, eps, coefficient_0, decay_0, weight, n,
+    values, u, out, key_low, key_high, step, query, second, rounding, normal, edges, m, eps, coefficient_0, decay_0, weight, n,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, GIVEN: tl.constexpr, SIGNS: tl.constexpr, STOCHASTIC: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
@@ -482,7 +482,7 @@ def moved_values(
     if GIVEN:
         z = tl.load(u + index, mask=here, other=0)
     else:
-        z = coordinate(index, key_low, key_high, step, stream, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
+        z = coordinate(index, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
         z = signs(z * weight) if SIGNS else z
     y = tl.load(values + index, mask=here, other=0.0).to(tl.float32) * decay_0 + z * coefficient_0
     if STOCHASTIC:
