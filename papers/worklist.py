@@ -97,6 +97,7 @@ class WorkList:
         row = {"name": name, **self.rows[name]}
         result = {**{k: v for k, v in row.items() if k != "kind"}, **self.kinds[row["kind"]](row)}
         result["threads"] = torch.get_num_threads()
+        result["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         result["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
         with self.results.open("a") as file:
             file.write(json.dumps(result) + "\n")

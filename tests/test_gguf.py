@@ -133,7 +133,7 @@ def test_dequantized_is_the_same_model_in_bf16(tiny):
     fuse(dense)
     with torch.inference_mode():
         ours, theirs = loaded.model(ids).logits, dense(ids).logits
-    assert torch.allclose(ours, theirs, rtol=0, atol=2.0**-7 * float(theirs.abs().max()))  # sums in other orders, on some machines
+    assert torch.allclose(ours, theirs, rtol=0, atol=2.0**-7 * float(theirs.abs().max()))  # some machines sum in other orders
 
 
 # -- bad files --------------------------------------------------------------------------------------------------------

@@ -68,8 +68,11 @@ def attack(row: Row, images: int = IMAGES) -> Row:
             right = model(pixels).argmax(1) == labels
         pixels, labels = pixels[right], labels[right]
 
+    device = "cuda" if row["model"] == "float" and torch.cuda.is_available() else "cpu"
+    model.to(device)
+
     def predict(batch: Tensor) -> Tensor:
-        return torch.cat([model(part) for part in batch.split(CALL)])
+        return torch.cat([model(part).cpu() for part in batch.to(device).split(CALL)])
 
     eps, shared = EPS[row["dataset"]], {"max_queries": BUDGET, "seed": row["seed"], "batch_size": images}
     match row["method"]:
