@@ -32,6 +32,8 @@ STEPS, BATCH, LENGTHS = 40, 16, range(12, 45)
 FEW, LENGTH = 3, 64
 PACKED, DENSE = ("qzo", "quzo", "zoqo"), ("mezo", *(["lora"] if find_spec("peft") else []), "sgd", "adamw")
 """What --methods can measure, by the model that it tunes."""
+SIZES = ("forward", "step", "nzo")
+"""What `resident` can measure."""
 
 
 class Peak:
@@ -126,7 +128,8 @@ def zeroth_order(method: str, path: Path) -> int:
 
 
 def resident(name: str, path: Path) -> int:
-    """The highest resident size, libraries included, of a few forwards ("forward") or of steps of QZO ("step")."""
+    """The highest resident size, libraries included, of a few forwards ("forward"), of steps of QZO ("step"), or of a run of
+    NZO, its look and trainer included ("nzo")."""
     tokenizer = tokenizer_of(path)
     import torch
 
@@ -136,8 +139,13 @@ def resident(name: str, path: Path) -> int:
 
     loaded = load_gguf(path, tokenizer=tokenizer)
     optimizer = QZO(loaded.spaces("blocks", loaded.file.linear_layers())) if name == "step" else None
-    batch = collate(examples_of([LENGTH] * BATCH))
+    examples = examples_of([LENGTH] * BATCH)
+    batch = collate(examples)
     peak = Peak()
+    if name == "nzo":
+        with tempfile.TemporaryDirectory() as folder:
+            trainer_of(loaded, tokenizer, examples, folder, max_steps=2 * FEW, method="nzo").train()
+        return peak.zero + peak.bytes
     with torch.inference_mode():
         for _ in range(2 * FEW):
             if optimizer is None:
@@ -208,7 +216,7 @@ def main() -> None:
         name, path = arguments.only, arguments.model
         if name in ("ours", "dequantized"):
             print({"ours": ours, "dequantized": dequantized}[name](path))
-        elif name in ("forward", "step"):
+        elif name in SIZES:
             print(resident(name, path))
         else:
             print((zeroth_order if name in (*PACKED, "mezo") else first_order)(name, path))
@@ -219,8 +227,11 @@ def main() -> None:
     size = arguments.model.stat().st_size
     allowed = 1.3 * size + 150e6
     peaks = {name: measured(name, arguments.model) for name in ("ours", "dequantized")}
-    sizes = {name: measured(name, arguments.model) for name in ("forward", "step")}
-    ratios = {"resident memory of a QZO step / of a forward, libraries included": sizes["step"] / sizes["forward"]}
+    sizes = {name: measured(name, arguments.model) for name in SIZES}
+    ratios = {
+        "resident memory of a QZO step / of a forward, libraries included": sizes["step"] / sizes["forward"],
+        "resident memory of NZO / of a forward, libraries included": sizes["nzo"] / sizes["forward"],
+    }
     result = {"file": size, **peaks, "allowed_without_activations": allowed, **sizes, "ratios": ratios}
     if chosen:
         result["methods"] = beside_the_plan(arguments.model, chosen)
@@ -232,6 +243,7 @@ def main() -> None:
     print(f"1.3 x file + 150 MB                         {allowed / 1e6:8.1f} MB, activations not counted")
     print(f"transformers: load in bf16                  {peaks['dequantized'] / 1e6:8.1f} MB")
     print(f"a QZO step / a forward, libraries included  {sizes['step'] / sizes['forward']:8.3f}")
+    print(f"NZO / a forward, libraries included         {sizes['nzo'] / sizes['forward']:8.3f}")
     for name, row in result.get("methods", {}).items():
         print(
             f"{name:6} {FEW} steps of {BATCH} x {LENGTH} tokens            {row['measured'] / 1e6:8.1f} MB, "

@@ -13,7 +13,7 @@ from gradless.errors import GradlessError
 from gradless.formats.gguf_model import load_gguf
 from gradless.journal import _packed, _unpacked
 from gradless.methods import NZO
-from gradless.methods.nzo import FEATURES, Answers, Look, contrasts, looked_at
+from gradless.methods.nzo import FEATURES, MOST, Answers, Look, contrasts, looked_at
 from gradless.nodes import Nodes
 from gradless.objectives import TokenizedExample, collate
 from gradless.spaces import BlockSpace, CodeSpace
@@ -204,19 +204,20 @@ def test_features_weigh_directions_by_what_they_tell_apart():
     x = torch.randn(64, 40, generator=generator) * torch.logspace(0, -3, 40)
     x[:, 0] += 30  # one direction in which all inputs are long
     look = Look.of(x, 1.0, 1.0)
-    features = look.gain * x @ look.features.T.float()
+    features = look.gains * (x @ look.features.T.float())
     sizes = features.square().mean(0)
     assert float(sizes[0]) < 1.5 * 0.01  # lambda, however long
-    assert Look.from_json(json.loads(json.dumps(look.to_json()))).features.equal(look.features)
+    again = Look.from_json(json.loads(json.dumps(look.to_json())))
+    assert again.features.equal(look.features)
+    assert again.gains.equal(look.gains)
 
 
 def test_a_journal_of_1000_steps_is_below_a_megabyte():
-    """30 layers of SmolLM2's widths, 16 examples, 8 queries each, two words."""
-    random = (torch.randn(FEATURES, columns) * 30 for columns in [576, 1536] * 15)
-    looks = [Look(x.clamp(-127, 127).to(torch.int8), 1e-4, 10.0, 0.2) for x in random]
-    header = len(json.dumps([look.to_json() for look in looks]))
-    numbers = tuple(int(x) for x in torch.randint(-7, 8, (16 * 8 + 30 * FEATURES,)))
-    assert header + 1000 * (len(json.dumps(_packed(numbers))) + 200) < 950_000
+    """30 layers of SmolLM2's widths, 16 examples, 8 queries each, two words; inputs and numbers as long-tailed as there."""
+    inputs = (torch.randn(256, columns) * (torch.randn(columns) / 2).exp() for columns in [576, 1536] * 15)
+    header = len(json.dumps([Look.of(x, 10.0, 0.2).to_json() for x in inputs]))
+    numbers = (torch.randn(16 * 8 + 30 * FEATURES) * 2.2).round().clamp(-MOST, MOST).int().tolist()
+    assert header + 1000 * (len(json.dumps(_packed(numbers))) + 200) < 1_000_000
 
 
 def test_answers_that_are_not_finite_are_a_skipped_step():

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from gradless.errors import GradlessError
 from gradless.methods.base import Estimate
 
-FORMAT = 2
+FORMAT = 3
 """Of the tables, and of the arithmetic behind them: noise, rounding, the order of operations."""
 
 _SCHEMA = """
@@ -187,18 +188,17 @@ class Journal:
 
 
 def _packed(d: Sequence[Any]) -> list[Any] | str:
-    """A group's derivatives: a list, or, of whole numbers from -7 to 7, base85 of a nibble each."""
-    if d and all(isinstance(each, int) and abs(each) <= 7 for each in d):
-        nibbles = [each + 8 for each in d] + [0] * (len(d) % 2)
-        return base64.b85encode(bytes(16 * a + b for a, b in zip(nibbles[::2], nibbles[1::2], strict=True))).decode()
+    """A group's derivatives: a list, or, of small whole numbers, base85 of their Huffman codes as deflate writes them."""
+    if d and all(isinstance(each, int) and abs(each) < 128 for each in d):
+        coder = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
+        return base64.b85encode(coder.compress(bytes(each + 128 for each in d)) + coder.flush()).decode()
     return list(d)
 
 
 def _unpacked(d: list[Any] | str) -> tuple[Any, ...]:
     """What `_packed` was given."""
     if isinstance(d, str):
-        nibbles = (nibble for byte in base64.b85decode(d) for nibble in divmod(byte, 16))
-        return tuple(nibble - 8 for nibble in nibbles if nibble)
+        return tuple(each - 128 for each in zlib.decompress(base64.b85decode(d), -zlib.MAX_WBITS))
     return tuple(d)
 
 

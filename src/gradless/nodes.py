@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -13,20 +14,24 @@ class Nodes:
     """The inputs and outputs of linear layers.
 
     Args:
-        layers: by the name of the tensor that each multiplies; every one sees all tokens of a batch in their order.
+        layers: torch's or packed ones, by the name of the tensor that each multiplies; every one sees all tokens of a batch in
+            their order.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, Any]) -> None:
         self.layers = dict(layers)
 
     @contextmanager
     def read(self, tokens: Tensor) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         """Yields, by name, what the last forward inside took in and put out at `tokens`, int64 (n,): fp32 (n, columns) and
         (n, rows)."""
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        found = {  # there before the forward begins: what stays behind from its middle splits the memory that it frees
+            name: (_room(tokens, layer.in_features), _room(tokens, layer.out_features)) for name, layer in self.layers.items()
+        }
 
         def keep(name: str, x: Tensor, y: Tensor) -> None:
-            found[name] = x[tokens].float(), y[tokens].float()
+            for kept, seen in zip(found[name], (x, y), strict=True):
+                kept.copy_(seen[tokens])
 
         with self._hooked(keep):
             yield found
@@ -52,3 +57,7 @@ class Nodes:
 
                 hooks.callback(layer.register_forward_hook(hook).remove)
             yield
+
+
+def _room(tokens: Tensor, width: int) -> Tensor:
+    return torch.empty(len(tokens), width, device=tokens.device)

@@ -24,12 +24,12 @@ from gradless.spaces import BlockSpace, Space
 from gradless.tensor import Part
 
 MOST = 7
-"""Largest of a step's whole numbers: half a byte each in the journal."""
+"""Largest of a step's whole numbers: some three bits each in the journal."""
 RESOLUTION = 2.5
 """Units of those of them that are responses to one eps."""
-FINEST = 127
+FINEST = 7
 """Largest of the whole numbers that features are made with."""
-FEATURES = 12
+FEATURES = 24
 """Principal directions of a layer's inputs in which updates lie."""
 REMEMBERED = 8
 """Steps whose queries the sensitivity rests on, about."""
@@ -46,14 +46,14 @@ class Look:
     """What a layer takes in where answers are given, and how far they follow what it puts out, as seen before the run.
 
     Attributes:
-        features: int8 (features, columns), B: a token's features are gain * B x.
-        gain: of the features.
+        features: int8 (features, columns), B: a token's features are gains * (B x).
+        gains: fp32 (features,), powers of two, so that sums over features are exact.
         unit: a: random signs of this size, added to the outputs, change the contrasts by a root mean square of 1.
         slope: mean square of what a weight changes by, where its tuned value moves by one unit.
     """
 
     features: Tensor
-    gain: float
+    gains: Tensor
     unit: float
     slope: float
 
@@ -61,19 +61,22 @@ class Look:
     def of(cls, inputs: Tensor, unit: float, slope: float) -> Look:
         """From inputs (n, columns), in the first of their directions as `damped` gives them."""
         scaled = damped(inputs)[:FEATURES]
-        gain = float(scaled.abs().max()) / FINEST
-        return cls((scaled / gain).round().to(torch.int8), gain, unit, slope)
+        exponents = (scaled.abs().amax(1) / FINEST).log2().ceil()
+        features = (scaled * (-exponents).exp2().unsqueeze(1)).round().to(torch.int8)
+        return cls(features, exponents.exp2().float(), unit, slope)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         text = base64.b85encode(zlib.compress(self.features.numpy().tobytes(), 9)).decode()
-        return {"features": text, "columns": self.features.shape[1], "gain": self.gain, "unit": self.unit, "slope": self.slope}
+        gains = [int(gain) for gain in self.gains.log2()]
+        return {"features": text, "gains": gains, "unit": self.unit, "slope": self.slope}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Look:
         """What `to_json` made."""
         raw = torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(values["features"]))), dtype=torch.int8)
-        return cls(raw.view(-1, values["columns"]), values["gain"], values["unit"], values["slope"])
+        gains = torch.tensor(values["gains"], dtype=torch.float32).exp2()
+        return cls(raw.view(len(gains), -1), gains, values["unit"], values["slope"])
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ class NZO(ZerothOrderOptimizer):
             n * float(F.cross_entropy(side.transpose(1, 2), labels.unsqueeze(1).expand(-1, self.q))) for side in (plus, minus)
         )
         lacking = F.one_hot(labels, answered.shape[2]) - plain.squeeze(1).softmax(1)
-        features = [look.gain * (seen[name][0].cpu() @ look.features.T.float()) for name, look in self.looks.items()]
+        features = [look.gains * (seen[name][0].cpu() @ look.features.T.float()) for name, look in self.looks.items()]
         responses = ((plus - minus) @ self.contrasts.T / 2).flatten(0, 1)
         return Answers((up, down), responses, lacking @ self.contrasts.T, torch.stack(features))
 
@@ -275,8 +278,8 @@ class NZO(ZerothOrderOptimizer):
         self.sensitivity = self._learned(estimate.step, surprise, self.signs(estimate.step, 0, len(surprise)))
         for space, of_layer, c in zip(self.followed, self.sensitivity, whole, strict=True):
             look = self.looks[space.name]
-            columns = c.view(t, -1) @ look.features.float()  # exact in any order
-            space.follow(of_layer, columns, estimate.lr[0] * look.gain * look.unit / look.slope)
+            columns = (look.gains * c.view(t, -1)) @ look.features.float()  # exact in any order
+            space.follow(of_layer, columns, estimate.lr[0] * look.unit / look.slope)
 
 
 def contrasts(words: int) -> Tensor:
