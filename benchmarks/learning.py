@@ -1,4 +1,4 @@
-"""What every method learns from a forward, and in a second: SmolLM2-135M, against forwards and against seconds.
+"""What every method learns from a forward, and in a second, against forwards and against seconds: SmolLM2-135M in Q4_1.
 
     python benchmarks/learning.py              # do what is still to do; stop and start again at will
     python benchmarks/learning.py --table      # print the table from what is committed, and draw docs/learning.png
@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "papers"))
 
-from worklist import DATA, ROOT, TASKS, TRAIN_ROWS, WEAK, Row, WorkList, figure, model_path
+from worklist import DATA, MODELS, ROOT, TASKS, TRAIN_ROWS, WEAK, Row, WorkList, figure
 
 MEASURED, FIRST_ROWS = 5, 400
 PLAIN = "QZO, 600 steps"
@@ -34,7 +34,7 @@ def rows() -> dict[str, Row]:
 
     def tuned(name: str, steps: int, seeds: int = 3, **options: Any) -> None:
         for seed in range(seeds):
-            row = {"kind": "tune", "on": "SST-2", "base": "Q4_1", "steps": steps, "seed": seed, **options}
+            row = {"kind": "tune", "on": "SST-2", "base": "SmolLM2", "steps": steps, "seed": seed, **options}
             made[f"{name}, {steps} steps, seed {seed}"] = row
 
     def first_order(on: str) -> None:
@@ -45,6 +45,7 @@ def rows() -> dict[str, Row]:
     first_order("SST-2")
     tuned("AG News, NZO", 250, on="AG News", method="nzo")
     first_order("AG News")
+    tuned("gemma3, NZO", 250, 1, method="nzo", base="gemma3")
     tuned("EZO", 200, 1, method="ezo")
     tuned("QuZO", 400, 1, method="quzo")
     tuned("ZOQO", 400, 1, method="zoqo")
@@ -64,7 +65,7 @@ def forwards_a_step(row: Row) -> float:
     from gradless.training.options import RunOptions
 
     train, _, how = TASKS[row["on"]]
-    loaded, options = run.load_model(model_path()), RunOptions(**how, method="nzo", seed=row["seed"])
+    loaded, options = run.load_model(MODELS[row["base"]]()), RunOptions(**how, method="nzo", seed=row["seed"])
     examples = run.prepare(str(train), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
     return 1 + 2 * options.queries * len(examples) / sum(len(example.prompts[0]) for example in examples)
 
@@ -94,7 +95,7 @@ def on_first_rows(row: Row, loaded: Any) -> Row:
 def tune(row: Row) -> Row:
     from gradless import run
 
-    base = WORK.dense_folder() if row["base"] == "dense" else model_path()
+    base = WORK.dense_folder() if row["base"] == "dense" else MODELS[row["base"]]()
     train, dev, how = TASKS[row["on"]]
     found = counted(row, WORK.tune({**row, "prompt": how}, base, row["steps"] // MEASURED, train, dev))
     (tuned,) = WORK.folder(row["name"]).glob("model*")
@@ -123,7 +124,8 @@ def table(done: dict[str, Row]) -> str:
     columns = {"accuracy": figure("accuracy"), "loss": figure("loss"), "forwards a step": figure("forwards_a_step", ".2f")}
     columns |= {**reached, "seconds": figure("seconds", ".0f"), "peak MB": figure("peak_mb", "")}
     columns |= {f"accuracy, {FIRST_ROWS} rows": figure("first_accuracy"), f"loss, {FIRST_ROWS} rows": figure("first_loss")}
-    finished = [name for name, row in WORK.rows.items() if row["on"] == "SST-2" and "curve" in done.get(name, ())]
+    on_one_model = [name for name, row in WORK.rows.items() if row["on"] == "SST-2" and row.get("base") != "gemma3"]
+    finished = [name for name in on_one_model if "curve" in done.get(name, ())]
     WORK.draw(finished, ROOT / "docs" / "learning.png", ("loss", "accuracy"), along=("forwards", "seconds"))
     return "\n".join(WORK.table(done, columns))
 
