@@ -71,15 +71,19 @@ class Ball:
         most = self.reach * self.levels
         return most if self.bits is None else float(int(most + SLACK))
 
-    def project(self, x: Tensor, images: Tensor) -> Tensor:
-        """Perturbations brought inside, and onto the grid: fp32 (n, pixels) in units, of images (n, pixels).
-
-        Every coordinate goes to the nearest level that pixel and reach allow; then, in l2, toward zero.
-        """
+    def bounds(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest level that pixels and reach allow: fp32 (n, pixels) in units, of images (n, pixels)."""
         lower, upper = (self.low - images) / self.unit, (self.high - images) / self.unit
         if self.bits is not None:
-            x, lower, upper = x.round(), (lower - SLACK).ceil(), (upper + SLACK).floor()
-        x = x.clamp(lower.clamp(min=-self.farthest), upper.clamp(max=self.farthest))
+            lower, upper = (lower - SLACK).ceil(), (upper + SLACK).floor()
+        return lower.clamp(min=-self.farthest), upper.clamp(max=self.farthest)
+
+    def project(self, x: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
+        """Perturbations brought inside their images' bounds, and onto the grid: fp32 (n, pixels) in units.
+
+        Every coordinate goes to the nearest level within the bounds; then, in l2, toward zero.
+        """
+        x = (x if self.bits is None else x.round()).clamp(*bounds)
         if self.norm == "l2":
             length = x.norm(dim=1, keepdim=True) * (self.unit / self.eps)
             within = x * ((1 - 1e-6) / length.clamp(min=1e-12))

@@ -271,11 +271,13 @@ class ImageSpace(Space):
     name = "images"
 
     def __init__(self, images: Tensor, ball: Ball, *, first: int = 0, start: float = 0.0) -> None:
-        self.images, self.ball, self.first = images, ball, first
+        self.ball, self.first = ball, first
         self.rows = torch.arange(len(images), device=images.device)
-        begun = ball.project(torch.full_like(images, start), images)
+        self._bounds = ball.bounds(images)
+        begun = ball.project(torch.full_like(images, start), self._bounds)
         self.values = begun if ball.bits is None else begun.to(torch.int16)
         self._view: Move | None = None
+        self._drawn_last: tuple[Direction, Tensor, Tensor] | None = None
 
     @property
     def codes(self) -> int:
@@ -284,16 +286,22 @@ class ImageSpace(Space):
     @cached_property
     def _middle(self) -> Tensor:
         """Between the two ends of each coordinate: fp32 (problems, pixels)."""
-        far = torch.full_like(self.images, 2.0 * self.ball.levels)
-        return (self.ball.project(far, self.images) + self.ball.project(-far, self.images)) / 2
+        far = torch.full_like(self._bounds[0], 2.0 * self.ball.levels)
+        return (self.ball.project(far, self._bounds) + self.ball.project(-far, self._bounds)) / 2
+
+    def active(self, of_all: Tensor) -> Tensor:
+        """The active problems' share of what all have: (problems, ..) -> (active, ..), itself where all are active."""
+        return of_all if len(self.rows) == len(of_all) else of_all[self.rows]
 
     def restart(self, rows: Tensor, x: Tensor) -> None:
         """Begin some problems anew at x, (n, pixels)."""
-        self.values[rows] = self.ball.project(x, self.images[rows]).to(self.values.dtype)
+        lower, upper = self._bounds
+        self.values[rows] = self.ball.project(x, (lower[rows], upper[rows])).to(self.values.dtype)
+        self._drawn_last = None
 
     def point(self) -> Tensor:
         """The active problems' x as it is viewed now: fp32 (active, pixels)."""
-        x = self.values[self.rows].float()
+        x = self.active(self.values).float()
         return x if self._view is None else self._moved(x, self._view)
 
     def view(self, *moves: Move) -> None:
@@ -302,22 +310,30 @@ class ImageSpace(Space):
     def move(self, moves: Sequence[Move]) -> int:
         changed = 0
         for move in moves:
-            before = self.values[self.rows]
+            before = self.active(self.values)
             after = self._moved(before.float(), move).to(before.dtype)
             changed += int((after != before).sum())
             self.values[self.rows] = after
+            self._drawn_last = None
         return changed if self.codes else 0
 
     def _moved(self, x: Tensor, move: Move) -> Tensor:
         direction, by = move.direction, move.coefficient
         u = direction.of(self._drawn) if isinstance(direction, Signs) else self._drawn(direction)
         by = by.unsqueeze(1) if isinstance(by, Tensor) else by
-        return self.ball.project(x * move.decay + by * u, self.images[self.rows])
+        lower, upper = map(self.active, self._bounds)
+        return self.ball.project(x * move.decay + by * u, (lower, upper))
 
     def _drawn(self, direction: Direction) -> Tensor:
-        pixels, device = self.images.shape[1], self.images.device
+        """Coordinates of the active problems, (active, pixels): those of a query serve both of its sides, and its move."""
+        if self._drawn_last is None or self._drawn_last[0] != direction or self._drawn_last[1] is not self.rows:
+            self._drawn_last = direction, self.rows, self._draw(direction)
+        return self._drawn_last[2]
+
+    def _draw(self, direction: Direction) -> Tensor:
+        pixels, device = self.values.shape[1], self.values.device
         if isinstance(direction.distribution, Chunks):
-            across = torch.where(self.values[self.rows] > self._middle[self.rows], -1.0, 1.0)
+            across = torch.where(self.active(self.values) > self.active(self._middle), -1.0, 1.0)
             return across * direction.values(self.name, 0, pixels, device)
         names = (f"image {self.first + row}" for row in self.rows.tolist())
         return torch.stack([kernels.coordinates(direction, name, pixels, device) for name in names])

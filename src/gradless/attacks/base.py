@@ -167,7 +167,7 @@ class Attack(ABC):
 
         def losses() -> Tensor:
             x = space.point()
-            return oracle.ask(space.rows + first, space.ball.shown(x, images[space.rows]), x)
+            return oracle.ask(space.rows + first, space.ball.shown(x, space.active(images)), x)
 
         return losses
 

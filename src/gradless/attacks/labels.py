@@ -59,7 +59,7 @@ class LabelAttack(Attack):
         radius = torch.full((len(images),), wide.farthest + 1)  # of x, which is `held`; none is known to be enough yet
 
         def adversarial(rows: Tensor, signs: Tensor, r: Tensor) -> Tensor:
-            x = wide.project(signs * r.unsqueeze(1), images[rows])
+            x = wide.project(signs * r.unsqueeze(1), wide.bounds(images[rows]))
             return oracle.ask(rows + first, wide.shown(x, images[rows]), x, r <= inside) < 0
 
         for attempt in range(STARTS):

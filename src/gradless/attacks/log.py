@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ class QueryLog:
 
         self._held = {(image, name): (loss, taken) for answers in held for image, taken, name, loss in answers.tolist()}
 
-    def answer(self, image: int, name: int) -> tuple[float, int] | None:
-        """The loss and the class that an input of an image was answered with, or None where it has not been asked."""
-        return self._held.get((image, name))
+    def answers(self, images: Sequence[int], names: Sequence[int]) -> dict[int, tuple[float, int]]:
+        """The loss and the class that inputs of images were answered with, by their places; without those never asked."""
+        asked = enumerate(zip(images, names, strict=True)) if self._held else ()
+        return {i: self._held[of] for i, of in asked if of in self._held}
 
     def append(self, answers: np.ndarray[Any, Any]) -> None:
         """Commit the answers to a call, (n,) of `ANSWER`, to the disk.

@@ -89,23 +89,18 @@ class Oracle:
         Raises:
             GradlessError: the model's answer is no finite score or label for each input, or no class fits a label.
         """
-        names = (images.contiguous().view(torch.int32).long() * self._name).sum(1).tolist()
-        losses, new = torch.zeros(len(rows)), []
-        may = self.open(rows).tolist()
-        for i, (row, name) in enumerate(zip(rows.tolist(), names, strict=True)):
-            known = self._known[row].get(name)
-            if known is not None:
-                losses[i] = known
-            elif may[i]:
-                new.append(i)
-        new = new[: self._left()]
+        names = images.contiguous().view(torch.int32).long().mul_(self._name).sum(1).tolist()
+        numbers = rows.tolist()
+        known = [self._known[row].get(name) for row, name in zip(numbers, names, strict=True)]
+        losses = torch.tensor([loss or 0.0 for loss in known])
+        new = [i for i, may in enumerate(self.open(rows).tolist()) if may and known[i] is None][: self._left()]
         for start in range(0, len(new), self.batch_size):
             part = new[start : start + self.batch_size]
-            answered, classes = self._answer(rows[part], [names[i] for i in part], images[part])
+            answered, classes = self._answer(rows[part], [names[i] for i in part], _some(images, part))
             losses[part] = answered
             self.queries[rows[part]] += 1
             for i, loss in zip(part, answered.tolist(), strict=True):
-                self._known[int(rows[i])][names[i]] = loss
+                self._known[numbers[i]][names[i]] = loss
             hit = answered < 0 if inside is None else (answered < 0) & inside[part]
             won, at = rows[part][hit], torch.tensor(part)[hit]
             self.found[won], self.classes[won] = True, classes[hit]
@@ -117,13 +112,12 @@ class Oracle:
     def _answer(self, rows: Tensor, names: list[int], images: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and classes, (n,), of one input of each of these images: the log's, and for the rest the model's."""
         losses, classes = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.int32)
-        held = [None if self.log is None else self.log.answer(*of) for of in zip(rows.tolist(), names, strict=True)]
-        for i, answer in enumerate(held):
-            if answer is not None:
-                losses[i], classes[i] = answer
-        ask = [i for i, answer in enumerate(held) if answer is None]
+        held = {} if self.log is None else self.log.answers(rows.tolist(), names)
+        for i, answer in held.items():
+            losses[i], classes[i] = answer
+        ask = [i for i in range(len(rows)) if i not in held]
         if ask:
-            answer = self.predict(images[ask].view(-1, *self.shape))
+            answer = self.predict(_some(images, ask).view(-1, *self.shape))
             losses[ask], classes[ask] = self._margin(rows[ask], answer)
             if self.log is not None:
                 paid = np.empty(len(ask), ANSWER)
@@ -159,3 +153,8 @@ class Oracle:
         others = answer.scatter(1, labels.unsqueeze(1), float("-inf")).amax(1)
         margin = (own - others).float()
         return -margin if self.targeted else margin, answer.argmax(1).int()
+
+
+def _some(images: Tensor, rows: list[int]) -> Tensor:
+    """These rows of images, in ascending order; all of them as they are."""
+    return images if len(rows) == len(images) else images[rows]
