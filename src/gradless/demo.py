@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; `runs/demo` gets the model, the journal, the curve and summary.json."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--max-minutes", type=float, default=1.0)
+    parser.add_argument("--max-minutes", type=float, default=0.7)
     parsed = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
