@@ -51,8 +51,8 @@ EVERY_TYPE = (
     *("uint4/64+zero", "uint8/32+zero", "nf4/64+fp32", "int8/64+fp32"),
 )
 """Of our own block types those for which kernels differ."""
-SELF_TESTED = {"cpu": EVERY_TYPE, "cuda": ("Q4_1",)}
-"""On a GPU each type takes half a minute to compile, once."""
+SELF_TESTED = {"cpu": EVERY_TYPE, "cuda": ("Q4_1", "Q6_K")}
+"""On a GPU each type takes a while to compile."""
 
 _log = logging.getLogger(__name__)
 
@@ -270,12 +270,12 @@ def self_test(ops: ModuleType, device: str = "cpu", types: Sequence[str] = EVERY
         steps = (each.whole_steps("self-test", move, n, where, None) for each in (ops, reference))
         if not same or not torch.equal(*steps):
             return f"{distribution}"
-    for source in (torch.float32, torch.bfloat16):
-        values = Direction(8, 0).values("values", 0, 300, device).to(source)
-        for dtype in (torch.float32, torch.bfloat16):
-            arguments = (values, "self-test", value_move, dtype)
-            if not torch.equal(ops.moved(*arguments, stochastic=True), reference.moved(*arguments, stochastic=True)):
-                return f"moved, {source} to {dtype}"
+        for source in (torch.float32, torch.bfloat16):
+            values = Direction(8, 0).values("values", 0, 300, device).to(source)
+            for dtype in (torch.float32, torch.bfloat16):
+                arguments = (values, "self-test", move, dtype)
+                if not torch.equal(ops.moved(*arguments, stochastic=True), reference.moved(*arguments, stochastic=True)):
+                    return f"moved by {distribution}, {source} to {dtype}"
     return None if torch.allclose(_fused(ops), _fused(reference), rtol=2.0**-7, atol=2.0**-7) else "the fused passes"
 
 
