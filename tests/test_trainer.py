@@ -188,6 +188,11 @@ def test_nzo_tunes_layers_of_one_width(tiny, tmp_path):
         zo.train()
 
 
+def test_an_option_without_the_one_it_goes_with_is_refused(tmp_path):
+    with pytest.raises(GradlessError, match="unquantized_lr goes with --train-unquantized"):
+        ZOConfig(output_dir=str(tmp_path), unquantized_lr=1e-3)
+
+
 def test_a_head_does_not_know_whose_tokens_it_sees(tiny, tmp_path):
     with pytest.raises(GradlessError, match=r"token_embd\.weight does not see all tokens of a batch.*--exclude-modules"):
         trainer(tiny, tmp_path, method="ezo", target_modules="lm_head").train()

@@ -129,7 +129,7 @@ class MethodOptions:
         names = {each.name for each in fields(MethodOptions)}
         for each in (each for each in fields(self) if each.name in names):
             value, methods = getattr(self, each.name), each.metadata.get("methods")
-            _check_choice(each, value)
+            _check_option(self, each)
             if methods and value != each.default and method not in methods:
                 raise GradlessError(f"{each.name} is for {' and '.join(methods)}; {method} does not read it.")
         if isinstance(self.lr, str) and (self.lr != "auto" or method in (*CODES, "nzo")):
@@ -151,10 +151,14 @@ class MethodOptions:
             raise GradlessError(f"perturbation_bits is {bits}; it can be 2 to 8, and goes with one rounding.")
 
 
-def _check_choice(each: Field[Any], value: Any) -> None:
-    choices = each.metadata.get("choices")
+def _check_option(options: MethodOptions, each: Field[Any]) -> None:
+    """Refuse what is none of an option's choices, and an option without the one that it goes with."""
+    value, choices, needs = getattr(options, each.name), each.metadata.get("choices"), each.metadata.get("needs")
     if choices and value not in (each.default, *choices):
         raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(map(str, choices))}.")
+    if needs and value != each.default and getattr(options, needs) in (None, False):
+        flag = needs.replace("_", "-")
+        raise GradlessError(f"{each.name} goes with --{flag}; give it too, or leave {each.name} out.")
 
 
 POSITIVE = {
@@ -255,11 +259,8 @@ class RunOptions(MethodOptions):
         """Refuse values that cannot work, wherever they came from."""
         self.check()
         for each in fields(self):
-            value, needs = getattr(self, each.name), each.metadata.get("needs")
-            _check_choice(each, value)
-            if needs and value != each.default and getattr(self, needs) in (None, False):
-                flag = needs.replace("_", "-")
-                raise GradlessError(f"{each.name} goes with --{flag}; give it too, or leave {each.name} out.")
+            value = getattr(self, each.name)
+            _check_option(self, each)
             if each.name in POSITIVE and value not in (None, "auto") and not (isinstance(value, int | float) and value > 0):
                 raise GradlessError(f"{each.name} is {value!r}; it must be a number above zero.")
         if self.bits is not None and not 2 <= self.bits <= 8:
