@@ -99,6 +99,16 @@ def test_coordinates_have_noise_pys_bits(move, start, count):
     assert torch.equal(drawn, direction.values("w", start, count))
 
 
+@settings(deadline=None, max_examples=20)
+@given(MOVES, st.lists(st.text(max_size=9), min_size=1, max_size=9), st.integers(1, 3000))
+def test_coordinates_of_each_have_noise_pys_bits(move, names, count):
+    direction, device = move.direction, torch.device("cpu")
+    assert torch.equal(
+        cpu.coordinates_of_each(direction, names, count, device),
+        reference.coordinates_of_each(direction, names, count, device),
+    )
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     st.sampled_from(EVERY_TYPE),

@@ -252,6 +252,11 @@ class GridSpace(Space):
         return changed
 
 
+def image_names(numbers: Tensor) -> list[str]:
+    """By which images of these numbers, int64 (n,), draw."""
+    return [f"image {number}" for number in numbers.tolist()]
+
+
 class ImageSpace(Space):
     """Perturbations of a batch of images, each a problem of its own: values in units of their ball, (problems, pixels).
 
@@ -335,8 +340,7 @@ class ImageSpace(Space):
         if isinstance(direction.distribution, Chunks):
             across = torch.where(self.active(self.values) > self.active(self._middle), -1.0, 1.0)
             return across * direction.values(self.name, 0, pixels, device)
-        names = (f"image {self.first + row}" for row in self.rows.tolist())
-        return torch.stack([kernels.coordinates(direction, name, pixels, device) for name in names])
+        return kernels.coordinates_of_each(direction, image_names(self.first + self.rows), pixels, device)
 
 
 class DenseSpace(Space):

@@ -16,7 +16,7 @@ from gradless.attacks.oracle import Oracle
 from gradless.ball import Ball
 from gradless.methods.zoqo import ZOQO
 from gradless.noise import Chunks, Direction, Rademacher
-from gradless.spaces import ImageSpace
+from gradless.spaces import ImageSpace, image_names
 
 STARTS = 50
 """Tries to find an adversarial start for an image."""
@@ -102,5 +102,4 @@ class LabelAttack(Attack):
         if attempt < 2:
             return torch.full((len(numbers), pixels), 1.0 - 2 * attempt)
         u = Direction(self.seed, attempt, 0, Rademacher())
-        cpu = torch.device("cpu")
-        return torch.stack([kernels.coordinates(u, f"image {number}", pixels, cpu) for number in numbers.tolist()])
+        return kernels.coordinates_of_each(u, image_names(numbers), pixels, torch.device("cpu"))

@@ -29,6 +29,7 @@ __all__ = [
     "add_shifts",
     "attention",
     "coordinates",
+    "coordinates_of_each",
     "dequantize",
     "dither",
     "exported_offset",
@@ -131,6 +132,12 @@ def move_codes(tensor: QuantTensor, move: Move) -> int:
 def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.device) -> Tensor:
     """The first n coordinates of a direction for a tensor: fp32, (n,)."""
     result: Tensor = _ops(torch.empty(0, device=device)).coordinates(direction, name, n, device)
+    return result
+
+
+def coordinates_of_each(direction: Direction, names: Sequence[str], n: int, device: torch.device) -> Tensor:
+    """The first n coordinates of a direction for each of some tensors: fp32, (names, n)."""
+    result: Tensor = _ops(torch.empty(0, device=device)).coordinates_of_each(direction, names, n, device)
     return result
 
 

@@ -259,6 +259,11 @@ def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.d
     return direction.values(name, 0, n, device)
 
 
+def coordinates_of_each(direction: Direction, names: Sequence[str], n: int, device: torch.device) -> Tensor:
+    """The first n coordinates of a direction for each of some tensors: fp32, (names, n)."""
+    return torch.stack([coordinates(direction, name, n, device) for name in names])
+
+
 def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: Tensor | None) -> Tensor:
     """What an update by coefficient * u moves codes by.
 

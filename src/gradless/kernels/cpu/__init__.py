@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradless.blocks import BlockType
 from gradless.kernels import reference
-from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Signs, Stream, Words, normal_table
+from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Signs, Stream, Words, key, normal_table
 from gradless.tensor import Move, Part, QuantTensor
 
 NAME = "cpu"
@@ -113,6 +113,15 @@ def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.d
     """See `reference.coordinates`."""
     out = torch.empty(n, device=device)
     _library.gradless_coordinates(ctypes.byref(_direction(direction, name)), ctypes.c_int64(n), _at(out))
+    return out
+
+
+def coordinates_of_each(direction: Direction, names: Sequence[str], n: int, device: torch.device) -> Tensor:
+    """See `reference.coordinates_of_each`."""
+    out, count = torch.empty(len(names), n, device=device), len(names)
+    keys = (ctypes.c_uint64 * count)(*(key(direction.seed, name) for name in names))
+    drawn = ctypes.byref(_direction(direction, names[0]))
+    _library.gradless_coordinates_of_each(drawn, keys, ctypes.c_int64(count), ctypes.c_int64(n), _at(out))
     return out
 
 

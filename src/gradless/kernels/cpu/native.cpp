@@ -670,6 +670,16 @@ void gradless_coordinates(const Direction *direction, int64_t n, float *out) {
     });
 }
 
+// The first n of each of `count` tensors, whose names are in the keys alone.
+void gradless_coordinates_of_each(const Direction *direction, const uint64_t *keys, int64_t count, int64_t n, float *out) {
+    in_shares(count, 1, [&](int64_t i, int64_t) {
+        Coordinates u;
+        u.u = *direction;
+        u.u.words.key = u.u.second.key = keys[i];
+        Coordinates::read(u, 0, n, out + i * n);
+    });
+}
+
 void gradless_whole_steps(const Move *move, int64_t n, int8_t *residual, float *out) {
     in_shares((n + 127) / 128, 1 << 8, [&](int64_t begin, int64_t end) {
         Coordinates u;

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from gradless.blocks import BlockType
 from gradless.kernels import reference
-from gradless.kernels.reference import add_shifts, attention, dither, gate, rms_norm, vectors
+from gradless.kernels.reference import add_shifts, attention, coordinates_of_each, dither, gate, rms_norm, vectors
 from gradless.kernels.triton import programs
 from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Signs, Stream, normal_table
 from gradless.tensor import Move, Part, QuantTensor
 
-__all__ = ["add_shifts", "attention", "dither", "gate", "rms_norm", "vectors"]
+__all__ = ["add_shifts", "attention", "coordinates_of_each", "dither", "gate", "rms_norm", "vectors"]
 
 NAME = "triton"
 FEW_TOKENS = 64
