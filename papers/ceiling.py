@@ -49,7 +49,9 @@ KINDS: dict[str, tuple[int | None, ...]] = {TOKEN: (24, 48, None), POOLED: (24, 
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 """Of the mean square of an example's features."""
 SKETCH = 32
+"""Of the rows and of the columns of a layer's gradient."""
 FIRST_ROWS = 400
+"""Of the dev rows, shuffled as in benchmarks/learning.py."""
 
 
 def signs(rows: int, generator: torch.Generator) -> Tensor:
