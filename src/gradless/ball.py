@@ -83,7 +83,7 @@ class Ball:
 
         Every coordinate goes to the nearest level within the bounds; then, in l2, toward zero.
         """
-        x = (x if self.bits is None else x.round()).clamp(*bounds)
+        x = x.clamp(*bounds) if self.bits is None else x.round().clamp_(*bounds)
         if self.norm == "l2":
             length = x.norm(dim=1, keepdim=True) * (self.unit / self.eps)
             within = x * ((1 - 1e-6) / length.clamp(min=1e-12))
@@ -96,4 +96,4 @@ class Ball:
         if self.pixel_bits is not None:
             step = (self.high - self.low) / (2**self.pixel_bits - 1)
             change = step * (change / step + SLACK * x.sign()).trunc()
-        return (images + change).clamp(self.low, self.high)
+        return change.add_(images).clamp_(self.low, self.high)

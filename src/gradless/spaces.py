@@ -327,7 +327,7 @@ class ImageSpace(Space):
         u = direction.of(self._drawn) if isinstance(direction, Signs) else self._drawn(direction)
         by = by.unsqueeze(1) if isinstance(by, Tensor) else by
         lower, upper = map(self.active, self._bounds)
-        return self.ball.project(x * move.decay + by * u, (lower, upper))
+        return self.ball.project((by * u).add_(x if move.decay == 1 else x * move.decay), (lower, upper))
 
     def _drawn(self, direction: Direction) -> Tensor:
         """Coordinates of the active problems, (active, pixels): those of a query serve both of its sides, and its move."""

@@ -90,40 +90,42 @@ class Oracle:
             GradlessError: the model's answer is no finite score or label for each input, or no class fits a label.
         """
         names = images.contiguous().view(torch.int32).long().mul_(self._name).sum(1).tolist()
-        numbers = rows.tolist()
-        known = [self._known[row].get(name) for row, name in zip(numbers, names, strict=True)]
+        known = [self._known[row].get(name) for row, name in zip(rows.tolist(), names, strict=True)]
         losses = torch.tensor([loss or 0.0 for loss in known])
         new = [i for i, may in enumerate(self.open(rows).tolist()) if may and known[i] is None][: self._left()]
         for start in range(0, len(new), self.batch_size):
-            part = new[start : start + self.batch_size]
-            answered, classes = self._answer(rows[part], [names[i] for i in part], _some(images, part))
+            part = torch.tensor(new[start : start + self.batch_size])
+            asking, named = rows[part], [names[i] for i in new[start : start + self.batch_size]]
+            answered, classes = self._answer(asking, named, _some(images, part))
             losses[part] = answered
-            self.queries[rows[part]] += 1
-            for i, loss in zip(part, answered.tolist(), strict=True):
-                self._known[numbers[i]][names[i]] = loss
+            self.queries[asking] += 1
+            for row, name, loss in zip(asking.tolist(), named, answered.tolist(), strict=True):
+                self._known[row][name] = loss
             hit = answered < 0 if inside is None else (answered < 0) & inside[part]
-            won, at = rows[part][hit], torch.tensor(part)[hit]
-            self.found[won], self.classes[won] = True, classes[hit]
-            self.images[won], self.points[won] = images[at], points[at]
+            if hit.any():
+                won, at = asking[hit], part[hit]
+                self.found[won], self.classes[won] = True, classes[hit]
+                self.images[won], self.points[won] = images[at], points[at]
         for row in rows[~self.open(rows)].tolist():
             self._known[row] = {}
         return losses
 
     def _answer(self, rows: Tensor, names: list[int], images: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and classes, (n,), of one input of each of these images: the log's, and for the rest the model's."""
+        if self.log is None:
+            return self._margin(rows, self.predict(images.view(-1, *self.shape)))
         losses, classes = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.int32)
-        held = {} if self.log is None else self.log.answers(rows.tolist(), names)
+        held = self.log.answers(rows.tolist(), names)
         for i, answer in held.items():
             losses[i], classes[i] = answer
-        ask = [i for i in range(len(rows)) if i not in held]
-        if ask:
+        if len(held) < len(rows):
+            ask = torch.tensor([i for i in range(len(rows)) if i not in held])
             answer = self.predict(_some(images, ask).view(-1, *self.shape))
             losses[ask], classes[ask] = self._margin(rows[ask], answer)
-            if self.log is not None:
-                paid = np.empty(len(ask), ANSWER)
-                paid["image"], paid["class"] = rows[ask].numpy(), classes[ask].numpy()
-                paid["input"], paid["loss"] = [names[i] for i in ask], losses[ask].numpy()
-                self.log.append(paid)
+            paid = np.empty(len(ask), ANSWER)
+            paid["image"], paid["class"] = rows[ask].numpy(), classes[ask].numpy()
+            paid["input"], paid["loss"] = [names[i] for i in ask.tolist()], losses[ask].numpy()
+            self.log.append(paid)
         return losses, classes
 
     def _margin(self, rows: Tensor, answer: Any) -> tuple[Tensor, Tensor]:
@@ -141,9 +143,9 @@ class Oracle:
                 )
             reached = answer.long() == labels
             return torch.where(reached == self.targeted, -1.0, 1.0), answer.int()
-        bad = (~answer.isfinite()).any(1)
-        if bad.any():
-            row = int(rows[bad.nonzero()[0, 0]])
+        finite = answer.isfinite()
+        if not finite.all():
+            row = int(rows[(~finite).nonzero()[0, 0]])
             raise GradlessError(
                 f"the model returned a score that is no finite number for image {row} (its query {int(self.queries[row]) + 1})."
             )
@@ -155,6 +157,6 @@ class Oracle:
         return -margin if self.targeted else margin, answer.argmax(1).int()
 
 
-def _some(images: Tensor, rows: list[int]) -> Tensor:
+def _some(images: Tensor, rows: Tensor) -> Tensor:
     """These rows of images, in ascending order; all of them as they are."""
     return images if len(rows) == len(images) else images[rows]
