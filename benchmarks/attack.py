@@ -1,6 +1,6 @@
 """Queries and images a second of our attacks against ART's Square and torchattacks' Square, on one model in one run.
 
-    pip install gradless[papers] && pip install --no-deps torchattacks
+    pip install ".[papers]" && pip install --no-deps torchattacks
     python benchmarks/attack.py [--dataset mnist] [--images 200] [--queries 100] [--json]
 
 The ball is so small that nothing is found, so every image asks all of its queries: what is compared is the time around them.

@@ -64,7 +64,7 @@ def rows() -> dict[str, Row]:
         "ZOQO, int8, uniform noise": {"model": "int8", "method": "zoqo", "distribution": "uniform"},
         "ZOQO, int8, as in the paper": {"model": "int8", **ZOQO_PAPER},
         "ZOQO, int4, as in the paper": {"model": "int4", **ZOQO_PAPER},
-        "QuZO, nf4": {"model": "nf4", "method": "quzo"},
+        "QuZO, nf4": {"model": "nf4", "method": "quzo", "lr": 0.2109426},
         "ZOQO, nf4": {"model": "nf4", "method": "zoqo"},
         "QuZO, fp8-e5m2": {"model": "fp8-e5m2", "method": "quzo"},
     }

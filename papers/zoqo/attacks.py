@@ -1,6 +1,6 @@
 """ZOQO's black-box attacks: the paper's two tables, with SignHunter, ZO-signSGD and ART's Square beside it.
 
-    pip install gradless[papers]
+    pip install ".[papers]"
     python papers/zoqo/attacks.py             # do what is still to do; stop and start again at will
     python papers/zoqo/attacks.py --table     # print the tables from what is committed
     python papers/zoqo/attacks.py --dataset mnist --images 200 --bits 8 --json    # one quick look, nothing kept
