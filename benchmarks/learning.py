@@ -14,7 +14,6 @@ after `random.Random(0).shuffle`, on which the project's first figures were seen
 
 from __future__ import annotations
 
-import random
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,9 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "papers"))
 
-from worklist import DATA, MODELS, ROOT, TASKS, TRAIN_ROWS, WEAK, Row, WorkList, figure
+from worklist import DATA, FIRST_ROWS, MODELS, ROOT, TASKS, TRAIN_ROWS, WEAK, Row, WorkList, figure, shuffled
 
-MEASURED, FIRST_ROWS = 5, 400
+MEASURED = 5
 PLAIN = "QZO, 600 steps"
 
 
@@ -66,7 +65,7 @@ def forwards_a_step(row: Row) -> float:
 
     train, _, how = TASKS[row["on"]]
     loaded, options = run.load_model(MODELS[row["base"]]()), RunOptions(**how, method="nzo", seed=row["seed"])
-    examples = run.prepare(str(train), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
+    examples = run.prepare(str(train), loaded, options, limit=row.get("train_rows", TRAIN_ROWS), shuffled=True).examples
     return 1 + 2 * options.queries * len(examples) / sum(len(example.prompts[0]) for example in examples)
 
 
@@ -85,9 +84,9 @@ def on_first_rows(row: Row, loaded: Any) -> Row:
     if row["on"] != "SST-2":
         return {}
     rows = (DATA / "dev.tsv").read_text().splitlines()
-    random.Random(0).shuffle(rows)
     path = WORK.runs / "first-rows.tsv"
-    path.write_text("\n".join(rows[:FIRST_ROWS]) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(rows[i] for i in shuffled(len(rows))[:FIRST_ROWS]) + "\n")
     metrics = run.measure(loaded, run.prepare(str(path), loaded, RunOptions(**WEAK)).examples, 32, quiet=True)
     return {"first_accuracy": metrics["accuracy"], "first_loss": metrics["loss"]}
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
 import statistics
 import sys
 from collections import defaultdict
@@ -34,7 +33,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from worklist import MODELS, TASKS, WorkList
+from worklist import FIRST_ROWS, MODELS, TASKS, WorkList, shuffled
 
 from gradless import objectives, run
 from gradless.methods.nzo import contrasts, damped
@@ -50,8 +49,6 @@ RIDGES = (0.03, 0.1, 0.3, 1.0)
 """Of the mean square of an example's features."""
 SKETCH = 32
 """Of the rows and of the columns of a layer's gradient."""
-FIRST_ROWS = 400
-"""Of the dev rows, shuffled as in benchmarks/learning.py."""
 
 
 def signs(rows: int, generator: torch.Generator) -> Tensor:
@@ -59,7 +56,7 @@ def signs(rows: int, generator: torch.Generator) -> Tensor:
     return (torch.randint(0, 2, (rows, SKETCH), generator=generator).float() * 2 - 1) / math.sqrt(SKETCH)
 
 
-class Watch:
+class Sensors:
     """What a dense model's linear layers take in and how the answer follows what they put out."""
 
     def __init__(self, model: Any) -> None:
@@ -150,12 +147,11 @@ def fitted(products: Tensor, scores: Tensor, labels: Tensor, ridge: float) -> Te
 
 
 def figures(answer: dict[str, Tensor], moved: Tensor) -> tuple[float, float, float]:
-    """Accuracy, loss, and the accuracy on the first rows that random.Random(0).shuffle brings."""
+    """Accuracy, loss, and the accuracy on the first of the shuffled rows."""
     scores, labels = answer["scores"] + moved, answer["labels"]
     right = (scores.argmax(1) == labels).float()
-    shuffled = list(range(len(labels)))
-    random.Random(0).shuffle(shuffled)
-    return float(right.mean()), float(F.cross_entropy(scores, labels)), float(right[shuffled[:FIRST_ROWS]].mean())
+    first = right[shuffled(len(labels))[:FIRST_ROWS]]
+    return float(right.mean()), float(F.cross_entropy(scores, labels)), float(first.mean())
 
 
 def main() -> None:
@@ -168,12 +164,12 @@ def main() -> None:
     loaded = run.load_model(WorkList(Path(__file__).resolve(), {}, {}).dense_folder(arguments.model))
     rows, dev_rows, how = TASKS[arguments.task]
     torch.set_float32_matmul_precision("medium")
-    watch, options = Watch(loaded.model.float()), RunOptions(**how)
-    dev = watch.seen(run.prepare(str(dev_rows), loaded, options, limit=options.eval_rows).examples)
+    sensors, options = Sensors(loaded.model.float()), RunOptions(**how)
+    dev = sensors.seen(run.prepare(str(dev_rows), loaded, options, limit=options.eval_rows).examples)
     found: dict[Choice, dict[float, list[tuple[float, float, float]]]] = defaultdict(lambda: defaultdict(list))
     for seed in range(arguments.seeds):
         ours = RunOptions(**how, seed=seed)
-        train = watch.seen(run.prepare(str(rows), loaded, ours, limit=arguments.train_rows, shuffled=True).examples)
+        train = sensors.seen(run.prepare(str(rows), loaded, ours, limit=arguments.train_rows, shuffled=True).examples)
         for kind, counts in KINDS.items():
             print(f"seed {seed}: {kind}", file=sys.stderr, flush=True)
             of_kind = products(train, dev, kind, counts, len(loaded.model.model.layers) // 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 DATA = SHARED / "sst2"
-TRAIN_ROWS, BATCH = 1000, 16
+TRAIN_ROWS, FIRST_ROWS, BATCH = 1000, 400, 16
 WEAK = {"task": "sst2"}
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -99,8 +100,8 @@ class WorkList:
         result["threads"] = torch.get_num_threads()
         result["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         result["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
-        with self.results.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        with self.results.open("ab", buffering=0) as file:  # in one write: whole or not at all
+            file.write(f"{json.dumps(result)}\n".encode())
 
     def table(
         self, done: dict[str, Row], columns: dict[str, Callable[[Row], str]], over: str = "accuracy", form: str = ".4f"
@@ -237,6 +238,13 @@ class WorkList:
         if not folder.exists() and main(["dequantize", str(MODELS[model]()), "--output", str(folder)]):
             raise SystemExit("could not dequantize the model")
         return folder
+
+
+def shuffled(n: int) -> list[int]:
+    """The dev rows in the order whose first `FIRST_ROWS` the project's first figures were seen on."""
+    order = list(range(n))
+    random.Random(0).shuffle(order)
+    return order
 
 
 def figure(key: str, form: str = ".4f") -> Callable[[Row], str]:

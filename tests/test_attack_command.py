@@ -205,6 +205,9 @@ def test_models_that_cannot_be(tmp_path, module, images, capsys, text, attribute
         (["--resume"], "holds no attack to resume"),
         (["--resume", "--overwrite"], "contradict each other"),
         (["--max-queries", "1"], "one step takes 2"),
+        (["--bits", "0"], "bits is 0"),
+        (["--rate", "0"], "rate is 0"),
+        (["--seed", "-1"], "seed is -1"),
     ],
 )
 def test_options_that_contradict(tmp_path, module, images, capsys, more, says):
@@ -223,6 +226,25 @@ def test_what_cannot_begin_replaces_nothing(tmp_path, module, images, more):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "text", ["def predict(batch):\n    raise OSError\n", "def predict(batch):\n    return batch[:, 0, 0, 0]\n"]
+)
+def test_a_model_that_does_not_answer_replaces_nothing(tmp_path, module, images, text):
+    run = tmp_path / "run"
+    assert attack(f"{module(PREDICT)}:predict", images, run, "--max-queries", "50") == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert attack(f"{module(text)}:predict", images, run, "--overwrite") == 1
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert attack(f"{module(PREDICT)}:predict", images, run, "--overwrite", "--max-queries", "40") == 0
+    assert {path.name for path in run.iterdir()} == before.keys()
+
+
+def test_an_output_that_is_a_file(tmp_path, module, images, capsys):
+    (tmp_path / "run").write_text("")
+    assert attack(f"{module(PREDICT)}:predict", images, tmp_path / "run") == 1
+    assert "is a file; give --output a folder" in capsys.readouterr().err
+
+
 def test_an_eps_that_is_no_quotient(tmp_path, images, capsys):
     with pytest.raises(SystemExit):
         attack("m:predict", images, tmp_path / "run", "--eps", "1/0")
@@ -233,7 +255,11 @@ def test_images_that_cannot_be(tmp_path, module, capsys):
     np.savez(tmp_path / "one.npz", images=np.zeros((2, 3)))
     (tmp_path / "two.npz").write_text("no archive")
     np.savez(tmp_path / "four.npz", images=np.array(["a", "b"]), labels=np.zeros(2, int))
-    for name in ("one", "two", "three", "four"):
+    whole = tmp_path / "whole.npz"
+    np.savez(whole, images=np.zeros((2, 3)), labels=np.zeros(2, int))
+    (tmp_path / "five.npz").write_bytes(whole.read_bytes()[:-40])
+    (tmp_path / "six.npz").write_bytes(b"")
+    for name in ("one", "two", "three", "four", "five", "six"):
         assert attack(f"{module(PREDICT)}:predict", tmp_path / f"{name}.npz", tmp_path / "run") == 1
         assert "is no .npz with arrays" in capsys.readouterr().err
 

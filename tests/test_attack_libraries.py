@@ -60,6 +60,9 @@ def test_foolbox(net, images):
     reached = FoolboxAttack(lambda eps: ZOQOAttack(eps, targeted=True, max_queries=300))(model, images, wanted, epsilons=0.3)
     assert torch.equal(reached[2], model(reached[1]).argmax(1) == (labels + 1) % 4)
     wide = foolbox.PyTorchModel(net, bounds=(0, 255), device="cpu")
+    assert torch.equal(
+        attack(model, images, labels, epsilons=np.array([0.3]))[2], attack(model, images, labels, epsilons=[0.3])[2]
+    )
     with pytest.raises(GradlessError, match="bounds are"):
         attack(wide, images, labels, epsilons=0.3)
     with pytest.raises(GradlessError, match="a criterion of type str"):

@@ -236,6 +236,9 @@ def nan_once(batch):
         ({"directions": "up"}, "it can be|they can be"),
         ({"pixel_bits": 4}, "pixels are not of 4 bits"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"directions": "random", "share": 0.0}, "share is 0.0"),
+        ({"directions": "random", "share": 1e-6}, "no code would ever move"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(change, says):
@@ -244,6 +247,27 @@ def test_bad_input_is_refused_in_a_sentence(change, says):
     given |= {name: value for name, value in change.items() if name in given}
     with pytest.raises(GradlessError, match=says):
         ZOQOAttack(**options).attack(**given)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint64, np.int8])
+def test_labels_and_scores_are_of_any_integers(dtype):
+    x, model = images(4), linear_model()
+    labels = model(x).argmax(1)
+    result = ZOQOAttack(0.2).attack(lambda batch: (10 * model(batch)).to(torch.int8), x, labels.numpy().astype(dtype))
+    assert result.success.any()
+
+
+def test_chunks_ask_once_a_step_whatever_q():
+    ZOQOAttack(0.2, q=5, max_queries=6).attack(linear_model(), images(2), torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_radius_inside_the_ball_counts_though_its_image_was_shown_before():
+    """Pixels of 8 bits: radii from 8/255 on show what a larger radius has shown already."""
+    x = torch.full((1, *SHAPE), 128 / 255)
+    wrong = lambda batch: ((batch - x).abs().flatten(1).amax(1) >= 7.5 / 255).long()  # noqa: E731
+    for pixel_bits in (None, 8):
+        result = LabelAttack(8 / 255, pixel_bits=pixel_bits, max_queries=60).attack(wrong, x, torch.zeros(1, dtype=torch.int64))
+        assert result.success.all(), pixel_bits
 
 
 def test_a_result_is_saved_whole(tmp_path):

@@ -54,6 +54,7 @@ def test_tune_eval_and_replay(tiny, rows, tmp_path, capsys):
         ["--part", "offset", "--train-unquantized", "--q", "2"],
         ["--lr", "auto", "--ratio", "0.2"],
         ["--method", "nzo", *ONE_TOKEN],
+        ["--method", "nzo", *ONE_TOKEN, "--target-modules", "q_proj"],  # whose rows the file has in another order
         ["--method", "nzo", *ONE_TOKEN, "--part", "offset", "--accumulate", "2", "--q", "3", "--activations", "int8"],
         ["--method", "ezo"],
         ["--method", "ezo", "--lr", "1e-2", "--accumulate", "2"],

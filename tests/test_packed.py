@@ -147,6 +147,7 @@ def test_overwriting_a_run_that_quantizes_keeps_its_new_base(dense, rows, tmp_pa
     assert main(arguments) == 0
     before = (tmp_path / "run" / "base" / WEIGHTS).read_bytes()
     assert main([*arguments, "--overwrite", "--labels", "0=no"]) == 1  # bad input leaves the run that is there alone
+    assert main([*arguments, "--overwrite", "--bits", "4", "--hold", "--accumulate", "2"]) == 1  # refused once it is quantized
     assert (tmp_path / "run" / "base" / WEIGHTS).read_bytes() == before
     assert main([*arguments, "--overwrite", "--bits", "4"]) == 0
     assert Folder.open(tmp_path / "run" / "base").quantized["model.layers.0.mlp.up_proj.weight"].block.name == "int4/64"

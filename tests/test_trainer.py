@@ -226,6 +226,32 @@ def test_another_run_is_not_resumed(tiny, tmp_path):
         trainer(tiny, tmp_path).train()
 
 
+def test_a_version_with_another_option_is_resumed(tiny, tmp_path, monkeypatch):
+    first = trainer(tiny, tmp_path)
+    header = first.header
+    monkeypatch.setattr(first, "header", lambda: {**header(), "config": {**header()["config"], "of_another_version": None}})
+    first.train()
+    first.journal.close()
+    trainer(tiny, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_is_out_of_time_is_not_resumed_by_a_step(tiny, tmp_path):
+    first = trainer(tiny, tmp_path)
+    first.train()
+    done = first.journal.steps
+    first.journal.close()
+    again = trainer(tiny, tmp_path, max_steps=2 * done)
+    again._check_resume = lambda _: None
+    again.max_seconds = 0.0
+    again.train(resume_from_checkpoint=True)
+    assert again.journal.steps == done
+
+
+def test_hold_goes_with_whole_batches(tmp_path):
+    with pytest.raises(GradlessError, match="hold compares"):
+        ZOConfig(output_dir=str(tmp_path), method="zoqo", hold=True, gradient_accumulation_steps=2, use_cpu=True)
+
+
 def test_other_threads_are_refused_unless_allowed(tiny, tmp_path, monkeypatch):
     first = trainer(tiny, tmp_path)
     first.train()

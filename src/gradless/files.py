@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +66,35 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
+@contextmanager
+def set_aside(paths: Iterable[Path]) -> Iterator[Callable[[], None]]:
+    """Move files and folders out of the way for what is written there inside, and remove them when that is worth more: when the
+    block succeeds, or when it calls what is yielded. If it fails before, they are put back in place of what it wrote."""
+    moved = {path: path.with_name(f".{path.name}.{os.getpid()}.aside") for path in paths if path.exists()}
+    for path, aside in moved.items():
+        path.replace(aside)
+
+    def drop() -> None:
+        for aside in moved.values():
+            _remove(aside)
+        moved.clear()
+
+    try:
+        yield drop
+        drop()
+    finally:
+        for path, aside in moved.items():
+            _remove(path)
+            aside.replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def claim(output: Path, what: str, *, held: bool, resume: bool, overwrite: bool) -> None:
     """Refuse an output folder that holds something, unless told what to do with it.
 
@@ -79,6 +108,8 @@ def claim(output: Path, what: str, *, held: bool, resume: bool, overwrite: bool)
     Raises:
         GradlessError: what is held and what is wanted do not go together.
     """
+    if output.exists() and not output.is_dir():
+        raise GradlessError(f"{output} is a file; give --output a folder.")
     if resume and overwrite:
         raise GradlessError("--resume and --overwrite contradict each other; give one.")
     if held and not (resume or overwrite):

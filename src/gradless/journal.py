@@ -116,6 +116,7 @@ class Journal:
     def _writing(self, what: str, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """One transaction; unless it is durable, a power failure may lose it."""
         try:
+            self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
@@ -134,7 +135,6 @@ class Journal:
         """
         columns = (json.dumps(estimate.losses), json.dumps([*map(_packed, estimate.d)]), json.dumps(estimate.lr))
         digest = _chained(self._digest, estimate.step, *columns)
-        self._connection.execute("PRAGMA journal_mode=WAL")
         with self._writing(f"step {estimate.step}") as transaction:
             transaction.execute("DELETE FROM finished")
             transaction.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, NULL, ?)", (estimate.step, *columns, seconds, digest))

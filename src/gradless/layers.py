@@ -68,7 +68,7 @@ class QuantLinear(_Packed):
 
         Where the weight has several views, x's tokens read them as the weight's `owners` say.
         """
-        rows, bias = file_rows(self.packed), cast(Tensor | None, self.bias)
+        rows, bias = self.packed.file_rows, cast(Tensor | None, self.bias)
         views = max(1, len(self.packed.views)) if self.packed.owners is None else 1
         x = x if self.packed.column_order is None else x[..., self.packed.column_order]
         shares = x.reshape(views, -1, self.in_features)
@@ -172,7 +172,7 @@ class QuantEmbedding(_Packed):
     def forward(self, ids: Tensor) -> Tensor:
         """int64 (...) -> (..., embedding_dim), the ids reading the table's views as its `owners` say."""
         distinct, place = torch.unique(ids, return_inverse=True)
-        looked_up = kernels.dequantize(self.packed, file_rows(self.packed)[distinct], self.dtype)
+        looked_up = kernels.dequantize(self.packed, self.packed.file_rows[distinct], self.dtype)
         views = self.packed.owners
         if views is None:
             views = torch.arange(len(looked_up), device=ids.device).repeat_interleave(ids.numel() // len(looked_up))
@@ -181,13 +181,6 @@ class QuantEmbedding(_Packed):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed.block.name}"
-
-
-def file_rows(tensor: QuantTensor) -> Tensor:
-    """The file row behind each model row: int64, (rows,)."""
-    if tensor.row_order is None:
-        return torch.arange(tensor.rows, device=tensor.packed.device)
-    return tensor.row_order
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from gradless import kernels, noise, objectives
 from gradless.errors import GradlessError
-from gradless.files import claim, covers
+from gradless.files import claim, covers, set_aside
 from gradless.formats import packed
 from gradless.formats.adapter import AdaptedModel, LoRA, attach_peft
 from gradless.formats.dense import DenseModel
@@ -184,27 +183,27 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         if options.eval is None
         else prepare(options.eval, loaded, options, split=options.eval_split, limit=options.eval_rows)
     )
-    if base is not None and not options.resume:
-        say(f"quantizing {model} to {base}")
-        quantize(loaded, base, options)
-        loaded = load_model(base)
-    options = options.chosen(quantized=loaded.quantized, one_word=bool(shared_words(loaded.model, train.examples)))
-    set_activations(loaded.model, options.activations)
-    say(f"method: {options.method}; {how_it_multiplies(loaded, options)}")
-    if options.lora is not None:
-        assert not isinstance(loaded, AdaptedModel)
-        loaded = AdaptedModel(loaded, LoRA(options.lora, options.lora_alpha, options.lora_bits, options.seed))
+    with set_aside(output / name for name in WRITTEN if options.overwrite):
+        if base is not None and not options.resume:
+            say(f"quantizing {model} to {base}")
+            quantize(loaded, base, options)
+            loaded = load_model(base)
+        options = options.chosen(quantized=loaded.quantized, one_word=bool(shared_words(loaded.model, train.examples)))
+        set_activations(loaded.model, options.activations)
+        say(f"method: {options.method}; {how_it_multiplies(loaded, options)}")
+        if options.lora is not None:
+            assert not isinstance(loaded, AdaptedModel)
+            loaded = AdaptedModel(loaded, LoRA(options.lora, options.lora_alpha, options.lora_bits, options.seed))
 
-    steps = options.steps or (NO_LIMIT if options.max_minutes else DEFAULT_STEPS)
-    before = None
-    if held_out is not None:
-        resumed = _first_evaluation(output) if options.resume else None
-        before = resumed or measure(loaded, held_out.examples, options.batch_size, quiet=quiet)
-        say(f"before: {_shown(before)}")
-    trainer = _make_trainer(loaded, train, held_out, options, steps, output)
-    if options.overwrite:
-        trainer.header()  # what cannot run is refused before anything is removed
-        _clear(output, keep=base)
+        steps = options.steps or (NO_LIMIT if options.max_minutes else DEFAULT_STEPS)
+        before = None
+        if held_out is not None:
+            resumed = _first_evaluation(output) if options.resume else None
+            before = resumed or measure(loaded, held_out.examples, options.batch_size, quiet=quiet)
+            say(f"before: {_shown(before)}")
+        trainer = _make_trainer(loaded, train, held_out, options, steps, output)
+        if options.overwrite:
+            trainer.header()  # what cannot run is refused before anything is removed
     line = ProgressLine(trainer, options, before, quiet=quiet)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(line)
@@ -280,11 +279,6 @@ def _claim(output: Path, options: RunOptions, inputs: list[str | None]) -> None:
     claim(output, "a run", held=held, resume=options.resume, overwrite=options.overwrite)
 
 
-def _clear(output: Path, keep: Path | None) -> None:
-    for path in (output / name for name in WRITTEN if output / name != keep):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def _make_trainer(
     loaded: Model,
     train: Prepared,
@@ -318,6 +312,7 @@ def _make_trainer(
         about={"options": shown, "task": train.task.name, "data": _fingerprint(train.examples)},
     )
     trainer.allow_changes = options.allow_changes
+    trainer.max_seconds = None if options.max_minutes is None else 60 * options.max_minutes
     trainer.schedule = _schedule(options, steps, trainer)
     return trainer
 
@@ -407,7 +402,7 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
             self.printed = now
             left = (self.total - done) * (now - self.began) / max(done - self.done_before, 1e-9)
             self.console.print(f"{text}  {timedelta(seconds=round(left))} left", highlight=False)
-        if self.interrupted or self.out_of_time:
+        if self.interrupted or self.trainer.out_of_time:
             control.should_training_stop = True
         if control.should_training_stop:
             control.should_evaluate = False  # the saved values are measured at the end
@@ -422,12 +417,6 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
-
-    @property
-    def out_of_time(self) -> bool:
-        """Whether --max-minutes are over."""
-        minutes = self.options.max_minutes
-        return minutes is not None and self.trainer.seconds >= 60 * minutes
 
     def _text(self, step: int, seconds: float) -> str:
         parts = [f"step {step}", "loss -" if self.loss is None else f"loss {self.loss:.3f}"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict
+import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from gradless.attacks.labels import LabelAttack
 from gradless.attacks.log import QueryLog
 from gradless.attacks.models import load
 from gradless.attacks.options import AttackOptions
-from gradless.attacks.oracle import Oracle
+from gradless.attacks.oracle import Oracle, Predict
 from gradless.attacks.zo_sign_sgd import ZOSignSGDAttack
 from gradless.attacks.zoqo import SignHunter, ZOQOAttack
 from gradless.errors import GradlessError
-from gradless.files import claim, write_text
+from gradless.files import claim, set_aside, write_text
 from gradless.report.attack import write_report
 
 ATTACKS: dict[str, type[Attack]] = {"zoqo": ZOQOAttack, "signhunter": SignHunter, "zo_signsgd": ZOSignSGDAttack}
@@ -54,32 +55,44 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
     claim(output, "an attack", held=held, resume=options.resume, overwrite=options.overwrite)
     method.checked(pixels, labels)
     predict = load(model, rate=options.rate)
-    if options.overwrite:  # nothing that was given can stop the new attack now
-        for name in WRITTEN:
-            (output / name).unlink(missing_ok=True)
     header = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
     header |= {"model": model, "images": hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()}
-    log = QueryLog(output / "queries.db", header)
-    try:
-        with Line(len(pixels), quiet=quiet) as line:
-            result = method.attack(predict, pixels, labels, log=log, progress=line)
-    except GradlessError:
-        raise
-    except Exception as error:
-        raise GradlessError(
-            f"the model failed ({type(error).__name__}: {error}); its answers so far are in {log.path}: mend it and run the "
-            "same command with --resume."
-        ) from error
-    finally:
-        log.close()
+    with set_aside(output / name for name in WRITTEN if options.overwrite) as drop:
+        log = QueryLog(output / "queries.db", header)
+        try:
+            with Line(len(pixels), quiet=quiet) as line:
+                result = method.attack(_Failing(predict, log.path), pixels, labels, log=log, progress=line)
+        finally:
+            log.close()
+            if log.calls:
+                drop()
     return _write(output, header, pixels, labels, result)
+
+
+@dataclass
+class _Failing:
+    """The model, whose failures are told apart from ours."""
+
+    predict: Predict
+    log: Path
+
+    def __call__(self, batch: Any) -> Any:
+        try:
+            return self.predict(batch)
+        except GradlessError:
+            raise
+        except Exception as error:
+            raise GradlessError(
+                f"the model failed ({type(error).__name__}: {error}); its answers so far are in {self.log}: mend it and "
+                "run the same command with --resume."
+            ) from error
 
 
 def make(options: AttackOptions) -> Attack:
     """The attack that the options name."""
     more: dict[str, Any] = {} if options.method != "zoqo" else {"directions": options.directions}
     if options.method != "signhunter":
-        more["bits"] = options.bits or (8 if options.method == "zoqo" else None)
+        more["bits"] = 8 if options.bits is None and options.method == "zoqo" else options.bits
     shared = ("norm", "pixel_bits", "targeted", "max_queries", "max_total_queries", "batch_size", "seed")
     assert options.eps is not None
     more |= {name: getattr(options, name) for name in shared}
@@ -100,7 +113,7 @@ def read_images(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
             images, labels = held["images"], held["labels"]
             whole = images.dtype == np.uint8
             return torch.from_numpy(images.astype(np.float32) / (255 if whole else 1)), torch.from_numpy(labels)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise GradlessError(f"{path} is no .npz with arrays `images` and `labels`: {error}.") from error
 
 

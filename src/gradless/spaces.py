@@ -120,16 +120,14 @@ class BlockSpace(Space):
         One value's sum is added up by halves, so that its bits are the same on every device.
 
         Args:
-            rows: fp32 (terms, rows), in the model's order.
-            columns: fp32 (terms, columns), likewise.
+            rows: fp32 (terms, rows), in the file's order.
+            columns: fp32 (terms, columns), in the model's.
             by: how far, in units; rounded to fp32.
         """
         tensor = self.tensor
         assert tensor.master is not None
         device = tensor.packed.device
         rows, columns = rows.to(device), columns.to(device)
-        if tensor.row_order is not None:
-            rows = torch.empty_like(rows).index_copy_(1, tensor.row_order, rows)
         if tensor.column_order is not None:
             columns = columns[:, tensor.column_order]
         group = tensor.columns if tensor.values == 1 else tensor.share * tensor.block.size

@@ -84,6 +84,11 @@ class QuantTensor:
         return self.packed.shape[0]
 
     @property
+    def file_rows(self) -> Tensor:
+        """The file row behind each model row: int64, (rows,)."""
+        return torch.arange(self.rows, device=self.packed.device) if self.row_order is None else self.row_order
+
+    @property
     def columns(self) -> int:
         return self.packed.shape[1] * self.block.size
 

@@ -117,6 +117,8 @@ class Attack(ABC):
         self.seed, self.batch_size = seed, batch_size
         if batch_size < 1:
             raise GradlessError(f"batch_size is {batch_size}; it must be at least 1.")
+        if not 0 <= seed < 2**63:
+            raise GradlessError(f"seed is {seed}; it must be a whole number from 0 on.")
 
     @abstractmethod
     def search(self, images: Tensor, first: int) -> tuple[ImageSpace, ZerothOrderOptimizer]:
@@ -191,12 +193,13 @@ class Attack(ABC):
         Raises:
             GradlessError: they cannot be, or the budget is below one step.
         """
-        images, labels = torch.as_tensor(images).detach().cpu().float(), torch.as_tensor(labels).detach().cpu()
+        images, given = torch.as_tensor(images).detach().cpu().float(), torch.as_tensor(labels).detach().cpu()
+        labels = given.long()
         if images.ndim < 2 or not len(images):
             raise GradlessError(f"images are of shape {tuple(images.shape)}; they must be (n, ...), n at least 1.")
-        if labels.shape != images.shape[:1] or labels.is_floating_point() or bool((labels < 0).any()):
+        if labels.shape != images.shape[:1] or given.is_floating_point() or bool((labels < 0).any()):
             raise GradlessError(
-                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; {len(images)} images need integers from 0 on."
+                f"labels are {given.dtype} of shape {tuple(labels.shape)}; {len(images)} images need integers from 0 on."
             )
         low, high = self.ball.low, self.ball.high
         if not bool(((images >= low) & (images <= high)).all()):
@@ -210,4 +213,4 @@ class Attack(ABC):
                 raise GradlessError(f"the images' pixels are not of {self.ball.pixel_bits} bits; leave out pixel_bits.")
         if self.max_queries < self.queries_a_step:
             raise GradlessError(f"max_queries is {self.max_queries}; one step takes {self.queries_a_step}.")
-        return images, labels.long()
+        return images, labels

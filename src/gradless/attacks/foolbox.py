@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class FoolboxAttack:
         Raises:
             GradlessError: another criterion, or an attack that is not for it.
         """
-        several = isinstance(epsilons, Sequence)
+        several = isinstance(epsilons, Iterable)
         targeted = isinstance(criterion, TargetedMisclassification)
         if targeted:
             labels = criterion.target_classes.raw
@@ -61,7 +61,7 @@ class FoolboxAttack:
                 raise GradlessError(f"targeted is {each.targeted}, and the criterion says {targeted}.")
             if tuple(model.bounds) != (each.ball.low, each.ball.high):
                 raise GradlessError(f"the model's bounds are {tuple(model.bounds)}; give the attack the same pixels.")
-        self.results = [each.attack(model, inputs, labels) for each in attacks]
+        self.results = [each.attack(lambda batch: model(batch.to(inputs.device)), inputs, labels) for each in attacks]
         images = [result.images.to(inputs.device) for result in self.results]
         success = torch.stack([result.success for result in self.results])
         return (images, list(images), success) if several else (images[0], images[0].clone(), success[0])

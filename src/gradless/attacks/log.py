@@ -35,6 +35,9 @@ class QueryLog:
         path: of the file; made where it is missing.
         header: what the attack is, as plain JSON values.
 
+    Attributes:
+        calls: how many calls' answers it holds.
+
     Raises:
         GradlessError: the file is no such log, or another attack's.
     """
@@ -42,14 +45,17 @@ class QueryLog:
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        entries = [(name, json.dumps(value)) for name, value in header.items()]
         try:
             self._connection = sqlite3.connect(path, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             if not self._connection.execute("SELECT name FROM sqlite_master").fetchall():
-                self._connection.executescript(_SCHEMA)
-                entries = [(name, json.dumps(value)) for name, value in header.items()]
+                self._connection.execute("BEGIN")  # all of it or nothing, whenever the process is killed
+                for statement in _SCHEMA.split(";"):
+                    self._connection.execute(statement)
                 self._connection.executemany("INSERT INTO header VALUES (?, ?)", entries)
+                self._connection.execute("COMMIT")
             found = {name: json.loads(value) for name, value in self._connection.execute("SELECT name, value FROM header")}
             held = [np.frombuffer(answers, ANSWER) for (answers,) in self._connection.execute("SELECT answers FROM calls")]
         except sqlite3.DatabaseError as error:
@@ -61,6 +67,7 @@ class QueryLog:
                     "resume with what it was begun with, or choose another output folder."
                 )
 
+        self.calls = len(held)
         self._held = {(image, name): (loss, taken) for answers in held for image, taken, name, loss in answers.tolist()}
 
     def answers(self, images: Sequence[int], names: Sequence[int]) -> dict[int, tuple[float, int]]:
@@ -81,6 +88,7 @@ class QueryLog:
                 f"{len(answers)} answers could not be written to {self.path} ({error}); all before them are safe: make sure "
                 "that the disk has room, and run the same command with --resume."
             ) from error
+        self.calls += 1
 
     def close(self) -> None:
         """Fold SQLite's write-ahead log into the file."""

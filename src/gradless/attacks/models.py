@@ -36,7 +36,7 @@ def load(name: str, *, rate: float | None = None) -> Predict:
     if name.endswith(".onnx"):
         return onnx(Path(name))
     module, _, attribute = name.partition(":")
-    if not attribute:
+    if not (module and attribute):
         raise GradlessError(f"--model {name}: give module:attribute, a file.onnx, or an http address.")
     sys.path.insert(0, "")
     try:

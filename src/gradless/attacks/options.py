@@ -61,3 +61,5 @@ class AttackOptions:
             raise GradlessError("labels_only is for zoqo with chunks.")
         if self.bits is not None and self.method == "signhunter":
             raise GradlessError("signhunter has no grid; --method zoqo is SignHunter on one.")
+        if self.rate is not None and not self.rate > 0:
+            raise GradlessError(f"rate is {self.rate}; it must be above zero, in images a second.")

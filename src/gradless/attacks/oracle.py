@@ -62,7 +62,7 @@ class Oracle:
         self.queries, self.found = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.bool)
         self.images, self.points = torch.zeros(n, pixels), torch.zeros(n, pixels)
         self.classes = torch.full((n,), -1, dtype=torch.int32)
-        self._known: list[dict[int, float]] = [{} for _ in range(n)]
+        self._known: list[dict[int, tuple[float, int]]] = [{} for _ in range(n)]
         low, high = Words(key(0, "an input's name"), 0, 0)(0, 2 * pixels).view(2, pixels)
         self._name = (high << 32 | low) | 1
 
@@ -91,21 +91,25 @@ class Oracle:
         """
         names = images.contiguous().view(torch.int32).long().mul_(self._name).sum(1).tolist()
         known = [self._known[row].get(name) for row, name in zip(rows.tolist(), names, strict=True)]
-        losses = torch.tensor([loss or 0.0 for loss in known])
+        losses = torch.tensor([0.0 if answer is None else answer[0] for answer in known])
+        classes = torch.tensor([-1 if answer is None else answer[1] for answer in known], dtype=torch.int32)
         new = [i for i, may in enumerate(self.open(rows).tolist()) if may and known[i] is None][: self._left()]
         for start in range(0, len(new), self.batch_size):
             part = torch.tensor(new[start : start + self.batch_size])
             asking, named = rows[part], [names[i] for i in new[start : start + self.batch_size]]
-            answered, classes = self._answer(asking, named, _some(images, part))
-            losses[part] = answered
+            losses[part], classes[part] = answered = self._answer(asking, named, _some(images, part))
             self.queries[asking] += 1
-            for row, name, loss in zip(asking.tolist(), named, answered.tolist(), strict=True):
-                self._known[row][name] = loss
-            hit = answered < 0 if inside is None else (answered < 0) & inside[part]
-            if hit.any():
-                won, at = asking[hit], part[hit]
-                self.found[won], self.classes[won] = True, classes[hit]
-                self.images[won], self.points[won] = images[at], points[at]
+            for row, name, loss, taken in zip(asking.tolist(), named, *map(Tensor.tolist, answered), strict=True):
+                self._known[row][name] = loss, taken
+        hit = (losses < 0) & ~self.found[rows] if inside is None else (losses < 0) & ~self.found[rows] & inside
+        if hit.any():
+            won = rows[hit]
+            self.found[won], self.classes[won], self.images[won], self.points[won] = (
+                True,
+                classes[hit],
+                images[hit],
+                points[hit],
+            )
         for row in rows[~self.open(rows)].tolist():
             self._known[row] = {}
         return losses
@@ -151,6 +155,7 @@ class Oracle:
             )
         if int(labels.max()) >= answer.shape[1]:
             raise GradlessError(f"label {int(labels.max())} does not fit a model with {answer.shape[1]} classes.")
+        answer = answer if answer.is_floating_point() else answer.double()
         own = answer.gather(1, labels.unsqueeze(1)).squeeze(1)
         others = answer.scatter(1, labels.unsqueeze(1), float("-inf")).amax(1)
         margin = (own - others).float()

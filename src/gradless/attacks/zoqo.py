@@ -21,7 +21,7 @@ class ZOQOAttack(Attack):
     then halves, quarters, .. to single ones, and so on from all of them. x begins at the grid's upper end, so one side of
     a query is x itself, which has been asked already: a step costs one query. With `random` a few pixels, drawn anew for
     each step, move by mu up or down, which costs two: the paper's noise moves nearly all of them where a grid is fine,
-    and takes more queries so.
+    and takes more queries so. Without a grid eps itself is its step.
 
     Args:
         directions: "chunks" or "random".
@@ -47,11 +47,13 @@ class ZOQOAttack(Attack):
         super().__init__(eps, bits=bits, **more)
         if directions not in ("chunks", "random"):
             raise GradlessError(f"directions are {directions!r}; they can be chunks or random.")
+        if not 0 < share <= 1:
+            raise GradlessError(f"share is {share}; it must be above 0 and at most 1.")
         self.directions, self.mu, self.share, self.eta, self.q = directions, mu, share, eta, q
 
     @property
     def queries_a_step(self) -> int:
-        return 2 * self.q
+        return 2 if self.directions == "chunks" else 2 * self.q
 
     def schedule(self, step: int) -> float:
         return 1.0 if self.directions == "chunks" else falling(step)
@@ -64,7 +66,10 @@ class ZOQOAttack(Attack):
             far = 2 * levels
             return space, ZOQO([space], lr=far, whole_steps=True, seed=self.seed, distribution=Chunks(pixels, far))
         space, m = ImageSpace(images, self.ball, first=first), max(1, round(self.mu * levels))
-        u = sparse(m, self.share * min(1, self.mu * levels / 3))
+        try:
+            u = sparse(m, self.share * min(1, self.mu * levels / 3))
+        except ValueError as error:
+            raise GradlessError(f"share is {self.share}: {error}.") from error
         lr = min(2, self.eta / u.share**0.5) * levels
         return space, ZOQO([space], lr=lr, whole_steps=True, q=self.q, seed=self.seed, distribution=u)
 

@@ -27,7 +27,7 @@ from gradless.formats.dense import DenseModel
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.quantized import QuantizedModel
 from gradless.grids import integers, lora_scale
-from gradless.layers import QuantLinear, file_rows
+from gradless.layers import QuantLinear
 from gradless.noise import Direction, Stream, uniform
 from gradless.spaces import GridSpace, Space, linear_layers
 from gradless.targets import EVERYTHING, Targets
@@ -240,7 +240,7 @@ def write_gguf(path: Path, base: QuantizedModel, adapters: list[Adapter], lora: 
         for adapter in adapters:
             tensor = layers[adapter.path].packed
             b = torch.empty_like(adapter.b.shown())
-            b[file_rows(tensor)] = adapter.b.shown()
+            b[tensor.file_rows] = adapter.b.shown()
             for name, values in (("lora_a", adapter.a.shown()), ("lora_b", b)):
                 writer.add_tensor(f"{tensor.name}.{name}", values.contiguous().cpu().numpy().astype(np.float32))
         writer.write_header_to_file()

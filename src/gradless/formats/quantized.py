@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.formats.checkpoint import Checkpoint
-from gradless.layers import QuantEmbedding, QuantLinear, file_rows
+from gradless.layers import QuantEmbedding, QuantLinear
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space
 from gradless.targets import EVERYTHING, Targets
 from gradless.tensor import CodebookTensor, QuantTensor
@@ -195,7 +195,7 @@ def dequantized(loaded: QuantizedModel) -> Any:
     for path, module in loaded.model.named_modules():
         target = dense.get_submodule(path)
         if isinstance(module, QuantLinear | QuantEmbedding):
-            weight = kernels.dequantize(module.packed, file_rows(module.packed), torch.bfloat16)[0]
+            weight = kernels.dequantize(module.packed, module.packed.file_rows, torch.bfloat16)[0]
             order = module.packed.column_order
             target.weight.data = weight if order is None else torch.empty_like(weight).index_copy_(1, order, weight)
         for name, parameter in module.named_parameters(recurse=False):

@@ -191,7 +191,7 @@ class NZO(ZerothOrderOptimizer):
         return float(self.param_groups[0]["eps"]) / RESOLUTION
 
     def signs(self, step: int, first: int, count: int) -> Tensor:
-        """xi of queries [first, first + count) of a step: fp32 (N, count, rows)."""
+        """xi of queries [first, first + count) of a step: fp32 (N, count, rows), rows in the file's order."""
         direction, rows = self.direction(step, 0, self.param_groups[0]), self.sensitivity.shape[2]
         return torch.stack([_drawn(direction, name, first + count, rows)[first:] for name in self.looks])
 
@@ -207,7 +207,8 @@ class NZO(ZerothOrderOptimizer):
         """
         assert self.nodes is not None
         n, size = len(labels), self.param_groups[0]["eps"] / math.sqrt(len(self.looks))
-        signs = dict(zip(self.looks, self.signs(self.t, first, n * self.q), strict=True))
+        of_file = zip(self.followed, self.signs(self.t, first, n * self.q), strict=True)
+        signs = {space.name: xi[:, space.tensor.file_rows.cpu()] for space, xi in of_file}
 
         def shift(name: str) -> Tensor:
             xi = signs[name].view(n, self.q, -1)

@@ -10,7 +10,7 @@ from gradless.files import write_text
 from gradless.journal import Journal
 
 METHODS = {
-    "nzo": "NZO (gradless's own; outputs of the last layers perturbed where answers are given): scales and offsets of quantized weights",
+    "nzo": "NZO (gradless's own; the last layers' outputs perturbed where answers are given): scales and offsets",
     "ezo": "EZO (gradless's own; each example along a direction of its own): offsets, or scales, of its quantized weights",
     "qzo": "QZO ([arXiv 2505.13430](https://arxiv.org/abs/2505.13430)): the scales of its quantized weights",
     "quzo": "QuZO ([arXiv 2502.12346](https://arxiv.org/abs/2502.12346)): its integer codes",

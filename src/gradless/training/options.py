@@ -96,7 +96,8 @@ class MethodOptions:
     )
     span: int | None = option(
         None,
-        "quzo, zoqo: neighbouring codes that share one coordinate of a direction (default: 32 on evenly spaced grids of up to 16 levels, else 1).",
+        "quzo, zoqo: neighbouring codes that share one coordinate of a direction (default: 32 on evenly spaced grids of up to "
+        "16 levels, else 1).",
         methods=CODES,
     )
     whole_steps: bool = option(
@@ -195,9 +196,9 @@ class RunOptions(MethodOptions):
 
     method: str = option(
         "auto",
-        "qzo: scales of a quantized model; nzo: scales and offsets, for answers of one word, from perturbed outputs; ezo: offsets, "
-        "each example along a direction of its own; quzo, zoqo: integer codes; mezo: plain weights; auto: mezo for plain "
-        "weights, nzo where all rows choose among the same few one-token words and no option asks for another, else qzo.",
+        "qzo: scales of a quantized model; nzo: scales and offsets, for answers of one word, from perturbed outputs; ezo: "
+        "offsets, each example along a direction of its own; quzo, zoqo: integer codes; mezo: plain weights; auto: mezo for "
+        "plain weights, nzo where all rows choose among the same few one-token words and no option asks for another, else qzo.",
         choices=("auto", *CHOICES),
     )
     eval: str | None = option(None, "Rows to measure on, as DATA.", metavar="DATA")

@@ -50,6 +50,7 @@ from gradless.training.options import (
     FEW_LEVELS,
     INTO_STREAM,
     LAST,
+    MEZO_RATIO,
     PAIR_TOKENS,
     RATIO,
     MethodOptions,
@@ -82,6 +83,8 @@ class ZOConfig(MethodOptions, TrainingArguments):  # type: ignore[misc]
         if isinstance(self.lr, int | float):
             self.learning_rate = self.lr
         super().__post_init__()
+        if self.hold and self.gradient_accumulation_steps > 1:
+            raise GradlessError("hold compares a query with the loss at x batch by batch; leave accumulation out with it.")
 
 
 class SeededSampler(Sampler[int]):
@@ -151,6 +154,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self.schedule = schedule
         self.journal: Journal | None = None
         self.allow_changes = False
+        self.max_seconds: float | None = None
         self.skipped = 0
         self.last_loss = math.nan
         self._skipped_in_a_row = 0
@@ -337,7 +341,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             eps = eps_of_share(args.share) if args.method == "quzo" else mu_of_share(args.share)
         options = {"lr": lr if args.lr is None else args.lr, "eps": args.eps or eps, "weight_decay": args.weight_decay}
         if args.lr == "auto" or (args.lr is None and (default in AUTO or args.ratio is not None)):
-            options |= {"lr": args.ratio or (lr if default in AUTO else RATIO), "auto": True}
+            options |= {"lr": args.ratio or (MEZO_RATIO if args.method == "mezo" else RATIO), "auto": True}
         elif args.method == "ezo":
             options["auto"] = False
         return {"kind": kind, "names": tunable, **options}
@@ -452,6 +456,11 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """The run's time so far, pauses left out."""
         return self._seconds_before + time.perf_counter() - self._began
 
+    @property
+    def out_of_time(self) -> bool:
+        """Whether `max_seconds` are over."""
+        return self.max_seconds is not None and self.seconds >= self.max_seconds
+
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:
@@ -501,7 +510,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         for part in ("base", "lora", "method", "groups", "config", *self.about):
             theirs: Any = journal.header.get(part)
             ours: Any = mine[part]
-            if part == "options":  # another version may know more options, or fewer
+            if part in ("config", "options"):  # another version may know more options, or fewer
                 theirs, ours = ({name: each[name] for name in theirs.keys() & ours} for each in (theirs, ours))
             if theirs != ours:
                 raise GradlessError(
@@ -525,7 +534,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if self._resuming:
             assert self.journal is not None
             self.state.global_step = self.journal.steps
-            if self.state.global_step >= max_steps:
+            if self.state.global_step >= max_steps or self.out_of_time:
                 return epochs, 0  # nothing is left to do: the Trainer itself looks only after a step
         done, rest = divmod(self.state.global_step, steps_per_epoch)
         return done, rest * self.args.gradient_accumulation_steps
@@ -538,6 +547,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         for written in self.zeroth_order.replay(self.journal.estimates()):
             for estimate in written:
                 self._count(estimate)
+                self._began = time.perf_counter()  # the schedule may follow the clock, which a replay does not count on
                 self.lr_scheduler.step()
         self._began = time.perf_counter()
 
