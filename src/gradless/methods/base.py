@@ -62,7 +62,7 @@ class Estimate:
 
 
 def _number(loss: Any) -> Loss:
-    return loss if isinstance(loss, Tensor) and loss.numel() > 1 else float(loss)
+    return loss if isinstance(loss, Tensor) and loss.ndim else float(loss)
 
 
 def _power(d: Sequence[Loss]) -> float:
