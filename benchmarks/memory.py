@@ -30,7 +30,7 @@ from step import default_model
 
 STEPS, BATCH, LENGTHS = 40, 16, range(12, 45)
 FEW, LENGTH = 3, 64
-PACKED, DENSE = ("qzo", "quzo", "zoqo"), ("mezo", *(["lora"] if find_spec("peft") else []), "sgd", "adamw")
+PACKED, DENSE = ("qzo", "ezo", "quzo", "zoqo"), ("mezo", *(["lora"] if find_spec("peft") else []), "sgd", "adamw")
 """What --methods can measure, by the model that it tunes."""
 SIZES = ("forward", "step", "nzo")
 """What `resident` can measure."""
