@@ -109,8 +109,15 @@ def adamw(row: Row) -> Row:
     return {**found, **on_first_rows(row, loaded)}
 
 
+def of_plain_model(row: Row) -> bool:
+    """Whether a row is of SST-2 on SmolLM2, quantized or dense, so that its losses are those of plain QZO's data."""
+    return row["on"] == "SST-2" and row.get("base") != "gemma3"
+
+
 def forwards_to(loss: float, row: Row) -> str:
     """The forwards after which a row's dev loss is first measured at or below `loss`; a dash if it never is."""
+    if not of_plain_model(row):
+        return "–"
     return next((f"{point['forwards']:.0f}" for point in row.get("curve", ()) if point["loss"] <= loss), "–")
 
 
@@ -123,8 +130,7 @@ def table(done: dict[str, Row]) -> str:
     columns = {"accuracy": figure("accuracy"), "loss": figure("loss"), "forwards a step": figure("forwards_a_step", ".2f")}
     columns |= {**reached, "seconds": figure("seconds", ".0f"), "peak MB": figure("peak_mb", "")}
     columns |= {f"accuracy, {FIRST_ROWS} rows": figure("first_accuracy"), f"loss, {FIRST_ROWS} rows": figure("first_loss")}
-    on_one_model = [name for name, row in WORK.rows.items() if row["on"] == "SST-2" and row.get("base") != "gemma3"]
-    finished = [name for name in on_one_model if "curve" in done.get(name, ())]
+    finished = [name for name, row in WORK.rows.items() if of_plain_model(row) and "curve" in done.get(name, ())]
     WORK.draw(finished, ROOT / "docs" / "learning.png", ("loss", "accuracy"), along=("forwards", "seconds"))
     return "\n".join(WORK.table(done, columns))
 
