@@ -61,7 +61,7 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
         log = QueryLog(output / "queries.db", header)
         try:
             with Line(len(pixels), quiet=quiet) as line:
-                result = method.attack(_Failing(predict, log.path), pixels, labels, log=log, progress=line)
+                result = method.attack(_Model(predict, log.path), pixels, labels, log=log, progress=line)
         finally:
             log.close()
             if log.calls:
@@ -70,7 +70,7 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
 
 
 @dataclass
-class _Failing:
+class _Model:
     """The model, whose failures are told apart from ours."""
 
     predict: Predict
