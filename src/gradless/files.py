@@ -48,31 +48,25 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         GradlessError: the disk is full or the folder cannot be written; `path` is as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        if path.exists():
-            path.replace(replaced)
-        temporary.replace(path)
+        with set_aside([path]):
+            temporary.replace(path)
     except OSError as error:
         raise GradlessError(f"could not write {path}: {error}; nothing was changed there.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
 def set_aside(paths: Iterable[Path]) -> Iterator[Callable[[], None]]:
-    """Move files and folders out of the way for what is written there inside, and remove them when that is worth more: when the
-    block succeeds, or when it calls what is yielded. If it fails before, they are put back in place of what it wrote."""
-    moved = {path: path.with_name(f".{path.name}.{os.getpid()}.aside") for path in paths if path.exists()}
-    for path, aside in moved.items():
-        path.replace(aside)
+    """Move files and folders out of the way of what is written inside. They are removed when the block succeeds, or calls
+    what is yielded; if it fails before, they are put back in place of what it wrote."""
+    moved: dict[Path, Path] = {}
 
     def drop() -> None:
         for aside in moved.values():
@@ -80,6 +74,10 @@ def set_aside(paths: Iterable[Path]) -> Iterator[Callable[[], None]]:
         moved.clear()
 
     try:
+        for path in filter(Path.exists, paths):
+            aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+            path.replace(aside)
+            moved[path] = aside
         yield drop
         drop()
     finally:
@@ -90,7 +88,7 @@ def set_aside(paths: Iterable[Path]) -> Iterator[Callable[[], None]]:
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -203,7 +203,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
             say(f"before: {_shown(before)}")
         trainer = _make_trainer(loaded, train, held_out, options, steps, output)
         if options.overwrite:
-            trainer.header()  # what cannot run is refused before anything is removed
+            trainer.header()  # refuses what cannot run
     line = ProgressLine(trainer, options, before, quiet=quiet)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(line)
@@ -321,7 +321,7 @@ def _schedule(options: RunOptions, steps: int, trainer: ZOTrainer) -> Callable[[
     """The factor of lr after so many steps; with --max-minutes, after so much of the time, whichever is further."""
 
     def factor(step: int) -> float:
-        of_time = trainer.seconds / (60 * options.max_minutes) if options.max_minutes else 0.0
+        of_time = trainer.seconds / trainer.max_seconds if trainer.max_seconds else 0.0
         done = min(max(step / steps, of_time), 1.0)
         return {"linear": 1 - done, "constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2}[options.schedule]
 

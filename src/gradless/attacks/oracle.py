@@ -96,20 +96,18 @@ class Oracle:
         new = [i for i, may in enumerate(self.open(rows).tolist()) if may and known[i] is None][: self._left()]
         for start in range(0, len(new), self.batch_size):
             part = torch.tensor(new[start : start + self.batch_size])
-            asking, named = rows[part], [names[i] for i in new[start : start + self.batch_size]]
+            asking, named = rows[part], [names[i] for i in part.tolist()]
             losses[part], classes[part] = answered = self._answer(asking, named, _some(images, part))
             self.queries[asking] += 1
             for row, name, loss, taken in zip(asking.tolist(), named, *map(Tensor.tolist, answered), strict=True):
                 self._known[row][name] = loss, taken
-        hit = (losses < 0) & ~self.found[rows] if inside is None else (losses < 0) & ~self.found[rows] & inside
+        hit = (losses < 0) & ~self.found[rows]
+        if inside is not None:
+            hit &= inside
         if hit.any():
             won = rows[hit]
-            self.found[won], self.classes[won], self.images[won], self.points[won] = (
-                True,
-                classes[hit],
-                images[hit],
-                points[hit],
-            )
+            self.found[won], self.classes[won] = True, classes[hit]
+            self.images[won], self.points[won] = images[hit], points[hit]
         for row in rows[~self.open(rows)].tolist():
             self._known[row] = {}
         return losses
