@@ -200,7 +200,7 @@ class WorkList:
         every so many steps and at the end."""
         import torch
 
-        from gradless import noise, objectives, run
+        from gradless import evaluation, noise, objectives, run
         from gradless.training.options import RunOptions
 
         train_rows, dev_rows, how = TASKS[task]
@@ -215,7 +215,7 @@ class WorkList:
         torch.set_float32_matmul_precision("medium")
         for step in range(steps + 1):
             if step == steps or (step % every == 0 and every < steps):
-                metrics = objectives.evaluate(model, dev, loaded.tokenizer)
+                metrics = evaluation.evaluate(model, dev, loaded.tokenizer)
                 curve.append({"step": step, "seconds": seconds, **metrics})
                 print(curve[-1], flush=True)
             if step < steps:

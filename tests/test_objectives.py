@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gradless import objectives
+from gradless import evaluation, objectives
 from gradless.errors import GradlessError
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
-from gradless.objectives import Example, TokenizedExample, collate, tokenize
+from gradless.objectives import Example, Rows, TokenizedExample, collate, tokenize
 from tests.tiny import tiny_gguf
 
 
@@ -35,8 +35,8 @@ def test_packed_scores_are_those_of_sequences_alone(loaded):
         TokenizedExample(((1, 2),) * 3, ((3,), (4, 5, 6), (7,)), 2),
         TokenizedExample((tuple(range(50)),), ((60, 61),), 0),
     ]
-    for packed in (True, False):
-        batch = collate(examples, packed=packed)
+    for rows in Rows:
+        batch = collate(examples, rows=rows)
         assert batch["words"] is None
         for example, scores in zip(examples, objectives.scores(loaded.model, batch), strict=True):
             alone = [plain_score(loaded.model, p, c) for p, c in zip(example.prompts, example.completions, strict=True)]
@@ -110,14 +110,14 @@ def test_completions_follow_their_prompt_as_they_are(loaded):
 
 def test_macro_f1_and_accuracy(loaded):
     examples = [TokenizedExample(((i, 9),) * 2, ((20,), (30,)), i % 2) for i in range(8)]
-    metrics = objectives.evaluate(loaded.model, examples, loaded.tokenizer, batch_size=3)
+    metrics = evaluation.evaluate(loaded.model, examples, loaded.tokenizer, batch_size=3)
     batch = collate(examples)
     losses, right = objectives.losses(loaded.model, batch)
     assert metrics["accuracy"] == pytest.approx(right.float().mean().item())
     assert metrics["loss"] == pytest.approx(losses.mean().item(), abs=1e-4)
     from collections import Counter
 
-    assert objectives._macro_f1(Counter({(0, 0): 3, (1, 0): 1, (1, 1): 2})) == pytest.approx((6 / 7 + 4 / 5) / 2)
+    assert evaluation._macro_f1(Counter({(0, 0): 3, (1, 0): 1, (1, 1): 2})) == pytest.approx((6 / 7 + 4 / 5) / 2)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ def test_macro_f1_and_accuracy(loaded):
     ],
 )
 def test_answer_scores_are_squads(prediction, answers, scores):
-    assert objectives.answer_scores(prediction, answers) == pytest.approx(scores)
+    assert evaluation.answer_scores(prediction, answers) == pytest.approx(scores)
 
 
 def test_questions_are_evaluated_by_generating(loaded):
     examples = [tokenize(Example("Q: x\nA:", ("th\n",), 0, ("th",)), loaded.tokenizer, context=128)]
-    metrics = objectives.evaluate(loaded.model, examples, loaded.tokenizer)
+    metrics = evaluation.evaluate(loaded.model, examples, loaded.tokenizer)
     assert set(metrics) == {"loss", "accuracy", "f1"}

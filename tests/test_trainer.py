@@ -8,6 +8,7 @@ from gradless import objectives
 from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel, LoRA
 from gradless.formats.gguf_model import load_gguf
+from gradless.independence import independence
 from gradless.journal import Journal
 from gradless.objectives import Example, tokenize
 from gradless.training import trainer as trainers
@@ -128,6 +129,7 @@ def test_both_losses_of_one_forward_are_those_of_two(options, kind, tmp_path, mo
         monkeypatch.setattr(trainers, "PAIR_TOKENS", tokens)
         forwards: list[int] = []
         zo = trainer(path, tmp_path / str(tokens), **options)
+        assert independence(zo.model).halves
         zo.model.register_forward_pre_hook(lambda *_, seen=forwards: seen.append(1))
         zo.train()
         assert len(forwards) == 6 * options.get("q", 1) * (1 if tokens else 2)

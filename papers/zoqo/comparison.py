@@ -27,7 +27,7 @@ STEPS, SHEET, ETA = 400, 32, 0.677
 def tune(row: Row) -> Row:
     import torch
 
-    from gradless import ZOQO, noise, objectives, run
+    from gradless import ZOQO, evaluation, noise, objectives, run
     from gradless.training.options import DEFAULT_STRIDE, RunOptions
 
     options = RunOptions(**WEAK)
@@ -50,7 +50,7 @@ def tune(row: Row) -> Row:
 
     for step in range(row["steps"] + 1):
         if step % (row["steps"] // 4) == 0:
-            curve.append({"step": step, **objectives.evaluate(loaded.model, dev, loaded.tokenizer)})
+            curve.append({"step": step, **evaluation.evaluate(loaded.model, dev, loaded.tokenizer)})
             print(curve[-1], flush=True)
         if step < row["steps"]:
             start = step * SHEET % (len(order) - SHEET)

@@ -8,12 +8,9 @@ token, the head computes those tokens' logits alone.
 
 from __future__ import annotations
 
-import inspect
-import re
-import string
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,12 +18,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradless.errors import GradlessError
-from gradless.fusing import ARCHITECTURES
 from gradless.layers import reading_at, restricted_to
 
-MAX_ANSWER_TOKENS = 50
 PACKED_ROW = 64
 """Least length of a packed row: longer rows spend more on attention across sequences, shorter ones more on padding."""
+
+
+class Rows(Enum):
+    """How the sequences of a batch are laid out; see `independence`, which tries what a model keeps apart."""
+
+    PACKED = "packed"
+    """Several in a row, end to end; position ids begin anew with each."""
+    PADDED = "padded"
+    """A row each, filled up at the right."""
+    ALONE = "alone"
+    """A forward each."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,12 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
     return TokenizedExample(tuple(prompts), tuple(completions), example.label, example.answers)
 
 
-def collate(examples: Sequence[TokenizedExample], *, packed: bool = True, copies: int = 0) -> dict[str, Any]:
-    """A batch: its sequences packed end to end into rows, so that next to nothing is padding.
+def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, copies: int = 0) -> dict[str, Any]:
+    """A batch: its sequences laid out in rows, packed if the model keeps them apart, so that next to nothing is padding.
 
     Args:
         examples: of the batch.
-        packed: whether the model keeps sequences in one row apart by their position ids; otherwise each gets a row.
+        rows: how the model needs its sequences laid out.
         copies: how often more each sequence's last token is passed, at the same position, seen by none but itself; only where
             all examples choose among the same words, and the model takes a mask of who sees whom.
 
@@ -120,6 +126,7 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True, copies
         `rows`, `columns`: int64 (supervised,), the positions whose logits are needed, sequence by sequence.
         `targets`: int64 (supervised,), what they predict.
         `counts`: supervised positions of each sequence.
+        `alone`: the row and the length of each sequence if each needs a forward of its own, else None.
         `words`: int64 (candidates,) where all examples choose among the same single tokens, else None: then there is one
             sequence an example; otherwise one a candidate.
         `sizes`: candidates of each example. `labels`: int64 (examples,).
@@ -134,13 +141,14 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True, copies
         owner += [i] * len(of_example)
     assert words is not None or not copies
     sequences = [(*prompt, *completion[:-1], *prompt[-1:] * copies) for prompt, completion in pairs]
+    packed = rows is Rows.PACKED
     places = _pack([len(ids) for ids in sequences], PACKED_ROW if packed else 0)
     n_rows = 1 + max(row for row, _ in places)
     length = max(start + len(ids) for (_, start), ids in zip(places, sequences, strict=True))
     # Unfilled places hold token 0 at position 0: each is a sequence of its own, which no other attends to.
     input_ids = torch.zeros(n_rows, length, dtype=torch.int64)
     position_ids, owners = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    rows: list[int] = []
+    at_rows: list[int] = []
     columns: list[int] = []
     for (row, start), ids, (prompt, _), i in zip(places, sequences, pairs, owner, strict=True):
         here = slice(start, start + len(ids))
@@ -148,17 +156,18 @@ def collate(examples: Sequence[TokenizedExample], *, packed: bool = True, copies
         owners[row, here] = i
         position_ids[row, here] = torch.arange(len(ids)).clamp(max=len(ids) - 1 - copies)
         supervised = range(start + len(prompt) - 1, start + len(ids))
-        rows += [row] * len(supervised)
+        at_rows += [row] * len(supervised)
         columns += supervised
     return {
         "input_ids": input_ids,
         "position_ids": position_ids if packed or copies else None,
         "attention_mask": _sees(owners, position_ids) if copies else None,
         "owners": owners,
-        "rows": torch.tensor(rows),
+        "rows": torch.tensor(at_rows),
         "columns": torch.tensor(columns),
         "targets": torch.tensor([token for _, completion in pairs for token in completion]),
         "counts": [len(completion) for _, completion in pairs],
+        "alone": [(row, len(ids)) for (row, _), ids in zip(places, sequences, strict=True)] if rows is Rows.ALONE else None,
         "words": None if words is None else torch.tensor(words),
         "sizes": [len(example.completions) for example in examples],
         "labels": torch.tensor([example.label for example in examples]),
@@ -173,7 +182,8 @@ def _sees(owners: Tensor, position_ids: Tensor) -> Tensor:
 
 
 def doubled(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with its copy behind it."""
+    """A batch with its copy behind it, whose rows must not need forwards of their own."""
+    assert batch["alone"] is None
     twice = {name: value + value if isinstance(value, list) else value for name, value in batch.items()}
     for name in ("input_ids", "position_ids", "columns", "targets", "labels"):
         twice[name] = None if batch[name] is None else torch.cat([batch[name], batch[name]])
@@ -194,29 +204,44 @@ def _pack(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:
     return places
 
 
-def packs(model: Any) -> bool:
-    """Whether sequences in one row stay apart: by position ids, in models whose layers all are attention."""
-    kinds = getattr(model.config, "layer_types", None) or []
-    return "position_ids" in inspect.signature(model.forward).parameters and all("attention" in kind for kind in kinds)
-
-
-def keeps_places(model: Any) -> bool:
-    """Whether every layer of a model sees all tokens of a batch in their order, so that a layer knows a batch from its copy."""
-    return model.config.model_type in ARCHITECTURES
-
-
 def scores(model: Any, batch: dict[str, Any]) -> list[Tensor]:
     """Every candidate's score: for each example fp32 (candidates,), up to a constant of the example."""
     batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if batch[name] is not None}
-    head, words, targets = model.get_output_embeddings(), batch["words"], batch["targets"]
-    with reading_at(head, batch["rows"], batch["columns"]), restricted_to(head, words) as restricted:
-        logits = model(**inputs, use_cache=False).logits[0].float()
+    words, targets = batch["words"], batch["targets"]
+    logits, restricted = supervised_logits(model, batch, words)
     if words is not None:
         return list(logits if restricted else logits[:, words])
     logprobs = -F.cross_entropy(logits, targets, reduction="none")
     means = torch.stack([one.mean() for one in torch.split(logprobs, batch["counts"])])
     return list(torch.split(means, batch["sizes"]))
+
+
+def supervised_logits(model: Any, batch: dict[str, Any], words: Tensor | None = None) -> tuple[Tensor, bool]:
+    """Logits at a batch's supervised positions: fp32 (supervised, vocabulary), or (supervised, words); and whether the latter.
+
+    Raises:
+        GradlessError: the model computes its logits without its head's module, so that they cannot be had for few positions.
+    """
+    if batch["alone"] is not None:
+        each = [supervised_logits(model, one, words) for one in _forwards(batch)]
+        return torch.cat([logits for logits, _ in each]), each[0][1]
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if batch[name] is not None}
+    head = model.get_output_embeddings()
+    if head is None:
+        raise GradlessError(f"{type(model).__name__} names no head that its logits come from, so it cannot be scored.")
+    with reading_at(head, batch["rows"], batch["columns"]), restricted_to(head, words) as restricted:
+        logits = model(**inputs, use_cache=False).logits
+    if logits.shape[:2] != (1, len(batch["rows"])):
+        raise GradlessError(f"{type(model).__name__} does not compute its logits by its head alone, so it cannot be scored.")
+    return logits[0].float(), restricted
+
+
+def _forwards(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A batch's sequences, each as a batch of its own without what fills its row up."""
+    for row, length in batch["alone"]:
+        at = batch["columns"][batch["rows"] == row]
+        ids = batch["input_ids"][row : row + 1, :length]
+        yield {**batch, "alone": None, "input_ids": ids, "rows": torch.zeros_like(at), "columns": at}
 
 
 def asked(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -235,110 +260,11 @@ def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(loss, whether the prediction is right) of every example: fp32 and bool, (examples,)."""
     each, right = [], []
     for score, label in zip(scores(model, batch), batch["labels"], strict=True):
-        each.append(_loss(score, label))
+        each.append(example_loss(score, label))
         right.append(score.argmax() == label)
     return torch.stack(each), torch.stack(right)
 
 
-def _loss(score: Tensor, label: Tensor) -> Tensor:
+def example_loss(score: Tensor, label: Tensor) -> Tensor:
+    """The loss of an example from its candidates' scores."""
     return -score[0] if len(score) == 1 else F.cross_entropy(score, label.to(score.device))
-
-
-def batches(examples: Sequence[TokenizedExample], size: int) -> Iterator[list[TokenizedExample]]:
-    """Batches of examples of like length, for evaluation."""
-    ordered = sorted(examples, key=len)
-    for start in range(0, len(ordered), size):
-        yield list(ordered[start : start + size])
-
-
-@torch.inference_mode()
-def evaluate(
-    model: Any,
-    examples: Sequence[TokenizedExample],
-    tokenizer: Any,
-    *,
-    batch_size: int = 32,
-    generating: bool = True,
-    progress: Callable[[int], object] | None = None,
-) -> dict[str, float]:
-    """Loss and accuracy over examples.
-
-    Args:
-        model: the language model.
-        examples: at least one.
-        tokenizer: of the model.
-        batch_size: examples in a forward.
-        generating: whether questions with answers are answered; otherwise only their loss is measured.
-        progress: called with the number of examples of each batch that is done.
-
-    Returns:
-        `loss`; `accuracy` and macro `f1` where there are candidates to choose from; for questions with answers,
-        `accuracy` is exact match and `f1` is SQuAD's, of at most 50 greedily generated tokens up to a newline.
-    """
-    total, right, confusion, packed = 0.0, 0, Counter[tuple[int, int]](), packs(model)
-    for batch in batches(examples, batch_size):
-        made = collate(batch, packed=packed)
-        for score, label in zip(scores(model, made), made["labels"], strict=True):
-            total += float(_loss(score, label))
-            guess = int(score.argmax())
-            right += guess == int(label)
-            confusion[guess, int(label)] += 1
-        if progress is not None:
-            progress(len(batch))
-    metrics = {"loss": total / len(examples)}
-    if examples[0].answers is not None and not generating:
-        return metrics
-    if examples[0].answers is not None:
-        each = [answer_scores(generate(model, e, tokenizer), e.answers or ()) for e in examples]
-        exact, f1 = (sum(column) / len(each) for column in zip(*each, strict=True))
-        return {**metrics, "accuracy": exact, "f1": f1}
-    if any(len(example.completions) > 1 for example in examples):
-        metrics |= {"accuracy": right / len(examples), "f1": _macro_f1(confusion)}
-    return metrics
-
-
-def generate(model: Any, example: TokenizedExample, tokenizer: Any) -> str:
-    """The model's own answer, greedily, up to a newline."""
-    ids = torch.tensor([example.prompts[0]], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=MAX_ANSWER_TOKENS,
-        do_sample=False,
-        stop_strings=["\n"],
-        tokenizer=tokenizer,
-        pad_token_id=_pad(tokenizer),
-    )
-    text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    return text.strip().split("\n")[0]
-
-
-def answer_scores(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """SQuAD's exact match and F1 of a predicted answer: the best over the accepted ones."""
-    predicted = _normalized(prediction)
-    exact = f1 = 0.0
-    for answer in map(_normalized, answers):
-        exact = max(exact, float(predicted == answer))
-        common = sum((Counter(predicted) & Counter(answer)).values())
-        f1 = max(f1, 2 * common / (len(predicted) + len(answer)) if common else 0.0)
-    return exact, f1
-
-
-def _normalized(text: str) -> list[str]:
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def _macro_f1(confusion: Counter[tuple[int, int]]) -> float:
-    """The unweighted mean over the labels that occur of 2 TP / (2 TP + FP + FN)."""
-    labels = {label for _, label in confusion}
-    f1 = []
-    for label in labels:
-        hits = confusion[label, label]
-        misses = sum(n for (guess, truth), n in confusion.items() if (guess == label) != (truth == label))
-        f1.append(2 * hits / (2 * hits + misses))
-    return sum(f1) / len(f1)
-
-
-def _pad(tokenizer: Any) -> int:
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PrinterCallback, TrainerCallback
 
-from gradless import kernels, noise, objectives
+from gradless import evaluation, kernels, noise, objectives
 from gradless.errors import GradlessError
 from gradless.files import claim, covers, set_aside
 from gradless.formats import packed
@@ -150,7 +150,7 @@ def measure(loaded: Model, examples: list[TokenizedExample], batch_size: int, *,
     began = time.perf_counter()
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
         bar = progress.add_task("evaluating", total=len(examples))
-        metrics = objectives.evaluate(
+        metrics = evaluation.evaluate(
             loaded.model, examples, loaded.tokenizer, batch_size=batch_size, progress=lambda n: progress.advance(bar, n)
         )
     return {**metrics, "examples": len(examples), "seconds": round(time.perf_counter() - began, 2)}
@@ -446,7 +446,7 @@ def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> 
             tensor.master = master
             if tensor.block.name in rounded:
                 tensor.master = loaded.file.saved(tensor).to(master.device)
-        return objectives.evaluate(loaded.model, examples, loaded.tokenizer, generating=False)["loss"]
+        return evaluation.evaluate(loaded.model, examples, loaded.tokenizer, generating=False)["loss"]
 
     before = loss([])
     each = {name: loss([name]) - before for name in types} if len(types) > 1 else {}

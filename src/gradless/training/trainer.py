@@ -25,11 +25,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import speed_metrics
 
 import gradless
-from gradless import kernels, noise, objectives
+from gradless import evaluation, kernels, noise, objectives
 from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel
 from gradless.formats.dense import DenseModel
-from gradless.fusing import ARCHITECTURES
+from gradless.independence import independence, keeps_copies
 from gradless.journal import Journal
 from gradless.layers import QuantLinear
 from gradless.methods import METHODS, Estimate, ZerothOrderOptimizer
@@ -166,7 +166,6 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self._examples = 0
         self._seconds_before = 0.0
         self._began = 0.0
-        self._packed, self._keeps_places = objectives.packs(model), objectives.keeps_places(model)
         if train_dataset is not None and _tokenized(train_dataset):
             more.setdefault("data_collator", self._collate)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **more)
@@ -267,8 +266,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         words = len(shared_words(self.model, self.train_dataset))
         if not words:
             raise GradlessError(
-                "nzo asks for one of a few words, the same for all rows, each a single token, of a model that gradless knows "
-                f"({', '.join(ARCHITECTURES)}); use --method ezo or qzo."
+                "nzo asks for one of a few words, the same for all rows, each a single token, of a model that keeps "
+                "copies of a token apart; use --method ezo or qzo."
             )
         missing = "nzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
         target = _last_layers(self.model.config.num_hidden_layers) if self.checkpoint.quantized else None
@@ -387,10 +386,10 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         direction `first` on."""
         if not isinstance(method, EZO):
             return method.query(lambda: self.compute_loss(model, inputs), self._pair(model, inputs))
-        if not (self._computes_losses(inputs) and self._keeps_places):
+        if not (self._computes_losses(inputs) and independence(model).halves):
             raise GradlessError(
                 f"{self.args.method} needs to know which tokens are whose: rows that gradless tokenized, its own loss, and a "
-                f"model whose layers all see a batch's tokens in their order ({', '.join(ARCHITECTURES)})."
+                "model whose layers all see a batch's tokens in their order; use --method qzo."
             )
         pair = self._pair(model, inputs, mean=False)
         return method.query(lambda: objectives.losses(model, inputs)[0], pair, owners=inputs["owners"], first=first)
@@ -407,7 +406,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     def _pair(self, model: Any, inputs: Any, *, mean: bool = True) -> Callable[[], Any] | None:
         """The losses of a batch and its copy, in one forward; None where two forwards are to be made."""
-        if not (self._computes_losses(inputs) and self._keeps_places) or inputs["input_ids"].numel() > PAIR_TOKENS:
+        if not (self._computes_losses(inputs) and independence(model).halves) or inputs["input_ids"].numel() > PAIR_TOKENS:
             return None
 
         def both() -> Any:
@@ -581,7 +580,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     def _collate(self, examples: Sequence[TokenizedExample]) -> dict[str, Any]:
         copies = 2 * self.args.queries if self.args.method == "nzo" else 0
-        return objectives.collate(examples, packed=self._packed, copies=copies)
+        return objectives.collate(examples, rows=independence(self.model).rows, copies=copies)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SeededSampler:
         return SeededSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
@@ -593,7 +592,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return metrics
         began = time.time()
-        measured = objectives.evaluate(self.model, data, self.processing_class, batch_size=self.args.per_device_eval_batch_size)
+        measured = evaluation.evaluate(self.model, data, self.processing_class, batch_size=self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=len(data))
         if self.journal is not None and self.is_in_train:
@@ -633,7 +632,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def shared_words(model: Any, data: Any) -> tuple[int, ...]:
     """The token ids of the words among which all rows choose, of a model that takes copies of a token; () if there are none."""
-    words = {example.words for example in data} if _tokenized(data) and objectives.keeps_places(model) else set()
+    words = {example.words for example in data} if _tokenized(data) and keeps_copies(model) else set()
     return (words.pop() or ()) if len(words) == 1 else ()
 
 

@@ -1,0 +1,168 @@
+"""How a batch must be laid out so that none of its rows sees another: tried on the model, once, not believed of its name.
+
+Three short rows X, A, Y of different lengths are scored in at most four forwards:
+
+    [X A Y]           packed end to end into one row, position ids beginning anew with each
+    [X' A Y']         the same lengths, other tokens: whatever A takes from its neighbours shows here, to the bit
+    A                 alone
+    X, A, A.., Y      a row each, filled up at the right, A with two different fillings; only if A is not kept above
+
+A is kept if its scores do not depend on what stands beside it, and are those of A alone within the rounding of another shape.
+A model that keeps A in neither layout gets a forward a row.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from gradless import objectives
+from gradless.errors import GradlessError
+from gradless.layers import QuantEmbedding, QuantLinear
+from gradless.objectives import Rows, TokenizedExample
+
+LENGTHS = (9, 7, 5)
+"""Tokens of X, A and Y; longer sequences come first in a packed row."""
+ROUNDING = {torch.float32: 2.0**-10, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
+"""How far scores of one row may lie apart in batches of two shapes, relative to their spread (both root mean squares)."""
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Rotary scalings that take one frequency for the whole batch from its longest row, which no short row can show."""
+
+
+@dataclass(frozen=True)
+class Independence:
+    """What a model keeps apart.
+
+    Attributes:
+        rows: how sequences must be laid out.
+        halves: whether every packed layer sees all tokens of a batch in their order, so that it knows a batch from its copy.
+    """
+
+    rows: Rows
+    halves: bool
+
+
+_TRIED: WeakKeyDictionary[nn.Module, Independence] = WeakKeyDictionary()
+
+
+def independence(model: Any) -> Independence:
+    """What a model keeps apart, tried when it is first asked for and then remembered.
+
+    Raises:
+        GradlessError: the model scores a lone row differently from one forward to the next.
+    """
+    if model not in _TRIED:
+        training = model.training
+        model.eval()
+        with torch.inference_mode():
+            _TRIED[model] = _try(model)
+        model.train(training)
+    return _TRIED[model]
+
+
+def _try(model: Any) -> Independence:
+    sequences, others = _sequences(model, 0), _sequences(model, 1)
+    others[1] = sequences[1]
+    packed, halves = None, False
+    if _may_pack(model):
+        (_, packed, _), halves = _packed_scores(model, sequences)
+        if not torch.equal(packed, _packed_scores(model, others)[0][1]):
+            packed = None
+    alone = _scores_of(model, _batch(sequences[1:2], Rows.PADDED))[0]
+    if packed is not None and _kept(alone, packed, ROUNDING[model.dtype]):
+        return Independence(Rows.PACKED, halves)
+    if not _follows_the_longest_row(model.config):
+        filled, filled_otherwise = _filled_scores(model, sequences)
+        if torch.equal(filled, filled_otherwise) and _kept(alone, filled, ROUNDING[model.dtype]):
+            return Independence(Rows.PADDED, halves=False)
+    if not _kept(alone, _scores_of(model, _batch(sequences[1:2], Rows.PADDED))[0], ROUNDING[model.dtype]):
+        raise GradlessError(
+            f"{type(model).__name__} scores one row differently from one forward to the next, so that its losses cannot be "
+            "compared; switch off what is random in it."
+        )
+    return Independence(Rows.ALONE, halves=False)
+
+
+def keeps_copies(model: Any) -> bool:
+    """Whether copies of a row's last token, seen by none but themselves, score words as that token does. Takes two forwards."""
+    if independence(model).rows is not Rows.PACKED or not independence(model).halves:
+        return False
+    words = _vocabulary(model) // 2, _vocabulary(model) // 2 + 1
+    examples = [TokenizedExample((ids,) * 2, tuple((word,) for word in words), 0) for ids in _sequences(model, 0)]
+    with torch.inference_mode():
+        plain = torch.stack(objectives.scores(model, objectives.collate(examples)))
+        copied = objectives.asked(model, objectives.collate(examples, copies=2))
+    return _kept(plain.unsqueeze(1).expand_as(copied), copied, ROUNDING[model.dtype])
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def _sequences(model: Any, first: int) -> list[tuple[int, ...]]:
+    """X, A and Y as token ids; another `first` gives other ones, place by place."""
+    n = _vocabulary(model)
+    return [tuple((n // 3 + 5 * i + 3 * k + first) % n for k in range(length)) for i, length in enumerate(LENGTHS)]
+
+
+def _batch(sequences: list[tuple[int, ...]], rows: Rows) -> dict[str, Any]:
+    examples = [TokenizedExample((ids[:1],), (ids[1:],), 0) for ids in sequences]
+    return objectives.collate(examples, rows=rows)
+
+
+def _scores_of(model: Any, batch: dict[str, Any]) -> list[Tensor]:
+    """Each sequence's scores of all tokens at every position but its last, about their mean: fp32 (length - 1, vocabulary)."""
+    logits, _ = objectives.supervised_logits(model, batch)
+    return list(torch.split(logits - logits.mean(1, keepdim=True), batch["counts"]))
+
+
+def _filled_scores(model: Any, sequences: list[tuple[int, ...]]) -> list[Tensor]:
+    """A's scores in a batch with a row for each sequence, and those of a second A whose row is filled up with other tokens."""
+    x, a, y = sequences
+    batch = _batch([x, a, a, y], Rows.PADDED)
+    batch["input_ids"][2, len(a) - 1 :] = y[0]
+    return _scores_of(model, batch)[1:3]
+
+
+def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[Tensor], bool]:
+    """The scores of a packed batch with a copy behind it, and whether every packed layer saw both as halves of its tokens."""
+    batch = objectives.doubled(_batch(sequences, Rows.PACKED))
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
+    seen: list[bool] = []
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2) if isinstance(layer, QuantLinear) else inputs[0].flatten()
+        if layer is not model.get_output_embeddings():
+            first, second = x[: len(x) // 2].float(), x[len(x) // 2 :].float()
+            seen.append(len(x) == batch["input_ids"].numel() and _kept(first, second, ROUNDING[model.dtype]))
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(look).remove)
+        scores = _scores_of(model, batch)
+    return scores[: len(sequences)], all(seen)
+
+
+def _kept(scores: Tensor, others: Tensor, rounding: float) -> bool:
+    """Whether scores lie as close to others as rounding brings them."""
+    return bool((others - scores).square().mean().sqrt() <= rounding * scores.square().mean().sqrt())
+
+
+def _may_pack(model: Any) -> bool:
+    """Whether a model takes position ids, and no layer cuts a row into chunks, which no short row can show."""
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    chunks = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
+    return takes and not chunks and not _follows_the_longest_row(model.config)
+
+
+def _follows_the_longest_row(config: Any) -> bool:
+    """Whether the rotary frequencies of all rows follow from the longest one, which no short row can show."""
+    text = json.dumps(config.to_dict(), default=str)
+    return any(f'"rope_type": "{kind}"' in text for kind in LENGTH_DEPENDENT)
