@@ -1,96 +1,214 @@
-"""Whole files or none: written under a temporary name, flushed to the disk, then renamed."""
+"""Whole files or none: written in a private folder beside their place, flushed to the disk, then renamed. One writer at a time.
+
+A lock tells what a killed process left behind from what a live one is writing: the kernel lifts it with the process.
+
+    .NAME.RANDOM.tmp      a private folder in which something is being written; removed
+    .NAME.RANDOM.aside    what an --overwrite moved out of the way; put back
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import socket
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from gradless.errors import GradlessError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing is locked there, and nothing is swept
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+"""The file in a run's folder that its process holds locked; it says who that is."""
+WRITING, ASIDE = ".tmp", ".aside"
+OLD = 60.0
+"""Seconds after which an unlocked temporary in a folder that others write is taken for a killed process's."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; put it in place when the block succeeds, remove it when it fails.
+    """Yield the temporary path of a file, or a folder, to be made; put it in place of `path` if the block succeeds.
+
+    The temporary lies in a folder that nobody else may enter, so that no link can be planted at its name. If the block fails,
+    `path` is as it was and nothing is left behind. A link at `path` is replaced, not what it points to.
 
     Raises:
-        GradlessError: the disk is full or the folder cannot be written; `path` is as it was.
+        GradlessError: the disk is full or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
+        sweep(path.parent, older_than=OLD)
+        with _private(path.parent, path.name, WRITING) as folder:
+            temporary = folder / path.name
+            yield temporary
+            for written in [temporary, *temporary.rglob("*")]:
+                _flush(written)
+            with set_aside([path] if path.is_dir() and not path.is_symlink() else []):
+                temporary.replace(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
         raise GradlessError(
-            f"could not write {path}: {error.strerror or error}; nothing was changed there. "
+            f"could not write {path}: {getattr(error, 'strerror', None) or error}; nothing was changed there. "
             "Free some space or choose another --output, then run the same command again."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield the temporary path of a folder to be made; put it in place of `path` when the block succeeds, else remove it.
-
-    Raises:
-        GradlessError: the disk is full or the folder cannot be written; `path` is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        with set_aside([path]):
-            temporary.replace(path)
-    except OSError as error:
-        raise GradlessError(f"could not write {path}: {error}; nothing was changed there.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def set_aside(paths: Iterable[Path]) -> Iterator[Callable[[], None]]:
-    """Move files and folders out of the way of what is written inside. They are removed when the block succeeds, or calls
-    what is yielded; if it fails before, they are put back in place of what it wrote."""
-    moved: dict[Path, Path] = {}
+    """Move files and folders of one folder out of the way of what is written inside.
 
-    def drop() -> None:
-        for aside in moved.values():
-            _remove(aside)
-        moved.clear()
+    On success, or when the block calls the yielded function, they are deleted. On failure they are put back; if the process is
+    killed, the next `sweep` of their folder puts them back.
+    """
+    present = [path for path in paths if os.path.lexists(path)]
+    with ExitStack() as stack:
+        folder = stack.enter_context(_private(present[0].parent, "old", ASIDE)) if present else None
 
+        def drop() -> None:
+            if folder is not None and folder.exists():
+                doomed = folder.with_suffix(WRITING)  # from here on a sweep removes it
+                folder.replace(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+        try:
+            for path in present:
+                assert folder is not None
+                path.replace(folder / path.name)
+            yield drop
+            drop()
+        finally:
+            if folder is not None and folder.exists():
+                _put_back(folder)
+
+
+@contextmanager
+def _private(parent: Path, name: str, kind: str) -> Iterator[Path]:
+    """A new folder that nobody else may enter, locked as long as this process uses it and then removed."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=kind, dir=parent))
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        for path in filter(Path.exists, paths):
-            aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
-            path.replace(aside)
-            moved[path] = aside
-        yield drop
-        drop()
+        _lock(handle)
+        yield folder
     finally:
-        for path, aside in moved.items():
-            _remove(path)
-            aside.replace(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file or folder unless someone holds it; whether it is ours now."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def sweep(folder: Path, *, older_than: float = 0.0) -> None:
+    """Remove what killed processes were writing in a folder, and put back what they had set aside.
+
+    Args:
+        folder: in which other processes may write at the same time unless it is `locked`.
+        older_than: seconds; what is younger is left, since its process may not have locked it yet.
+    """
+    if fcntl is None:
+        return
+    for left in sorted(folder.glob(".*")):
+        if left.suffix not in (WRITING, ASIDE) or left.is_symlink() or not left.is_dir():
+            continue
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime < older_than:
+                continue
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if left.suffix == ASIDE:
+                    _put_back(left)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _put_back(aside: Path) -> None:
+    for path in sorted(aside.iterdir()):
+        place = aside.parent / path.name
+        _remove(place)
+        path.replace(place)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder for this process, and make it if it is missing; what killed processes left in it is swept first.
+
+    Args:
+        folder: of a run or an attack.
+        what: "a run", say.
+
+    Raises:
+        GradlessError: another process holds it, or it cannot be written.
+    """
+    made = not folder.exists()
+    lock = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _held(lock, what)
+    except OSError as error:
+        raise GradlessError(f"{folder} cannot be written ({error.strerror}); give another --output.") from error
+    try:
+        sweep(folder)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+        if made:
+            with suppress(OSError):  # it holds something now
+                folder.rmdir()
+
+
+def _held(lock: Path, what: str) -> int:
+    """The open file of a lock that this process holds from now on."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        if not _lock(handle):
+            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise GradlessError(f"{lock.parent} is in use: {holder} is writing {what} there; wait, or give another --output.")
+        if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
+            break
+        os.close(handle)  # its holder has removed it meanwhile
+    os.ftruncate(handle, 0)
+    os.pwrite(
+        handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},".encode(), 0
+    )
+    return handle
 
 
 def claim(output: Path, what: str, *, held: bool, resume: bool, overwrite: bool) -> None:
@@ -127,6 +245,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file whole."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def checksums(path: Path) -> dict[str, str]:
+    """The SHA-256 of a file, or of every file in a folder, by its path from the folder of `path`."""
+    files = [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*")))
+    return {str(file.relative_to(path.parent)): sha256(file) for file in files}
 
 
 def sha256(path: Path) -> str:

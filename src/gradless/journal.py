@@ -13,30 +13,36 @@ import hashlib
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gradless.database import Database
 from gradless.errors import GradlessError
 from gradless.methods.base import Estimate
 
 FORMAT = 3
 """Of the tables, and of the arithmetic behind them: noise, rounding, the order of operations."""
 
-_SCHEMA = """
-CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE steps (
-    step INTEGER PRIMARY KEY,
-    losses TEXT NOT NULL,    -- [[loss at +eps, loss at -eps] of each query]
-    estimate TEXT NOT NULL,  -- [d of each query, see _packed, of each parameter group]
-    lr TEXT NOT NULL,        -- [of each parameter group]
-    seconds REAL NOT NULL,   -- since the run began, pauses left out
-    moved REAL,              -- share of the integer codes that the update changed, NULL where there are none
-    digest TEXT NOT NULL     -- of this row's step, losses, estimate and lr, and the digest before
-) STRICT;
-CREATE TABLE evaluations (step INTEGER PRIMARY KEY, metrics TEXT NOT NULL, seconds REAL NOT NULL) STRICT;
-CREATE TABLE finished (steps INTEGER NOT NULL, digest TEXT NOT NULL) STRICT;
-"""
+_SCHEMA = {
+    "header": "CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
+    "steps": """CREATE TABLE steps (
+        step INTEGER PRIMARY KEY,
+        losses TEXT NOT NULL,    -- [[loss at +eps, loss at -eps] of each query]
+        estimate TEXT NOT NULL,  -- [d of each query, see _packed, of each parameter group]
+        lr TEXT NOT NULL,        -- [of each parameter group]
+        seconds REAL NOT NULL,   -- since the run began, pauses left out
+        moved REAL,              -- share of the integer codes that the update changed, NULL where there are none
+        digest TEXT NOT NULL     -- of this row's step, losses, estimate and lr, and the digest before
+    ) STRICT""",
+    "evaluations": "CREATE TABLE evaluations (step INTEGER PRIMARY KEY, metrics TEXT NOT NULL, seconds REAL NOT NULL) STRICT",
+    "finished": "CREATE TABLE finished (steps INTEGER NOT NULL, digest TEXT NOT NULL) STRICT",
+    "written": "CREATE TABLE written (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL) STRICT",  # runs before 0.1's end have none
+}
+_WHAT = "a whole journal"
+DEFLATED = 8
+"""Bytes that a byte of Huffman codes without repeats can hold: each takes a bit or more."""
 
 
 class Journal:
@@ -45,87 +51,106 @@ class Journal:
     Attributes:
         path: of the file.
         header: what the run is: base hash, method, spaces, configuration, environment (plain JSON values).
-        steps: how many steps it holds.
+        steps: how many steps it holds, as far as they were checked.
         seconds: the run's time at its last step.
     """
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self.path, self._connection = path, connection
+    def __init__(self, path: Path, database: Database) -> None:
+        self.path, self._database = path, database
         self.header: dict[str, Any] = {}
         self.steps = 0
         self.seconds = 0.0
-        self._digest = ""
+        with database.reading():
+            self._read_header()
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> Journal:
-        """Begin a journal; `header` must survive JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        journal = cls(path, sqlite3.connect(path))
+        """Begin a journal; `header` must survive JSON.
+
+        Raises:
+            GradlessError: it cannot be written; nothing is there then.
+        """
         rows = [(name, json.dumps(value)) for name, value in {"format": FORMAT, **header}.items()]
-        with journal._writing("the journal's beginning") as transaction:
-            for statement in _SCHEMA.split(";"):
-                transaction.execute(statement)
-            transaction.executemany("INSERT INTO header VALUES (?, ?)", rows)
-        journal._read_header()
-        return journal
+        return cls(path, Database.create(path, _SCHEMA, rows, _WHAT))
 
     @classmethod
-    def open(cls, path: Path) -> Journal:
+    def open(cls, path: Path, *, to_go_on: bool = False) -> Journal:
         """Open a journal and check it from end to end.
+
+        Args:
+            path: of the file.
+            to_go_on: its run is to be resumed, so that a journal that holds no step yet is as good as any.
 
         Raises:
             GradlessError: there is none, it is truncated or edited, or its format is another version's.
         """
         if not path.is_file():
             raise GradlessError(f"there is no journal {path}; a run writes it as journal.db in its output folder.")
-        try:
-            journal = cls(path, sqlite3.connect(path))
-            journal._read_header()
+        journal = cls(path, Database(path, _SCHEMA, _WHAT))
+        with journal._database.reading():
             journal._verify()
-        except (sqlite3.DatabaseError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise GradlessError(f"{path} is not a whole journal ({error}); restore it from a copy.") from error
+        if journal._database.log_is_missing and not journal.finished and not (to_go_on and journal.steps == 0):
+            raise GradlessError(
+                f"{path} was not closed by its run, and {path.name}-wal, which may hold its last steps, is not beside it: copy "
+                f"both, or keep the {journal.steps} steps that are there with gradless verify --salvage."
+            )
         return journal
 
+    @staticmethod
+    def is_begun(path: Path) -> bool:
+        """Whether a file holds a journal: one that a kill cut off before its header was written does not."""
+        if not path.is_file() or (path.stat().st_size == 0 and not path.with_name(path.name + "-wal").is_file()):
+            return False
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                return bool(connection.execute("SELECT name FROM sqlite_master").fetchall())
+        except sqlite3.Error:
+            return True
+
     def _read_header(self) -> None:
-        rows = self._connection.execute("SELECT name, value FROM header ORDER BY name").fetchall()
+        rows = self._database.connection.execute("SELECT name, value FROM header ORDER BY name").fetchall()
         self.header = {name: json.loads(value) for name, value in rows}
         if self.header.get("format") != FORMAT:
             raise GradlessError(
                 f"{self.path} has journal format {self.header.get('format')}, and this gradless replays format {FORMAT}; "
                 f"use the version that wrote it ({self.header.get('environment', {}).get('gradless', 'unknown')})."
             )
-        self._digest = hashlib.blake2b(repr(rows).encode(), digest_size=16).hexdigest()
+        self._digest = self._first_digest = hashlib.blake2b(repr(rows).encode(), digest_size=16).hexdigest()
 
     def _verify(self) -> None:
-        query = "SELECT step, losses, estimate, lr, seconds, digest FROM steps ORDER BY step"
-        for expected, (step, losses, estimate, lr, seconds, digest) in enumerate(self._connection.execute(query)):
-            self._digest = _chained(self._digest, step, losses, estimate, lr)
-            if step != expected or digest != self._digest:
-                raise GradlessError(
-                    f"{self.path} was changed: step {expected} is not what the run wrote; restore it from a copy."
-                )
-            self.steps, self.seconds = step + 1, seconds
-        for steps, digest in self._connection.execute("SELECT steps, digest FROM finished"):
+        for row, seconds, digest in self._checked_rows():
+            self._digest, self.steps, self.seconds = digest, row[0] + 1, seconds
+        for steps, digest in self._select("SELECT steps, digest FROM finished"):
             if (steps, digest) != (self.steps, self._digest):
                 raise GradlessError(
                     f"{self.path} is truncated: its run finished {steps} steps and it holds {self.steps}; "
                     "restore it from a copy."
                 )
 
-    @contextlib.contextmanager
-    def _writing(self, what: str, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """One transaction; unless it is durable, a power failure may lose it."""
-        try:
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            with self._connection:
-                self._connection.execute("BEGIN IMMEDIATE")
-                yield self._connection
-        except (sqlite3.OperationalError, sqlite3.IntegrityError) as error:
-            raise GradlessError(
-                f"{what} could not be written to {self.path} ({error}); all that was written before is safe: make sure that "
-                "the disk has room and that no other process writes there, and run the same command with --resume."
-            ) from error
+    def _checked_rows(self) -> Iterator[tuple[tuple[int, str, str, str], float, str]]:
+        """Every step's (step, losses, estimate, lr), seconds and digest, in order.
+
+        Raises:
+            GradlessError: a row is not what the run wrote.
+        """
+        chained = self._first_digest
+        query = "SELECT step, losses, estimate, lr, seconds, digest FROM steps ORDER BY step"
+        for expected, (*row, seconds, digest) in enumerate(self._database.connection.execute(query)):
+            chained = _chained(chained, *row)
+            if row[0] != expected or digest != chained:
+                raise GradlessError(
+                    f"{self.path} was changed: step {expected} is not what the run wrote; restore it from a copy, or keep the "
+                    "steps before it with gradless verify --salvage."
+                )
+            yield (row[0], row[1], row[2], row[3]), seconds, digest
+
+    def _select(self, query: str) -> list[tuple[Any, ...]]:
+        return self._database.connection.execute(query).fetchall()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self._select("SELECT steps FROM finished"))
 
     def append(self, estimate: Estimate, seconds: float) -> None:
         """Commit a step to the disk. Call it before the step's update.
@@ -135,56 +160,64 @@ class Journal:
         """
         columns = (json.dumps(estimate.losses), json.dumps([*map(_packed, estimate.d)]), json.dumps(estimate.lr))
         digest = _chained(self._digest, estimate.step, *columns)
-        with self._writing(f"step {estimate.step}") as transaction:
+        with self._database.writing(f"step {estimate.step}") as transaction:
+            last = transaction.execute("SELECT step, digest FROM steps ORDER BY step DESC LIMIT 1").fetchone()
+            if (last or (-1, self._first_digest)) != (estimate.step - 1, self._digest):
+                raise GradlessError(
+                    f"{self.path} is no longer this run's: another process wrote to it after {self.steps} steps. Run the same "
+                    "command with --resume to go on after what is there."
+                )
             transaction.execute("DELETE FROM finished")
             transaction.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, NULL, ?)", (estimate.step, *columns, seconds, digest))
         self._digest, self.steps, self.seconds = digest, estimate.step + 1, seconds
 
     def moved(self, step: int, share: float) -> None:
         """Note what share of the codes a step's update changed: for the curve; a replay finds it anew."""
-        with self._writing("a step's moves", durable=False) as transaction:
+        with self._database.writing("a step's moves", durable=False) as transaction:
             transaction.execute("UPDATE steps SET moved = ? WHERE step = ?", (share, step))
 
     def moves(self) -> list[tuple[int, float]]:
         """(step, share of the codes that its update changed), where noted."""
-        return self._connection.execute("SELECT step, moved FROM steps WHERE moved IS NOT NULL ORDER BY step").fetchall()
+        return [
+            (step, moved) for step, moved in self._select("SELECT step, moved FROM steps WHERE moved IS NOT NULL ORDER BY step")
+        ]
 
     def evaluated(self, step: int, metrics: dict[str, float], seconds: float) -> None:
         """Record an evaluation after `step` steps."""
-        with self._writing("an evaluation") as transaction:
+        with self._database.writing("an evaluation") as transaction:
             transaction.execute("REPLACE INTO evaluations VALUES (?, ?, ?)", (step, json.dumps(metrics), seconds))
 
     def estimates(self) -> Iterator[Estimate]:
-        """Every step, in order."""
-        for step, losses, d, lr in self._connection.execute("SELECT step, losses, estimate, lr FROM steps ORDER BY step"):
-            yield Estimate(
-                step,
-                tuple(tuple(pair) for pair in json.loads(losses)),
-                tuple(map(_unpacked, json.loads(d))),
-                tuple(json.loads(lr)),
-            )
+        """Every step that the journal held when it was opened, or got since, checked again as it is read."""
+        with self._database.reading():
+            for (step, losses, d, lr), _, _ in islice(self._checked_rows(), self.steps):
+                pairs = tuple(tuple(pair) for pair in json.loads(losses))
+                yield Estimate(step, pairs, tuple(map(_unpacked, json.loads(d))), tuple(json.loads(lr)))
 
     def evaluations(self) -> list[dict[str, float]]:
         """Every evaluation: its metrics, and `step` and `seconds`."""
-        query = "SELECT step, metrics, seconds FROM evaluations ORDER BY step"
-        return [
-            {**json.loads(metrics), "step": step, "seconds": seconds}
-            for step, metrics, seconds in self._connection.execute(query)
-        ]
+        with self._database.reading():
+            rows = self._select("SELECT step, metrics, seconds FROM evaluations ORDER BY step")
+            return [{**json.loads(metrics), "step": step, "seconds": seconds} for step, metrics, seconds in rows]
 
-    def finish(self) -> None:
-        """Mark the run as finished, and fold SQLite's write-ahead log in so that the file stands alone."""
-        with self._writing("the run's end") as transaction:
+    def written(self) -> dict[str, str]:
+        """What the run wrote when it ended: the SHA-256 of each file of the tuned model, by its path in the run's folder."""
+        known = self._select("SELECT name FROM sqlite_master WHERE name = 'written'")
+        return dict(self._select("SELECT name, sha256 FROM written")) if known else {}
+
+    def finish(self, written: Mapping[str, str] | None = None) -> None:
+        """Mark the run as finished, with what it wrote, and fold SQLite's write-ahead log in so that the file stands alone."""
+        with self._database.writing("the run's end") as transaction:
             transaction.execute("DELETE FROM finished")
             transaction.execute("INSERT INTO finished VALUES (?, ?)", (self.steps, self._digest))
+            transaction.execute(_SCHEMA["written"].replace("TABLE", "TABLE IF NOT EXISTS", 1))
+            transaction.execute("DELETE FROM written")
+            transaction.executemany("INSERT INTO written VALUES (?, ?)", (written or {}).items())
         self.close()
 
     def close(self) -> None:
-        """Fold the write-ahead log into the file; where someone else is reading it, SQLite does so when they stop."""
-        with contextlib.suppress(sqlite3.OperationalError):
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._connection.execute("PRAGMA journal_mode=DELETE")
-        self._connection.close()
+        """Fold the write-ahead log into the file; see `Database.close`."""
+        self._database.close()
 
 
 def _packed(d: Sequence[Any]) -> list[Any] | str:
@@ -197,9 +230,14 @@ def _packed(d: Sequence[Any]) -> list[Any] | str:
 
 def _unpacked(d: list[Any] | str) -> tuple[Any, ...]:
     """What `_packed` was given."""
-    if isinstance(d, str):
-        return tuple(each - 128 for each in zlib.decompress(base64.b85decode(d), -zlib.MAX_WBITS))
-    return tuple(d)
+    if not isinstance(d, str):
+        return tuple(d)
+    codes = base64.b85decode(d)
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    numbers = inflate.decompress(codes, DEFLATED * len(codes) + 1)
+    if len(numbers) > DEFLATED * len(codes) or not inflate.eof:
+        raise ValueError("a step holds more than its codes can")
+    return tuple(each - 128 for each in numbers)
 
 
 def _chained(previous: str, step: int, losses: str, estimate: str, lr: str) -> str:

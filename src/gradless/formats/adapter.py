@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gradless.errors import GradlessError
-from gradless.files import replacing, replacing_folder
+from gradless.files import replacing
 from gradless.formats.dense import DenseModel
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.quantized import QuantizedModel
@@ -187,7 +187,7 @@ def write_peft(folder: Path, adapters: list[Adapter], lora: LoRA, base: str) -> 
         "inference_mode": True,
     }
     tensors = {_PREFIX + space.name: space.shown().contiguous().cpu() for each in adapters for space in (each.a, each.b)}
-    with replacing_folder(folder) as temporary:
+    with replacing(folder) as temporary:
         temporary.mkdir(parents=True)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2))
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})

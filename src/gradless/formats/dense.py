@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from gradless.errors import GradlessError
-from gradless.files import replacing_folder, sha256
+from gradless.files import replacing, sha256
 from gradless.formats.folder import unbuildable, weight_files
 from gradless.fusing import fuse
 from gradless.spaces import Space, parameter_sites, parameters
@@ -88,7 +88,7 @@ class DenseModel:
 
 def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
     """Save a model and its tokenizer to a folder, under a temporary name first."""
-    with replacing_folder(path) as temporary:
+    with replacing(path) as temporary:
         try:
             model.save_pretrained(temporary)
         except SafetensorError as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradless.blocks import block_type
 from gradless.errors import GradlessError
-from gradless.files import replacing_folder, sha256
+from gradless.files import replacing, sha256
 from gradless.formats import aqlm, autoround, awq, bitsandbytes, gptq
 from gradless.formats.checkpoint import TYPES, Blocks, Checkpoint, Layout, TensorInfo, patch
 
@@ -86,7 +86,7 @@ class Folder(Checkpoint):
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
-        with replacing_folder(path) as temporary:
+        with replacing(path) as temporary:
             shutil.copytree(self.path, temporary)
             for info, content in self.changes(floats or {}):
                 patch(temporary / info.file.name, info, content)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gradless.blocks import assemble, dividing_size, grid_block
 from gradless.errors import GradlessError
-from gradless.files import replacing_folder
+from gradless.files import replacing
 from gradless.formats.folder import FORMAT, WEIGHTS
 from gradless.grids import GRIDS, scale_and_offset
 from gradless.spaces import linear_layers
@@ -57,7 +57,7 @@ def quantize(model: Any, tokenizer: Any, grid: str, group_size: int | None, outp
             tensors[name] = parameter.detach().to(torch.bfloat16).contiguous()
     if not types:
         raise GradlessError(f"{type(model).__name__} has no linear layer to quantize.")
-    with replacing_folder(output) as temporary:
+    with replacing(output) as temporary:
         temporary.mkdir(parents=True)
         model.config.save_pretrained(temporary)
         if model.can_generate():
