@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ REPLAY_EXAMPLES = """\
 example:
   gradless replay model.gguf runs/first/journal.db --output tuned.gguf
 """
+VERIFY_EXAMPLES = """\
+examples:
+  gradless verify runs/first
+  gradless verify runs/first --base model.gguf --json
+  gradless verify runs/damaged --salvage
+"""
 INFO_EXAMPLES = """\
 example:
   gradless info model.gguf
@@ -66,6 +73,7 @@ examples:
   gradless attack --model https://host/predict --rate 20 --images images.npz --eps 0.1 --max-total-queries 900 --output runs/api
   gradless attack --model https://host/predict --rate 20 --images images.npz --eps 0.1 --output runs/api --resume
 """
+ERROR_LOG = "gradless-error.log"
 QUANTIZED_HELP = (
     "A GGUF file, a quantized folder (GPTQ, AWQ, AutoRound, AQLM, bitsandbytes, ours), or the name of either on the Hub."
 )
@@ -115,6 +123,13 @@ def parser() -> argparse.ArgumentParser:
         help="The tuned model, or adapter, to write: a file for a GGUF, else a folder.",
     )
     replay.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
+
+    verify = _command(commands, "verify", "Say whether a run's base, journal and tuned model belong together.", VERIFY_EXAMPLES)
+    verify.add_argument("run", help="The run's folder, or its journal.db.")
+    verify.add_argument("--base", metavar="MODEL", help="The model that the run began with.")
+    verify.add_argument(
+        "--salvage", action="store_true", help="Keep the whole steps of a damaged journal in a new one, journal.salvaged.db."
+    )
 
     info = _command(commands, "info", "Show what a file holds and what each method would tune.", INFO_EXAMPLES)
     info.add_argument("model", help=QUANTIZED_HELP)
@@ -226,6 +241,25 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gradless: stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        print(f"gradless: {_last_resort(error, getattr(parsed, 'output', None))}", file=sys.stderr)
+        return 1
+
+
+def _last_resort(error: Exception, output: str | None) -> str:
+    """A sentence for what should have had one of its own; the traceback goes to a log in the output folder, or in the cache."""
+    first_line = (str(error).splitlines() or [""])[0][:200]
+    what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradless"
+    for folder in ([Path(output)] if output else []) + [cache]:
+        if folder != cache and not folder.is_dir():
+            continue
+        log = folder / ERROR_LOG
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            log.write_text("".join(traceback.format_exception(error)))
+            return f"something that it was not made for happened ({what}); {log} has the details: please report them."
+    return f"something that it was not made for happened ({what}); please report it."
 
 
 def _tune(parsed: argparse.Namespace) -> int:
@@ -270,6 +304,15 @@ def _replay(parsed: argparse.Namespace) -> int:
     else:
         print(f"wrote {result['output']}: {result['steps']} steps at {result['steps_per_second']} a second")
     return 0
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    _prepare_libraries()
+    from gradless import verify
+
+    report = verify.verify(parsed.run, base=parsed.base, salvage=parsed.salvage)
+    print(json.dumps(report) if parsed.json else verify.as_text(report))
+    return 0 if report["whole"] else 1
 
 
 def _info(parsed: argparse.Namespace) -> int:
@@ -344,19 +387,30 @@ def _free_output(parsed: argparse.Namespace) -> Path:
     return output
 
 
+LOST_PAGE = (
+    "gradless: a file that is read became shorter while it was in use, and this process cannot go on; every step is in the "
+    "journal: put the file back and run the same command with --resume.\n"
+)
+
+
 def _prepare_libraries() -> None:
-    """Keep the libraries quiet."""
+    """Keep the libraries quiet, and have a file that becomes shorter while it is mapped end in a sentence."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    with contextlib.suppress(OSError):  # the kernels were not compiled
+        from gradless.kernels.cpu import end_on_lost_page
+
+        end_on_lost_page(LOST_PAGE)
 
 
 _COMMANDS = {
     "tune": _tune,
     "eval": _eval,
     "replay": _replay,
+    "verify": _verify,
     "info": _info,
     "plan": _plan,
     "dequantize": _dequantize,

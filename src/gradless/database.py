@@ -23,8 +23,6 @@ COMPANIONS = ("-wal", "-shm", "-journal")
 """What SQLite may keep beside a file that is not closed."""
 PATIENCE = 60.0
 """Seconds to wait for another process."""
-_LOGGED = b"\x02\x02"
-"""Bytes 18 and 19 of a file that has, or had, a write-ahead log."""
 
 
 class Database:
@@ -48,10 +46,10 @@ class Database:
         self.path, self.schema, self.what = path, schema, what
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         with self.reading():
-            with path.open("rb") as file:
-                logged = file.read(20)[18:20] == _LOGGED
-            self.log_is_missing = logged and not Path(f"{path}-wal").exists()
+            # SQLite is asked, not the file's bytes: closing the file would lift the locks of this process's other connections.
+            log_is_there = Path(f"{path}-wal").exists()
             self.connection = self._connect()
+            self.log_is_missing = not log_is_there and self.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
             self._check_schema()
 
     @classmethod

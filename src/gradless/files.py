@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -144,11 +145,12 @@ def sweep(folder: Path, *, older_than: float = 0.0) -> None:
 def _put_back(aside: Path) -> None:
     for path in sorted(aside.iterdir()):
         place = aside.parent / path.name
-        _remove(place)
+        remove(place)
         path.replace(place)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -175,6 +177,8 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     Raises:
         GradlessError: another process holds it, or it cannot be written.
     """
+    if folder.exists() and not folder.is_dir():
+        raise GradlessError(f"{folder} is a file; give --output a folder.")
     made = not folder.exists()
     lock = folder / LOCK
     try:
@@ -224,8 +228,6 @@ def claim(output: Path, what: str, *, held: bool, resume: bool, overwrite: bool)
     Raises:
         GradlessError: what is held and what is wanted do not go together.
     """
-    if output.exists() and not output.is_dir():
-        raise GradlessError(f"{output} is a file; give --output a folder.")
     if resume and overwrite:
         raise GradlessError("--resume and --overwrite contradict each other; give one.")
     if held and not (resume or overwrite):
@@ -245,6 +247,37 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file whole."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A file, or the files of a folder, as they were at one time: enough to see cheaply whether they are the same still."""
+
+    seen: dict[Path, tuple[int, int, int, int]]
+
+    @classmethod
+    def of(cls, path: Path) -> Snapshot:
+        """Look at a file or a folder, which must be there."""
+        files = [path] if path.is_file() else sorted(filter(Path.is_file, path.iterdir()))
+        return cls({file: _face(file) for file in files})
+
+    def check(self) -> None:
+        """Raise if a file is another one now.
+
+        Raises:
+            GradlessError: a file was replaced, changed or removed.
+        """
+        for file, before in self.seen.items():
+            if not file.is_file() or _face(file) != before:
+                raise GradlessError(
+                    f"{file} was changed while it was in use, so that nothing was made from it: put back the file that the run "
+                    "began with, then run the same command with --resume."
+                )
+
+
+def _face(file: Path) -> tuple[int, int, int, int]:
+    seen = file.stat()
+    return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
 
 
 def checksums(path: Path) -> dict[str, str]:

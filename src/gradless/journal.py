@@ -11,7 +11,9 @@ import base64
 import contextlib
 import hashlib
 import json
+import shutil
 import sqlite3
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -107,6 +109,32 @@ class Journal:
         except sqlite3.Error:
             return True
 
+    @staticmethod
+    def salvage(path: Path, target: Path) -> int:
+        """Write the steps of a damaged journal that are whole, up to the first that is not, to a new journal.
+
+        Args:
+            path: of the damaged journal, which is left as it is.
+            target: of the new one; replaced.
+
+        Returns:
+            The number of steps.
+
+        Raises:
+            GradlessError: not even the header can be read.
+        """
+        with tempfile.TemporaryDirectory(prefix="gradless-") as scratch:
+            for suffix in ("", "-wal"):
+                if Path(f"{path}{suffix}").is_file():
+                    shutil.copyfile(f"{path}{suffix}", Path(scratch) / f"journal.db{suffix}")
+            with contextlib.closing(sqlite3.connect(Path(scratch) / "journal.db")) as connection:
+                header, whole = _whole_rows(connection, path)
+        journal = Journal(target, Database.create(target, _SCHEMA, header, _WHAT))
+        with journal._database.writing("what was salvaged") as transaction:
+            transaction.executemany("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?)", whole)
+        journal.close()
+        return len(whole)
+
     def _read_header(self) -> None:
         rows = self._database.connection.execute("SELECT name, value FROM header ORDER BY name").fetchall()
         self.header = {name: json.loads(value) for name, value in rows}
@@ -115,7 +143,7 @@ class Journal:
                 f"{self.path} has journal format {self.header.get('format')}, and this gradless replays format {FORMAT}; "
                 f"use the version that wrote it ({self.header.get('environment', {}).get('gradless', 'unknown')})."
             )
-        self._digest = self._first_digest = hashlib.blake2b(repr(rows).encode(), digest_size=16).hexdigest()
+        self._digest = self._first_digest = _digest_of(rows)
 
     def _verify(self) -> None:
         for row, seconds, digest in self._checked_rows():
@@ -238,6 +266,27 @@ def _unpacked(d: list[Any] | str) -> tuple[Any, ...]:
     if len(numbers) > DEFLATED * len(codes) or not inflate.eof:
         raise ValueError("a step holds more than its codes can")
     return tuple(each - 128 for each in numbers)
+
+
+def _whole_rows(connection: sqlite3.Connection, path: Path) -> tuple[list[tuple[str, str]], list[tuple[Any, ...]]]:
+    """The header of a damaged journal, and its steps up to the first that is not what the run wrote, or cannot be read."""
+    whole: list[tuple[Any, ...]] = []
+    try:
+        header = connection.execute("SELECT name, value FROM header ORDER BY name").fetchall()
+    except sqlite3.Error as error:
+        raise GradlessError(f"{path} has no header that can be read ({error}); nothing of it can be kept.") from error
+    digest = _digest_of(header)
+    with contextlib.suppress(sqlite3.Error):
+        for row in connection.execute("SELECT step, losses, estimate, lr, seconds, moved, digest FROM steps ORDER BY step"):
+            digest = _chained(digest, *row[:4])
+            if row[0] != len(whole) or row[6] != digest:
+                break
+            whole.append(row)
+    return header, whole
+
+
+def _digest_of(header: list[tuple[str, str]]) -> str:
+    return hashlib.blake2b(repr(header).encode(), digest_size=16).hexdigest()
 
 
 def _chained(previous: str, step: int, losses: str, estimate: str, lr: str) -> str:

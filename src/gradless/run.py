@@ -20,7 +20,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from gradless import evaluation, kernels, noise, objectives
 from gradless.errors import GradlessError
-from gradless.files import claim, covers, set_aside
+from gradless.files import Snapshot, checksums, claim, covers, locked, remove, set_aside, sha256
 from gradless.formats import packed
 from gradless.formats.adapter import AdaptedModel, LoRA, attach_peft
 from gradless.formats.dense import DenseModel
@@ -28,13 +28,14 @@ from gradless.formats.folder import WEIGHTS, Folder, is_quantized
 from gradless.formats.folder_model import load_folder
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_model import load_gguf
-from gradless.formats.hub import local
+from gradless.formats.hub import WANTED, local
 from gradless.formats.quantized import QuantizedModel
 from gradless.journal import Journal
 from gradless.layers import set_activations
 from gradless.memory import resident_bytes
 from gradless.objectives import TokenizedExample
 from gradless.report.card import write_card
+from gradless.spaces import Space
 from gradless.tasks.data import read_rows
 from gradless.tasks.prompts import Task, choose_task
 from gradless.training.options import CODES, MAY_CHANGE, MethodOptions, RunOptions, grid_name
@@ -84,6 +85,12 @@ def open_model(path: Path) -> Model:
     if path.is_dir() and not is_quantized(path):
         return DenseModel.load(path)
     return QuantizedModel(Folder.open(path) if path.is_dir() else GGUFFile.open(path))
+
+
+def base_files(path: Path | None) -> dict[str, str]:
+    """The SHA-256 of each file of a folder that is no weight but says what the model and its tokens are, by name."""
+    found = [] if path is None or path.is_file() else [file for kind in WANTED for file in path.glob(kind)]
+    return {file.name: sha256(file) for file in sorted(found) if file.suffix != ".safetensors"}
 
 
 def prepare(
@@ -157,12 +164,17 @@ def measure(loaded: Model, examples: list[TokenizedExample], batch_size: int, *,
 
 
 def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> dict[str, Any]:
-    """Tune a model; write the tuned model, the journal and the loss curve to `options.output`.
+    """Tune a model; write the tuned model, the journal and the loss curve to `options.output`, which is ours meanwhile.
 
     Returns:
         A summary: `before` and `after` (metrics on --eval, where given), `steps`, `skipped`, `seconds`, `output`,
         `rounding` (losses before and after scales were rounded to the file's type), `finished`.
     """
+    with locked(Path(options.output), "a run"):
+        return _tune(model, data, options, quiet=quiet)
+
+
+def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[str, Any]:
     output = Path(options.output)
     if options.activations == "fp8" and options.method not in (*CODES, "mezo"):
         raise GradlessError(
@@ -176,6 +188,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
     base = output / "base" if options.quantizes else None
     source = base if base is not None and options.resume else model
     say(f"loading {source}")
+    snapshot = Snapshot.of(local(source, trust_remote_code=options.trust_remote_code))
     loaded: Model = load_model(source, trust_remote_code=options.trust_remote_code)
     train = prepare(data, loaded, options, limit=options.train_rows, shuffled=True)
     held_out = (
@@ -187,7 +200,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         if base is not None and not options.resume:
             say(f"quantizing {model} to {base}")
             quantize(loaded, base, options)
-            loaded = load_model(base)
+            snapshot, loaded = Snapshot.of(base), load_model(base)
         options = options.chosen(quantized=loaded.quantized, one_word=bool(shared_words(loaded.model, train.examples)))
         set_activations(loaded.model, options.activations)
         say(f"method: {options.method}; {how_it_multiplies(loaded, options)}")
@@ -202,6 +215,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
             before = resumed or measure(loaded, held_out.examples, options.batch_size, quiet=quiet)
             say(f"before: {_shown(before)}")
         trainer = _make_trainer(loaded, train, held_out, options, steps, output)
+        trainer.snapshot = snapshot
         if options.overwrite:
             trainer.header()  # refuses what cannot run
     line = ProgressLine(trainer, options, before, quiet=quiet)
@@ -225,7 +239,8 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         return summary
 
     target = output / loaded.output_name
-    loaded.save(target, trainer.zeroth_order.spaces)
+    _save(loaded, target, trainer.zeroth_order.spaces, snapshot, journal)
+    written = _written(loaded, target)
     if isinstance(loaded, QuantizedModel) and loaded.tuned:
         some = (held_out or train).examples[:ROUNDING_EXAMPLES]
         summary["rounding"] = round_as_saved(loaded, some)
@@ -235,11 +250,11 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         journal.evaluated(journal.steps, summary["after"], journal.seconds)
         say(f"after:  {_shown(summary['after'])}")
     write_card(output / CARD, journal, summary, model=str(base or model), target=target.name, data=data, held_out=options.eval)
-    journal.finish()
+    journal.finish({name: digest for path in written for name, digest in checksums(path).items()})
     from gradless.report.curve import plot_run
 
     plot_run(output / "journal.db", output / "loss.png")
-    say(f"wrote {', '.join(map(str, _written(loaded, target)))}, {output / 'journal.db'}, loss.png and {CARD}")
+    say(f"wrote {', '.join(map(str, written))}, {output / 'journal.db'}, loss.png and {CARD}")
     return summary
 
 
@@ -275,8 +290,7 @@ def _claim(output: Path, options: RunOptions, inputs: list[str | None]) -> None:
     for source in inputs:
         if source is not None and Path(source).resolve() in [(output / name).resolve() for name in WRITTEN]:
             raise GradlessError(f"{source} lies where {output} would be written; give another --output.")
-    held = journal.is_file() and journal.stat().st_size > 0
-    claim(output, "a run", held=held, resume=options.resume, overwrite=options.overwrite)
+    claim(output, "a run", held=Journal.is_begun(journal), resume=options.resume, overwrite=options.overwrite)
 
 
 def _make_trainer(
@@ -309,7 +323,12 @@ def _make_trainer(
         eval_dataset=None if held_out is None else held_out.examples,
         checkpoint=loaded,
         processing_class=loaded.tokenizer,
-        about={"options": shown, "task": train.task.name, "data": _fingerprint(train.examples)},
+        about={
+            "options": shown,
+            "task": train.task.name,
+            "data": _fingerprint(train.examples),
+            "base_files": base_files(loaded.path),
+        },
     )
     trainer.allow_changes = options.allow_changes
     trainer.max_seconds = None if options.max_minutes is None else 60 * options.max_minutes
@@ -328,12 +347,33 @@ def _schedule(options: RunOptions, steps: int, trainer: ZOTrainer) -> Callable[[
     return factor
 
 
+def _save(model: Model, target: Path, spaces: list[Space], snapshot: Snapshot, journal: Journal) -> None:
+    """Write a tuned model, unless its base is no longer what the journal's steps were made with.
+
+    Raises:
+        GradlessError: the base was changed, before or while it was copied.
+    """
+    snapshot.check()
+    if model.fingerprint() != journal.header["base"]:
+        raise GradlessError(
+            f"{model.path} is no longer what the run in {journal.path} began with: its hash differs, so that nothing was "
+            "written; put it back and run the same command with --resume."
+        )
+    model.save(target, spaces)
+    try:
+        snapshot.check()
+    except GradlessError:
+        for path in _written(model, target):
+            remove(path)
+        raise
+
+
 def _fingerprint(examples: list[TokenizedExample]) -> str:
     return hashlib.sha256(repr(examples).encode()).hexdigest()
 
 
 def _first_evaluation(output: Path) -> dict[str, float] | None:
-    journal = Journal.open(output / "journal.db")
+    journal = Journal.open(output / "journal.db", to_go_on=True)
     found = [row for row in journal.evaluations() if row["step"] == 0]
     journal.close()
     return found[0] if found else None
@@ -459,14 +499,12 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
     """Rebuild a tuned model from its base and its journal, without data or forwards."""
     target, path = Path(output), local(model)
     journal = Journal.open(Path(journal_path))
+    snapshot = Snapshot.of(path) if path.exists() else None
     lora = journal.header.get("lora")
     source = open_model(path) if lora is None else AdaptedModel(load_model(path), LoRA(**lora))
     for file in _written(source, target):
         _check_free(file, [path, Path(journal_path)], overwrite=overwrite)
-    if source.fingerprint() != journal.header["base"]:
-        raise GradlessError(
-            f"{path} is not the base of {journal_path}: its hash differs; give the model that the run began with."
-        )
+    check_base(path, source, journal)
     optimizer = build_optimizer(source, journal.header["groups"], journal.header["method"])
     began = time.perf_counter()
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
@@ -474,14 +512,31 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
         for written in optimizer.replay(journal.estimates()):
             progress.advance(bar, len(written))
     seconds = time.perf_counter() - began
+    assert snapshot is not None
+    _save(source, target, optimizer.spaces, snapshot, journal)
     journal.close()
-    source.save(target, optimizer.spaces)
     return {
         "steps": optimizer.t,
         "seconds": round(seconds, 2),
         "steps_per_second": round(optimizer.t / seconds, 1),
         "output": output,
     }
+
+
+def check_base(path: Path, source: Model, journal: Journal) -> None:
+    """Raise unless a model is the one that a run began with.
+
+    Raises:
+        GradlessError: its weights differ, or a file beside them that says what it is.
+    """
+    if source.fingerprint() != journal.header.get("base"):
+        raise GradlessError(
+            f"{path} is not the base of {journal.path}: its hash differs; give the model that the run began with."
+        )
+    theirs, ours = journal.header.get("base_files"), base_files(source.path)
+    if theirs is not None and theirs != ours:
+        name = next(name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name))
+        raise GradlessError(f"{path} is not the base of {journal.path}: its {name} differs; give the folder as it was then.")
 
 
 def _written(model: Model, target: Path) -> list[Path]:

@@ -6,24 +6,24 @@ these answers, so beginning it again with the same file repeats it, without a qu
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradless.database import Database
 from gradless.errors import GradlessError
 
-_SCHEMA = """
-CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE calls (
-    call INTEGER PRIMARY KEY,
-    answers BLOB NOT NULL  -- of each image asked: `ANSWER`
-) STRICT;
-"""
+_SCHEMA = {
+    "header": "CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
+    "calls": """CREATE TABLE calls (
+        call INTEGER PRIMARY KEY,
+        answers BLOB NOT NULL  -- of each image asked: `ANSWER`
+    ) STRICT""",
+}
+_WHAT = "a log of queries"
 ANSWER = np.dtype([("image", "<i4"), ("class", "<i4"), ("input", "<i8"), ("loss", "<f4")])
 """Which image it was, what the input was taken for, the input's name, the loss."""
 
@@ -44,22 +44,16 @@ class QueryLog:
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        entries = [(name, json.dumps(value)) for name, value in header.items()]
-        try:
-            self._connection = sqlite3.connect(path, isolation_level=None)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=FULL")
-            if not self._connection.execute("SELECT name FROM sqlite_master").fetchall():
-                self._connection.execute("BEGIN")  # all of it or nothing, whenever the process is killed
-                for statement in _SCHEMA.split(";"):
-                    self._connection.execute(statement)
-                self._connection.executemany("INSERT INTO header VALUES (?, ?)", entries)
-                self._connection.execute("COMMIT")
-            found = {name: json.loads(value) for name, value in self._connection.execute("SELECT name, value FROM header")}
-            held = [np.frombuffer(answers, ANSWER) for (answers,) in self._connection.execute("SELECT answers FROM calls")]
-        except sqlite3.DatabaseError as error:
-            raise GradlessError(f"{path} is no log of queries ({error}); choose another output folder.") from error
+        if path.is_file() and path.stat().st_size:
+            self._database = Database(path, _SCHEMA, _WHAT)
+        else:
+            entries = [(name, json.dumps(value)) for name, value in header.items()]
+            self._database = Database.create(path, _SCHEMA, entries, _WHAT)
+        with self._database.reading():
+            rows = self._database.connection.execute("SELECT name, value FROM header").fetchall()
+            found = {name: json.loads(value) for name, value in rows}
+            calls = self._database.connection.execute("SELECT answers FROM calls").fetchall()
+            held = [np.frombuffer(answers, ANSWER) for (answers,) in calls]
         for name in {**found, **header}:
             if found.get(name) != header.get(name):
                 raise GradlessError(
@@ -81,18 +75,10 @@ class QueryLog:
         Raises:
             GradlessError: they could not be written; all before them are safe.
         """
-        try:
-            self._connection.execute("INSERT INTO calls (answers) VALUES (?)", (answers.tobytes(),))
-        except sqlite3.OperationalError as error:
-            raise GradlessError(
-                f"{len(answers)} answers could not be written to {self.path} ({error}); all before them are safe: make sure "
-                "that the disk has room, and run the same command with --resume."
-            ) from error
+        with self._database.writing(f"{len(answers)} answers") as transaction:
+            transaction.execute("INSERT INTO calls (answers) VALUES (?)", (answers.tobytes(),))
         self.calls += 1
 
     def close(self) -> None:
         """Fold SQLite's write-ahead log into the file."""
-        with contextlib.suppress(sqlite3.OperationalError):
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._connection.execute("PRAGMA journal_mode=DELETE")
-        self._connection.close()
+        self._database.close()

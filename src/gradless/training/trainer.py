@@ -27,6 +27,7 @@ from transformers.trainer_utils import speed_metrics
 import gradless
 from gradless import evaluation, kernels, noise, objectives
 from gradless.errors import GradlessError
+from gradless.files import Snapshot
 from gradless.formats.adapter import AdaptedModel
 from gradless.formats.dense import DenseModel
 from gradless.independence import independence, keeps_copies
@@ -155,6 +156,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self.journal: Journal | None = None
         self.allow_changes = False
         self.max_seconds: float | None = None
+        self.snapshot: Snapshot | None = None
         self.skipped = 0
         self.last_loss = math.nan
         self._skipped_in_a_row = 0
@@ -424,6 +426,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         else:
             estimate = optimizer.estimate_of([(plus / self._examples, minus / self._examples) for plus, minus in self._sums])
         self._sums, self._examples, self._answers = [], 0, []
+        if self.snapshot is not None:
+            self.snapshot.check()
         self.journal.append(estimate, self.seconds)
         optimizer.pending = estimate
         self.last_loss = estimate.loss
@@ -471,11 +475,11 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         folder = Path(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else self.args.output_dir)
         path = folder / "journal.db"
         if self._resuming:
-            self.journal = Journal.open(path)
+            self.journal = Journal.open(path, to_go_on=True)
             self._check_resume(self.journal)
             self._seconds_before = self.journal.seconds
         else:
-            if path.exists():
+            if Journal.is_begun(path):
                 raise GradlessError(f"{path} exists; resume that run, or choose another output folder.")
             self.journal = Journal.create(path, self.header())
         return super().train(**more)
@@ -511,7 +515,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             ours: Any = mine[part]
             if part in ("config", "options"):  # another version may know more options, or fewer
                 theirs, ours = ({name: each[name] for name in theirs.keys() & ours} for each in (theirs, ours))
-            if theirs != ours:
+            if theirs != ours and (part in journal.header or part not in self.about):
                 raise GradlessError(
                     f"{journal.path} is another run ({part}: {_difference(theirs, ours)}); "
                     "give the same options and data, or a new --output."

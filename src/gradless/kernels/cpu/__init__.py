@@ -109,6 +109,11 @@ def _load() -> ctypes.CDLL:
 _library = _load()
 
 
+def end_on_lost_page(sentence: str) -> None:
+    """From now on a read beyond the end of a mapped file that became shorter prints a sentence and ends the process with 1."""
+    _library.gradless_end_on_lost_page(ctypes.c_char_p(sentence.encode()))
+
+
 def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.device) -> Tensor:
     """See `reference.coordinates`."""
     out = torch.empty(n, device=device)

@@ -3,10 +3,12 @@
 // right one is bound when the library loads.
 #include <algorithm>
 #include <atomic>
+#include <csignal>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <vector>
+#include <unistd.h>
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -762,6 +764,19 @@ void gradless_vectors(const void *codes, int32_t wide, const float *table, int64
         else if (bf16) vectors_i8_bf16((const int8_t *)codes, table, codebooks, entries, size, begin, end, (uint16_t *)out);
         else vectors_i8_f32((const int8_t *)codes, table, codebooks, entries, size, begin, end, (float *)out);
     });
+}
+
+// A mapped file that somebody shortens has pages that are nowhere: reading one ends the process, which says why first.
+void gradless_end_on_lost_page(const char *sentence) {
+    static char said[1024];
+    std::strncpy(said, sentence, sizeof said - 1);
+    struct sigaction action = {};
+    action.sa_handler = [](int) {
+        ssize_t ignored = write(STDERR_FILENO, said, std::strlen(said));
+        (void)ignored;
+        _exit(1);
+    };
+    sigaction(SIGBUS, &action, nullptr);
 }
 
 void gradless_bytes(const Words *words, int64_t n, uint8_t *out) {

@@ -1,0 +1,99 @@
+"""What `gradless verify` does: whether a run's base, journal and tuned files belong together, and what damage left of them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gradless.errors import GradlessError
+from gradless.files import checksums
+from gradless.formats.hub import local
+from gradless.journal import Journal
+from gradless.run import check_base, open_model, replay
+
+JOURNAL, SALVAGED = "journal.db", "journal.salvaged.db"
+GOOD, BAD, UNKNOWN = "belongs", "does not belong", "unknown"
+
+
+def verify(run: str, *, base: str | None = None, salvage: bool = False) -> dict[str, Any]:
+    """Look at a run's folder without changing it.
+
+    Args:
+        run: the folder, or a journal in it.
+        base: the model that the run began with; without it only the run's own files are looked at.
+        salvage: if the journal is damaged, write the whole steps before the damage to a new journal beside it.
+
+    Returns:
+        `journal`, `base`, `tuned`: what each is ("belongs", "does not belong", "unknown"), and `why`, by the same names;
+        `steps`; `finished`; `salvaged`: the new journal's path; `whole`: whether nothing was found wrong.
+
+    Raises:
+        GradlessError: there is no journal, or not even its header can be salvaged.
+    """
+    folder = Path(run)
+    path = folder / JOURNAL if folder.is_dir() else folder
+    report: dict[str, Any] = {"steps": 0, "finished": False, "salvaged": None, "why": {}}
+    try:
+        journal = Journal.open(path)
+    except GradlessError as error:
+        if not path.is_file():
+            raise
+        report |= {"journal": BAD, "base": UNKNOWN, "tuned": UNKNOWN, "why": {"journal": str(error)}}
+        if salvage:
+            report["steps"] = Journal.salvage(path, path.with_name(SALVAGED))
+            report["salvaged"] = str(path.with_name(SALVAGED))
+    else:
+        report |= {"journal": GOOD, "steps": journal.steps, "finished": journal.finished}
+        for part, (state, why) in {"base": _base(journal, base), "tuned": _tuned(journal, base)}.items():
+            report[part] = state
+            report["why"] |= {part: why} if why else {}
+        journal.close()
+    report["whole"] = BAD not in (report["journal"], report["base"], report["tuned"])
+    return report
+
+
+def _base(journal: Journal, base: str | None) -> tuple[str, str]:
+    if base is None:
+        return UNKNOWN, "give --base to look at the model that the run began with"
+    path = local(base)
+    try:
+        check_base(path, open_model(path), journal)
+    except GradlessError as error:
+        return BAD, str(error)
+    return GOOD, ""
+
+
+def _tuned(journal: Journal, base: str | None) -> tuple[str, str]:
+    """Whether the tuned files are those that the run wrote; if its journal does not name them, those that a replay writes."""
+    folder = journal.path.parent
+    if not journal.finished:
+        return UNKNOWN, "the run is not finished; go on with it by --resume"
+    written = journal.written()
+    if not written:
+        if base is None:
+            return UNKNOWN, "its journal names no checksums; give --base to compare with a replay"
+        with tempfile.TemporaryDirectory(prefix="gradless-") as scratch:
+            name = next((each for each in ("model.gguf", "model", "adapter") if (folder / each).exists()), "model.gguf")
+            replay(base, str(journal.path), str(Path(scratch) / name), quiet=True)
+            written = {name: digest for made in Path(scratch).iterdir() for name, digest in checksums(made).items()}
+    for name, digest in written.items():
+        if not (folder / name).is_file():
+            return BAD, f"{folder / name} is missing"
+        if checksums(folder / name) != {Path(name).name: digest}:
+            return BAD, f"{folder / name} is not what the run wrote"
+    return GOOD, ""
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    ended = "finished" if report["finished"] else "not finished"
+    lines = []
+    for part in ("journal", "base", "tuned"):
+        lines.append(f"  {part:8} {report[part]}" + (f": {report['why'][part]}" if part in report["why"] else ""))
+    if report["salvaged"]:
+        kept = f"kept {report['steps']} steps in {report['salvaged']}"
+        lines.append(f"{kept}: replay it, or put it in the journal's place and go on with --resume")
+    elif report["journal"] == GOOD:
+        lines.append(f"{report['steps']} steps, {ended}")
+    return "\n".join(lines)
