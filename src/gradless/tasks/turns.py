@@ -1,0 +1,166 @@
+"""Where an assistant's turns stand in the text that a chat template makes of a conversation.
+
+A template is a program: nothing but its output says which characters are whose. A turn is located by rendering parts of its
+conversation, or the conversation with another text in the turn's place, and comparing. Templates that mark turns themselves,
+with {% generation %}, are believed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from gradless.errors import GradlessError
+
+T = TypeVar("T")
+Message = dict[str, Any]
+Span = tuple[int, int]
+"""Characters from a start up to an end."""
+MARKS = range(0x100000, 0x10FFFE)
+"""Characters for private use: texts that stand in for a message's own."""
+
+
+def render(run: Callable[[], T]) -> T:
+    """Run a chat template: all of them run in here. transformers keeps them in a sandbox.
+
+    Raises:
+        GradlessError: the template fails, or refuses what it is given.
+    """
+    try:
+        return run()
+    except Exception as error:  # a template is a program that may raise anything
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise GradlessError(f"its messages do not fit the model's chat template: {text.rstrip('.')}.") from error
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer's chat template, with what a row gives it beside its messages.
+
+    Attributes:
+        tokenizer: of the model.
+        tools: JSON schemas of the tools that the assistant may call, or None.
+        variables: more names that the template can read.
+    """
+
+    tokenizer: Any
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    def render(self, messages: Sequence[Message], *, prompting: bool = False) -> str:
+        """The text of some messages; `prompting`: followed by what begins the assistant's next one."""
+        apply, chosen = self.tokenizer.apply_chat_template, {"add_generation_prompt": prompting, **self.variables}
+        return str(render(lambda: apply(list(messages), self.tools, tokenize=False, **chosen)))
+
+    @property
+    def source(self) -> str:
+        """The template's own text."""
+        return str(self.tokenizer.get_chat_template(tools=self.tools))
+
+    def marked(self, messages: Sequence[Message], whole: str) -> list[Span]:
+        """The parts of the conversation's text that the template marks as the assistant's; none where it marks nothing."""
+        if not re.search(r"\{%-?\s*generation\b", self.source):
+            return []
+        present = [{name: value for name, value in message.items() if value is not None} for message in messages]
+        names = {**self.tokenizer.special_tokens_map, **self.variables}
+        chosen = {"chat_template": self.source, "return_assistant_tokens_mask": True, **names}
+        texts, spans = render(lambda: render_jinja_template([present], self.tools, **chosen))
+        return list(spans[0]) if texts == [whole] else []
+
+
+def locate(template: Template, messages: Sequence[Message], wanted: Sequence[int], whole: str) -> list[Span]:
+    """The characters of `whole` that the assistant is to learn for each wanted message.
+
+    A span begins where the template's generation prompt ends, and ends where the next message begins: it holds the token that
+    ends the turn. Where earlier turns are rendered otherwise than last ones (reasoning is dropped), or the generation prompt
+    is no part of the text, a span begins with the first character that the message itself decides.
+
+    Args:
+        template: the model's.
+        messages: of the conversation.
+        wanted: indices of the assistant's messages, rising.
+        whole: the conversation's text.
+
+    Raises:
+        GradlessError: a turn cannot be located for certain.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    marked = template.marked(messages, whole)
+    if len(marked) == len(turns):
+        spans = [marked[turns.index(i)] for i in wanted]
+    else:
+        spans = [_by_prefix(template, messages, i, whole) or _by_comparison(template, messages, i, whole) for i in wanted]
+    end_before = 0
+    for i, (start, end) in zip(wanted, spans, strict=True):
+        if not end_before <= start < end <= len(whole):
+            raise _not_found(i)
+        end_before = end
+    return spans
+
+
+def left_out(template: Template, messages: Sequence[Message]) -> list[int]:
+    """Indices of messages of whose content the template writes nothing."""
+    marks = {i: chr(MARKS[i % len(MARKS)]) for i, message in enumerate(messages) if (message.get("content") or "").strip()}
+    try:
+        text = template.render([{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)])
+    except GradlessError:  # a template that looks into texts: they must be found as they are
+        text = template.render(messages)
+        marks = {i: str(messages[i]["content"]).strip() for i in marks}
+    return [i for i, mark in marks.items() if mark not in text]
+
+
+def _by_prefix(template: Template, messages: Sequence[Message], i: int, whole: str) -> Span | None:
+    """A turn of a template that renders the beginning of a conversation as the whole one's beginning."""
+    before, upto = _try(template, messages[:i], prompting=True), _try(template, messages[: i + 1])
+    if before is None or upto is None or not (whole.startswith(upto) and upto.startswith(before)):
+        return None
+    return len(before), len(upto)
+
+
+def _by_comparison(template: Template, messages: Sequence[Message], i: int, whole: str) -> Span:
+    """A turn, as what changes where another text stands in its place."""
+    mark = next(chr(c) for c in MARKS if chr(c) not in whole)
+    other = [*messages[:i], {"role": "assistant", "content": mark}, *messages[i + 1 :]]
+    changed = _try(template, other)
+    if changed is None or changed.count(mark) != 1:
+        raise _not_found(i)
+    start = _shared(whole, changed)
+    end = len(whole) - _shared(whole[start:][::-1], changed[start:][::-1])
+    before, alone = _try(template, messages[:i], prompting=True), _try(template, messages[:i])
+    if before is not None and whole.startswith(before) and len(before) < end:
+        start = len(before)
+    elif before is not None and alone is not None and before.startswith(alone) and before != alone:
+        prompt = before[len(alone) :]
+        at = whole.rfind(prompt, max(start - len(prompt), 0), start + len(prompt))
+        start = start if at < 0 else at + len(prompt)
+    upto, upto_changed = _try(template, messages[: i + 1]), _try(template, other[: i + 1])
+    if upto is not None and whole.startswith(upto):
+        end = max(end, len(upto))
+    elif upto is not None and upto_changed is not None:
+        closing = upto[len(upto) - _shared(upto[::-1], upto_changed[::-1]) :]
+        end += _shared(closing, whole[end:])
+    return start, end
+
+
+def _shared(a: str, b: str) -> int:
+    """Characters with which both texts begin."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _try(template: Template, messages: Sequence[Message], *, prompting: bool = False) -> str | None:
+    """The text of some messages, or None where the template does not take them alone."""
+    try:
+        return template.render(messages, prompting=prompting)
+    except GradlessError:
+        return None
+
+
+def _not_found(i: int) -> GradlessError:
+    return GradlessError(
+        f"the model's chat template does not show where message {i + 1}, the assistant's, begins and ends; leave that row out, "
+        "or give prompt and completion as texts."
+    )
