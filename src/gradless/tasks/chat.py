@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -96,20 +96,68 @@ def chat(tokenizer: Any, train_on: str = "all") -> Callable[[Row], list[Example]
             if not re.search(rf"\b{re.escape(name)}\b", template.source):
                 raise GradlessError(f"chat_template_kwargs gives {name!r}, which the model's chat template does not read.")
         messages = conversation.messages
-        try:
-            whole = template.render(messages)
-        except GradlessError:
-            if not any("tool_calls" in message for message in messages):
-                raise
-            messages = _with_texts_for_arguments(messages)  # some templates join them to other texts
-            whole = template.render(messages)
-        if template.tools and whole == Template(tokenizer, None, conversation.variables).render(messages):
+        template, whole = _written(template, messages)
+        if template.tools and whole == replace(template, tools=None).render(messages):
             raise GradlessError("the model's chat template does not write the row's tools; leave that column out.")
-        _check_written(template, messages, whole)
         spans = locate(template, messages, conversation.learned, whole)
-        return [_example(whole, spans, _remarks(conversation, whole, spans))]
+        return [_example(whole, spans, _remarks(conversation, whole))]
 
     return make
+
+
+def _written(template: Template, messages: list[Message]) -> tuple[Template, str]:
+    """The template, given messages in the first form of which it writes them all, and their text."""
+    refused: GradlessError | None = None
+    for form in FORMS:
+        if form is not FORMS[0] and list(map(form, messages)) == messages:
+            continue
+        given = replace(template, form=form)
+        try:
+            whole = given.render(messages)
+            for i in left_out(given, messages):
+                role = messages[i]["role"]
+                raise GradlessError(f"the model's chat template does not write message {i + 1}, of role {role!r}.")
+        except GradlessError as error:
+            refused = refused or error
+        else:
+            return given, whole
+    assert refused is not None
+    raise refused
+
+
+def _as_it_is(message: Message) -> Message:
+    return message
+
+
+def _with_text_arguments(message: Message) -> Message:
+    """A call's arguments as JSON, for templates that join them to other texts."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _without_content(message: Message) -> Message:
+    """A message that only calls a tool, for templates that ask whether there is a content."""
+    if "tool_calls" not in message or message["content"].strip():
+        return message
+    return {name: value for name, value in message.items() if name != "content"}
+
+
+def _with_parts(message: Message) -> Message:
+    """A content as a list of parts, for templates of models that see images too."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+FORMS = (
+    _as_it_is,
+    _with_text_arguments,
+    _without_content,
+    lambda message: _without_content(_with_text_arguments(message)),
+    _with_parts,
+)
+"""The forms in which chat templates take a message."""
 
 
 def _example(whole: str, spans: list[tuple[int, int]], remarks: tuple[str, ...]) -> Example:
@@ -225,14 +273,6 @@ def _call(given: dict[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
 
 
-def _with_texts_for_arguments(messages: list[Message]) -> list[Message]:
-    def written(call: dict[str, Any]) -> dict[str, Any]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        return {**call, "function": {**call["function"], "arguments": arguments}}
-
-    return [{**m, "tool_calls": list(map(written, m["tool_calls"]))} if "tool_calls" in m else m for m in messages]
-
-
 def _tools(present: Row) -> list[dict[str, Any]] | None:
     """The schemas of a row's tools, also of a text that holds their list."""
     tools = present.get("tools")
@@ -255,24 +295,11 @@ def _variables(present: Row) -> dict[str, Any]:
     return variables
 
 
-def _check_written(template: Template, messages: list[Message], whole: str) -> None:
-    """Refuse a conversation of which the template leaves a message, or a call, out."""
-    for i in left_out(template, messages):
-        role = messages[i]["role"]
-        raise GradlessError(f"the model's chat template does not write the content of message {i + 1}, of role {role!r}.")
-    for i, message in enumerate(messages):
-        for call in message.get("tool_calls", ()):
-            name = call["function"]["name"]
-            if name not in whole:
-                raise GradlessError(f"the model's chat template does not write the tool call of message {i + 1} ({name!r}).")
-
-
-def _remarks(conversation: Conversation, whole: str, spans: list[tuple[int, int]]) -> tuple[str, ...]:
+def _remarks(conversation: Conversation, whole: str) -> tuple[str, ...]:
     """What a user should know of how a conversation is learned."""
-    for i, (start, end) in zip(conversation.learned, spans, strict=True):
-        message, learned = conversation.messages[i], whole[start:end]
+    for message in (conversation.messages[i] for i in conversation.learned):
         reasoning = (message.get(name, "") for name in KEYS[6:])
-        if any(text.strip() not in learned for text in (message["content"], *reasoning)):
+        if any(text.strip() not in whole for text in (message["content"], *reasoning)):
             text = "the chat template does not write an answer as it stands (its reasoning, say): what it writes is learned"
             return (*conversation.remarks, text)
     return conversation.remarks

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -20,6 +21,7 @@ T = TypeVar("T")
 Message = dict[str, Any]
 Span = tuple[int, int]
 """Characters from a start up to an end."""
+_PIECES = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]|.", re.DOTALL)
 MARKS = range(0x100000, 0x10FFFE)
 """Characters for private use: texts that stand in for a message's own."""
 
@@ -45,16 +47,18 @@ class Template:
         tokenizer: of the model.
         tools: JSON schemas of the tools that the assistant may call, or None.
         variables: more names that the template can read.
+        form: of the messages that it takes.
     """
 
     tokenizer: Any
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
+    form: Callable[[Message], Message] = lambda message: message
 
     def render(self, messages: Sequence[Message], *, prompting: bool = False) -> str:
         """The text of some messages; `prompting`: followed by what begins the assistant's next one."""
         apply, chosen = self.tokenizer.apply_chat_template, {"add_generation_prompt": prompting, **self.variables}
-        return str(render(lambda: apply(list(messages), self.tools, tokenize=False, **chosen)))
+        return str(render(lambda: apply(list(map(self.form, messages)), self.tools, tokenize=False, **chosen)))
 
     @property
     def source(self) -> str:
@@ -65,10 +69,9 @@ class Template:
         """The parts of the conversation's text that the template marks as the assistant's; none where it marks nothing."""
         if not re.search(r"\{%-?\s*generation\b", self.source):
             return []
-        present = [{name: value for name, value in message.items() if value is not None} for message in messages]
-        names = {**self.tokenizer.special_tokens_map, **self.variables}
+        given, names = list(map(self.form, messages)), {**self.tokenizer.special_tokens_map, **self.variables}
         chosen = {"chat_template": self.source, "return_assistant_tokens_mask": True, **names}
-        texts, spans = render(lambda: render_jinja_template([present], self.tools, **chosen))
+        texts, spans = render(lambda: render_jinja_template([given], self.tools, **chosen))
         return list(spans[0]) if texts == [whole] else []
 
 
@@ -103,14 +106,29 @@ def locate(template: Template, messages: Sequence[Message], wanted: Sequence[int
 
 
 def left_out(template: Template, messages: Sequence[Message]) -> list[int]:
-    """Indices of messages of whose content the template writes nothing."""
-    marks = {i: chr(MARKS[i % len(MARKS)]) for i, message in enumerate(messages) if (message.get("content") or "").strip()}
+    """Indices of the messages of which the template does not write the content, or the name of a tool that is called."""
+    texts: dict[str, tuple[int, str]] = {}
+
+    def mark(i: int, text: str) -> str:
+        if not text.strip():
+            return text
+        texts[chr(MARKS[len(texts)])] = i, text.strip()
+        return next(reversed(texts))
+
+    marked = []
+    for i, message in enumerate(messages):
+        other = {**message, "content": mark(i, message["content"])}
+        if "tool_calls" in message:
+            functions = [{**call["function"], "name": mark(i, call["function"]["name"])} for call in message["tool_calls"]]
+            calls = zip(message["tool_calls"], functions, strict=True)
+            other["tool_calls"] = [{**call, "function": function} for call, function in calls]
+        marked.append(other)
     try:
-        text = template.render([{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)])
-    except GradlessError:  # a template that looks into texts: they must be found as they are
-        text = template.render(messages)
-        marks = {i: str(messages[i]["content"]).strip() for i in marks}
-    return [i for i, mark in marks.items() if mark not in text]
+        written = template.render(marked)
+        return [i for each, (i, _) in texts.items() if each not in written]
+    except GradlessError:  # a template that looks into the texts
+        written = template.render(messages)
+        return [i for i, text in texts.values() if text not in written]
 
 
 def _by_prefix(template: Template, messages: Sequence[Message], i: int, whole: str) -> Span | None:
@@ -129,7 +147,7 @@ def _by_comparison(template: Template, messages: Sequence[Message], i: int, whol
     if changed is None or changed.count(mark) != 1:
         raise _not_found(i)
     start = _shared(whole, changed)
-    end = len(whole) - _shared(whole[start:][::-1], changed[start:][::-1])
+    end = len(whole) - _shared(whole[start:], changed[start:], at_end=True)
     before, alone = _try(template, messages[:i], prompting=True), _try(template, messages[:i])
     if before is not None and whole.startswith(before) and len(before) < end:
         start = len(before)
@@ -141,14 +159,16 @@ def _by_comparison(template: Template, messages: Sequence[Message], i: int, whol
     if upto is not None and whole.startswith(upto):
         end = max(end, len(upto))
     elif upto is not None and upto_changed is not None:
-        closing = upto[len(upto) - _shared(upto[::-1], upto_changed[::-1]) :]
+        closing = upto[len(upto) - _shared(upto, upto_changed, at_end=True) :]
         end += _shared(closing, whole[end:])
     return start, end
 
 
-def _shared(a: str, b: str) -> int:
-    """Characters with which both texts begin."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _shared(a: str, b: str, *, at_end: bool = False) -> int:
+    """Characters with which both texts begin, or end. What looks like a special token is shared as a whole or not at all."""
+    order = -1 if at_end else 1
+    pieces = zip(_PIECES.findall(a)[::order], _PIECES.findall(b)[::order], strict=False)
+    return sum(len(x) for x, _ in takewhile(lambda pair: pair[0] == pair[1], pieces))
 
 
 def _try(template: Template, messages: Sequence[Message], *, prompting: bool = False) -> str | None:
