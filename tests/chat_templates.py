@@ -11,7 +11,8 @@ LLAMA2 = """\
 {%- if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}
 {%- set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}
 {%- for message in turns %}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate user/assistant') }}{% endif %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('roles must alternate user/assistant') }}{% endif %}
 {%- set content = (system if loop.first else '') + message['content'] %}
 {%- if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
 {%- else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}
@@ -38,7 +39,7 @@ LLAMA31_TOOLS = """\
 {%- if message.role == 'tool' or message.role == 'ipython' %}
 {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + message.content | tojson + '<|eot_id|>' }}
 {%- elif 'tool_calls' in message %}
-{%- if message.tool_calls | length != 1 %}{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}
+{%- if message.tool_calls | length != 1 %}{{ raise_exception('only one call at once') }}{% endif %}
 {%- set call = message.tool_calls[0].function %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + call.name + '", "parameters": ' }}
 {{- call.arguments | tojson + '}' + '<|eot_id|>' }}
@@ -107,8 +108,8 @@ R1 = """\
 {%- if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"""
 
 QWEN3 = """\
-{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n' }}{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}
-{%- endif %}
+{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n' }}
+{%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}
 {%- set last = namespace(query=-1) %}
 {%- for message in messages %}{% if message.role == 'user' %}{% set last.query = loop.index0 %}{% endif %}{% endfor %}
 {%- for message in messages %}
@@ -140,7 +141,8 @@ QWEN3 = """\
 QWQ = """\
 {%- for message in messages %}
 {%- set content = message.content %}
-{%- if message.role == 'assistant' and not loop.last %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}
+{%- if message.role == 'assistant' and not loop.last %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}
 {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
@@ -158,5 +160,15 @@ PLAIN = """\
 {%- for message in messages %}
 {{- '### ' + message['role'] | capitalize + ':\\n' + message['content'] + ('' if loop.last else '\\n\\n') }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '\\n\\n### Assistant:\\n' }}{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '\\n\\n### Assistant:\\n' }}
+{%- elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"""
 """No special tokens but one end-of-text token at the end."""
+
+PARTS = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] | capitalize + ':' }}
+{%- for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}{% elif part['type'] == 'text' %}
+{{- ' ' + part['text'] }}{% endif %}{% endfor %}{{ '<end_of_utterance>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>Assistant: ' }}{% endif %}"""
+"""Of a model that sees images too: a content is a list of parts."""
