@@ -172,3 +172,16 @@ PARTS = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>Assistant: ' }}{% endif %}"""
 """Of a model that sees images too: a content is a list of parts."""
+
+TOOLS_INSIDE = """\
+{%- for message in messages %}
+{%- if message.role == 'user' %}{{ '<turn>user\\n' + message.content + '<end>\\n' }}
+{%- if not loop.last %}{{ '<turn>model\\n' }}{% endif %}
+{%- elif message.tool_calls %}
+{%- for call in message.tool_calls %}
+{{- '<call>' + call.function.name + call.function.arguments | tojson + '<response>' }}{% endfor %}
+{%- elif message.role == 'assistant' %}{{ message.content + '<end>\\n' }}
+{%- elif messages[loop.index0 - 1].tool_calls %}{{ message.content + '</response>' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt and messages[-1].role == 'user' %}{{ '<turn>model\\n<thought>\\n</thought>' }}{% endif %}"""
+"""The answers of tools stand within the model's turn; without a call before it such an answer is not written."""

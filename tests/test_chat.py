@@ -182,6 +182,20 @@ def test_a_template_that_joins_arguments_to_text_gets_them_as_text():
     assert texts("R1", {"messages": CALLED}) == [call, "No.<|end_of_sentence|>"]
 
 
+def test_a_tools_answer_within_the_turn_is_not_learned():
+    turns = ['<call>weather{"city": "Rome"}<response>', "No.<end>\n", "Ciao.<end>\n"]
+    assert texts("TOOLS_INSIDE", {"messages": [*CALLED, *TALK[2:]]}) == turns
+
+
+def test_a_turn_on_whose_call_the_next_message_depends_is_refused_if_its_end_is_not_certain():
+    """Its last message has another end than the others, and an answer is written after a call only."""
+    template = chat_templates.TOOLS_INSIDE + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    with pytest.raises(GradlessError, match="does not show where message 2, the assistant's, begins and ends"):
+        chat(tokenizer_with(template))({"messages": CALLED})
+    (example,) = chat(tokenizer_with(template), "last")({"messages": CALLED})
+    assert learned(example) == ["No.<end>\n</s>"]
+
+
 def test_the_template_for_tools_is_taken_where_a_model_has_one():
     tokenizer = kind("CHATML")
     tokenizer.chat_template = {"default": chat_templates.CHATML, "tool_use": chat_templates.QWEN3}

@@ -146,21 +146,27 @@ def _by_comparison(template: Template, messages: Sequence[Message], i: int, whol
     changed = _try(template, other)
     if changed is None or changed.count(mark) != 1:
         raise _not_found(i)
-    start = _shared(whole, changed)
-    end = len(whole) - _shared(whole[start:], changed[start:], at_end=True)
     before, alone = _try(template, messages[:i], prompting=True), _try(template, messages[:i])
+    upto, upto_changed = _try(template, messages[: i + 1]), _try(template, other[: i + 1])
+
+    start = _shared(whole, changed)
+    if upto is not None and whole.startswith(upto):
+        end = len(upto)
+    else:
+        same = _shared(whole[start:], changed[start:], at_end=True)
+        if len(_PIECES.findall(changed[changed.index(mark) + 1 : len(changed) - same])) > 1:
+            raise _not_found(i)  # what follows depends on the turn, such as a tool's answer on the call
+        end = len(whole) - same
+        if upto is not None and upto_changed is not None:
+            closing = upto[len(upto) - _shared(upto, upto_changed, at_end=True) :]
+            end += _shared(closing, whole[end:])
+
     if before is not None and whole.startswith(before) and len(before) < end:
         start = len(before)
     elif before is not None and alone is not None and before.startswith(alone) and before != alone:
         prompt = before[len(alone) :]
         at = whole.rfind(prompt, max(start - len(prompt), 0), start + len(prompt))
         start = start if at < 0 else at + len(prompt)
-    upto, upto_changed = _try(template, messages[: i + 1]), _try(template, other[: i + 1])
-    if upto is not None and whole.startswith(upto):
-        end = max(end, len(upto))
-    elif upto is not None and upto_changed is not None:
-        closing = upto[len(upto) - _shared(upto, upto_changed, at_end=True) :]
-        end += _shared(closing, whole[end:])
     return start, end
 
 
