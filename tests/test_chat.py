@@ -117,6 +117,11 @@ def test_reasoning_in_a_key_of_its_own():
     assert "reasoning" in example.remarks[0]
 
 
+def test_names_that_a_template_does_not_write_are_said():
+    (example,) = chat(kind("CHATML"))({"messages": [user("hi") | {"name": "Ann"}, assistant("Hello.")]})
+    assert example.remarks == ("the chat template does not write its messages' names",)
+
+
 def test_a_generation_prompt_that_closes_the_reasoning_is_not_learned():
     row = {"messages": TALK, "chat_template_kwargs": {"enable_thinking": False}}
     assert texts("QWEN3", row) == ["Hello.<|im_end|>\n", "Ciao.<|im_end|>\n"]
@@ -296,6 +301,7 @@ def test_shapes_of_one_answer(row):
         ({"prompt": [user("hi")], "completion": [user("hi"), assistant("x")]}, "'completion' holds a message of role 'user'"),
         ({"prompt": [user("hi")]}, "has no messages, nor both prompt and completion"),
         ({"messages": TALK, "images": ["a.png"]}, "column 'images' is not read; only text is learned"),
+        ({"messages": TALK, "system": "Be brief."}, "column 'system' is not read; write it into a message"),
         ({"messages": TALK, "weight": 2}, "column 'weight' is not read"),
         ({"messages": TALK, "label": False}, "column 'label' does not change what is learned"),
         ({"prompt": [user("hi")], "chosen": [assistant("a")], "rejected": [assistant("b")]}, "'chosen' is preference data"),

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gradless.errors import GradlessError
 from gradless.objectives import collate
 from gradless.run import load_model, prepare
-from gradless.tasks.data import read_rows
+from gradless.tasks.data import KINDS, read_rows
 from gradless.tasks.prompts import TASKS, choose_task
 from gradless.training.options import RunOptions
 from tests import chat_templates
@@ -359,6 +361,21 @@ def test_options_that_nothing_would_read():
 def test_columns_that_are_not_read_are_listed():
     rows = [{"text": "a", "label": 1, "idx": 0, "none": None}, {"sentence": "b", "label": 0, "source": "x"}]
     assert TASKS["sst2"].unread(rows) == ["idx", "source"]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(KINDS),
+    st.binary(max_size=60) | st.text('[]{}":,.0123eaulnt\n\t\\', max_size=60).map(str.encode),
+)
+def test_any_bytes_are_rows_or_a_sentence(tmp_path_factory, kind, content):
+    path = tmp_path_factory.getbasetemp() / f"any{kind}"
+    path.write_bytes(content)
+    try:
+        rows = read_rows(str(path))
+    except GradlessError:
+        return
+    assert all(isinstance(row, dict) for row in rows)
 
 
 # -- from files to examples ------------------------------------------------------------------------------------------

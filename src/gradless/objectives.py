@@ -153,7 +153,7 @@ def _token_gaps(example: Example, whole: list[int], tokenizer: Any, special: boo
     """The tokens of `whole` that lie in the gaps of an example's lone candidate; one that reaches out of a gap does not."""
     text, before = example.prompt + example.candidates[0], len(example.prompt)
     edges = [(before + start, before + end) for start, end in example.gaps]
-    if not tokenizer.is_fast:  # such a tokenizer does not say where its tokens lie
+    if not getattr(tokenizer, "is_fast", False):  # such a tokenizer does not say where its tokens lie
         shared = {}
         for edge in {edge for pair in edges for edge in pair}:
             ids = list(tokenizer(text[:edge], add_special_tokens=special).input_ids)

@@ -201,7 +201,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         if options.eval is None
         else prepare(options.eval, loaded, options, split=options.eval_split, limit=options.eval_rows)
     )
-    for note in (*train.notes, *(held_out.notes if held_out is not None else ())):
+    for note in dict.fromkeys((*train.notes, *(held_out.notes if held_out is not None else ()))):
         say(note, markup=False)
     with set_aside(output / name for name in WRITTEN if options.overwrite):
         if base is not None and not options.resume:

@@ -22,7 +22,7 @@ REFUSED_COLUMNS = {
     **dict.fromkeys(("chosen", "rejected"), "is preference data, which is not learned; give the chosen answer as completion"),
     **dict.fromkeys(("functions", "function_call"), "is OpenAI's older form; write tools and tool_calls"),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "is not read; only text is learned"),
-    "documents": "is not read; write the documents into a message",
+    **dict.fromkeys(("system", "system_prompt", "history", "documents"), "is not read; write it into a message"),
     **dict.fromkeys(("label", "score", "reward"), "does not change what is learned; leave bad rows out, and that column too"),
     "weight": "is not read: each row counts once; leave that column out",
 }
@@ -297,9 +297,12 @@ def _variables(present: Row) -> dict[str, Any]:
 
 def _remarks(conversation: Conversation, whole: str) -> tuple[str, ...]:
     """What a user should know of how a conversation is learned."""
+    remarks = list(conversation.remarks)
+    if any(m["role"] != "tool" and m.get("name", "") not in whole for m in conversation.messages):
+        remarks.append("the chat template does not write its messages' names")
     for message in (conversation.messages[i] for i in conversation.learned):
         reasoning = (message.get(name, "") for name in KEYS[6:])
         if any(text.strip() not in whole for text in (message["content"], *reasoning)):
-            text = "the chat template does not write an answer as it stands (its reasoning, say): what it writes is learned"
-            return (*conversation.remarks, text)
-    return conversation.remarks
+            remarks.append("the chat template does not write an answer as it stands (its reasoning, say): that is learned")
+            break
+    return tuple(remarks)

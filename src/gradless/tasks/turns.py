@@ -8,9 +8,9 @@ with {% generation %}, are believed.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any, TypeVar
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -21,7 +21,8 @@ T = TypeVar("T")
 Message = dict[str, Any]
 Span = tuple[int, int]
 """Characters from a start up to an end."""
-_PIECES = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]|.", re.DOTALL)
+_SPECIAL, _LONGEST = re.compile(r"<[^<>\s]{1,62}>|\[/?[A-Z_]{1,61}\]"), 64
+"""What looks like a special token, and how long it can be."""
 MARKS = range(0x100000, 0x10FFFE)
 """Characters for private use: texts that stand in for a message's own."""
 
@@ -154,7 +155,7 @@ def _by_comparison(template: Template, messages: Sequence[Message], i: int, whol
         end = len(upto)
     else:
         same = _shared(whole[start:], changed[start:], at_end=True)
-        if len(_PIECES.findall(changed[changed.index(mark) + 1 : len(changed) - same])) > 1:
+        if len(_SPECIAL.sub("?", changed[changed.index(mark) + 1 : len(changed) - same])) > 1:
             raise _not_found(i)  # what follows depends on the turn, such as a tool's answer on the call
         end = len(whole) - same
         if upto is not None and upto_changed is not None:
@@ -172,9 +173,16 @@ def _by_comparison(template: Template, messages: Sequence[Message], i: int, whol
 
 def _shared(a: str, b: str, *, at_end: bool = False) -> int:
     """Characters with which both texts begin, or end. What looks like a special token is shared as a whole or not at all."""
-    order = -1 if at_end else 1
-    pieces = zip(_PIECES.findall(a)[::order], _PIECES.findall(b)[::order], strict=False)
-    return sum(len(x) for x, _ in takewhile(lambda pair: pair[0] == pair[1], pieces))
+    if at_end:
+        n = bisect_left(range(min(len(a), len(b))), True, key=lambda k: a[len(a) - k - 1 :] != b[len(b) - k - 1 :])
+    else:
+        n = bisect_left(range(min(len(a), len(b))), True, key=lambda k: a[: k + 1] != b[: k + 1])
+    for text in (a, b):
+        cut = len(text) - n if at_end else n
+        for piece in _SPECIAL.finditer(text, max(cut - _LONGEST, 0), cut + _LONGEST):
+            if piece.start() < cut < piece.end():
+                n = len(text) - piece.end() if at_end else piece.start()
+    return n
 
 
 def _try(template: Template, messages: Sequence[Message], *, prompting: bool = False) -> str | None:
