@@ -68,13 +68,14 @@ def check(value: Any, spec: Spec, name: str) -> None:
         for number, each in enumerate(value, 1):
             check(each, spec[0], f"{name}, entry {number}")
     else:
+        needed = ", ".join(repr(key) for key, inner in spec.items() if not isinstance(inner, Maybe))
         if not isinstance(value, dict):
-            raise GradlessError(f"{name} is {shown(value)}; it must be an object with {', '.join(map(repr, spec))}.")
+            raise GradlessError(f"{name} is {shown(value)}; it must be an object with {needed}.")
         for key, inner in spec.items():
             if key in value:
                 check(value[key], inner, f"{name}, {key!r}")
             elif not isinstance(inner, Maybe):
-                raise GradlessError(f"{name} has no {key!r}; it must be an object with {', '.join(map(repr, spec))}.")
+                raise GradlessError(f"{name} has no {key!r}; it must be an object with {needed}.")
 
 
 def shown(value: Any) -> str:
@@ -88,7 +89,7 @@ def shown(value: Any) -> str:
             return f"the text {value[:40]!r}" if value.strip() else "a blank text"
         case int() | float():
             return "a number"
-        case list() | tuple():
+        case list():
             return "a list" if value else "an empty list"
         case dict():
             return "an object"
