@@ -85,6 +85,7 @@ EVAL_OPTIONS = (
     "split",
     "eval_rows",
     "max_length",
+    "train_on",
     "batch_size",
     "activations",
     "threads",

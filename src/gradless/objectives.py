@@ -8,9 +8,11 @@ token, the head computes those tokens' logits alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 from gradless.errors import GradlessError
 from gradless.layers import reading_at, restricted_to
 
+SHORTEST = 3
+"""Least tokens of an example: one of the answer, and two before it."""
 PACKED_ROW = 64
 """Least length of a packed row: longer rows spend more on attention across sequences, shorter ones more on padding."""
 
@@ -45,6 +49,8 @@ class Example:
         label: index of the right candidate.
         answers: accepted answers of a question that is evaluated by generating, else None.
         verbatim: candidates follow the prompt as they are; otherwise after a space, unless white space is there already.
+        gaps: ranges of characters (start, end) of a lone candidate that are read and not learned, in order.
+        remarks: facts about the row that its user should be told of.
     """
 
     prompt: str
@@ -52,16 +58,35 @@ class Example:
     label: int = 0
     answers: tuple[str, ...] | None = None
     verbatim: bool = False
+    gaps: tuple[tuple[int, int], ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """An `Example` as token ids: each candidate's completion may begin at its own prompt's end."""
+    """An `Example` as token ids: each candidate's completion may begin at its own prompt's end.
+
+    Attributes:
+        prompts, completions: token ids of each candidate.
+        label, answers: as the example's.
+        gaps: ranges of tokens (start, end) of a lone completion that are read and not learned, in order.
+        shortened: whether tokens that would be learned were dropped to fit a limit.
+    """
 
     prompts: tuple[tuple[int, ...], ...]
     completions: tuple[tuple[int, ...], ...]
     label: int
     answers: tuple[str, ...] | None = None
+    gaps: tuple[tuple[int, int], ...] = ()
+    shortened: bool = field(default=False, compare=False)
+
+    def __repr__(self) -> str:
+        """What a run's journal knows its data by: without gaps it reads as it did before there were any."""
+        gaps = f", gaps={self.gaps!r}" if self.gaps else ""
+        return (
+            f"TokenizedExample(prompts={self.prompts!r}, completions={self.completions!r}, "
+            f"label={self.label!r}, answers={self.answers!r}{gaps})"
+        )
 
     @property
     def words(self) -> tuple[int, ...] | None:
@@ -69,6 +94,13 @@ class TokenizedExample:
         if len(self.completions) > 1 and len(set(self.prompts)) == 1 and all(len(c) == 1 for c in self.completions):
             return tuple(c[0] for c in self.completions)
         return None
+
+    def learned(self, completion: Sequence[int]) -> Sequence[int]:
+        """The places of a completion's tokens that are learned."""
+        if not self.gaps:
+            return range(len(completion))
+        skipped = {i for start, end in self.gaps for i in range(start, end)}
+        return [i for i in range(len(completion)) if i not in skipped]
 
     def __len__(self) -> int:
         return max(len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True))
@@ -81,17 +113,20 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
         example: the example.
         tokenizer: of the model.
         context: tokens that the model can read at once.
-        max_length: drop tokens from a longer prompt's left, or None: such a prompt must fit the context.
+        max_length: drop tokens from a longer prompt's left, or None: such a prompt must fit the context. Of an answer that
+            is longer itself the first tokens are kept, and of one with gaps the last.
 
     Raises:
         GradlessError: the prompt and an answer do not fit, or a completion is empty.
     """
     limit = min(context, max_length or context)
+    if limit < SHORTEST:
+        raise GradlessError(f"a limit of {limit} tokens leaves no room for a prompt and an answer; give at least {SHORTEST}.")
     joint = "" if example.verbatim or example.prompt.endswith(("\n", " ")) else " "
     # A chat template writes the beginning-of-sequence token out; the tokenizer must not add a second one.
     special = not (tokenizer.bos_token and example.prompt.startswith(tokenizer.bos_token))
     prompt = list(tokenizer(example.prompt, add_special_tokens=special).input_ids)
-    prompts, completions = [], []
+    prompts, completions, shortened = [], [], False
     for candidate in example.candidates:
         whole = list(tokenizer(example.prompt + joint + candidate, add_special_tokens=special).input_ids)
         shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
@@ -103,11 +138,51 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
                 f"a prompt of {len(whole)} tokens is longer than the model's context of {context}: "
                 f"{example.prompt[:60]!r}...; shorten it, or give --max-length to keep only the end of long prompts."
             )
+        if example.gaps:
+            gaps = _token_gaps(example, whole, tokenizer, special)
+            return _excerpts(whole, shared, gaps, limit, keeps_first=whole[0] == tokenizer.bos_token_id)
         completion = whole[shared:][: limit - 2]
+        shortened |= len(whole) - shared > len(completion)
         first = whole[:1] if whole[0] == tokenizer.bos_token_id and len(whole) > limit else []
         prompts.append((*first, *whole[:shared][-(limit - len(completion) - len(first)) :]))
         completions.append(tuple(completion))
-    return TokenizedExample(tuple(prompts), tuple(completions), example.label, example.answers)
+    return TokenizedExample(tuple(prompts), tuple(completions), example.label, example.answers, shortened=shortened)
+
+
+def _token_gaps(example: Example, whole: list[int], tokenizer: Any, special: bool) -> list[range]:
+    """The tokens of `whole` that lie in the gaps of an example's lone candidate; one that reaches out of a gap does not."""
+    text, before = example.prompt + example.candidates[0], len(example.prompt)
+    edges = [(before + start, before + end) for start, end in example.gaps]
+    if not getattr(tokenizer, "is_fast", False):  # such a tokenizer does not say where its tokens lie
+        shared = {}
+        for edge in {edge for pair in edges for edge in pair}:
+            ids = list(tokenizer(text[:edge], add_special_tokens=special).input_ids)
+            n = next((i for i, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
+            shared[edge] = n, n + (n < len(ids))
+        return [range(shared[start][1], shared[end][0]) for start, end in edges]
+    places = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True).offset_mapping
+    ends = list(accumulate((end for _, end in places), max))  # a special token that is added has the place (0, 0)
+
+    def first_from(edge: int) -> int:
+        inside = bisect_right(ends, edge)
+        reaches_in = inside < len(places) and places[inside][0] < edge and (not inside or ends[inside - 1] < edge)
+        return inside + reaches_in
+
+    return [range(first_from(start), bisect_right(ends, end)) for start, end in edges]
+
+
+def _excerpts(whole: list[int], first: int, gaps: Iterable[range], limit: int, *, keeps_first: bool) -> TokenizedExample:
+    """An example of `whole`, learned from its token `first` on except in gaps, of whose tokens the last fit the limit."""
+    skipped = {i for gap in gaps for i in gap}
+    learned = [i for i in range(first, len(whole)) if i not in skipped]
+    dropped = max(learned[-1] + 1 - limit, 0)
+    ids = whole[dropped : learned[-1] + 1]
+    if keeps_first:
+        ids[0] = whole[0]
+    kept = [i - dropped for i in learned if i > dropped]  # the first token has none before it that could predict it
+    between = tuple((a + 1 - kept[0], b - kept[0]) for a, b in pairwise(kept) if b > a + 1)
+    prompt, completion = tuple(ids[: kept[0]]), tuple(ids[kept[0] :])
+    return TokenizedExample((prompt,), (completion,), 0, gaps=between, shortened=len(kept) < len(learned))
 
 
 def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, copies: int = 0) -> dict[str, Any]:
@@ -134,10 +209,11 @@ def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, c
     words = examples[0].words
     if words is not None and any(example.words != words for example in examples):
         words = None
-    pairs, owner = [], []
+    pairs, owner, learned = [], [], []
     for i, example in enumerate(examples):
         of_example = list(zip(example.prompts, example.completions, strict=True))[: 1 if words else None]
         pairs += of_example
+        learned += [example.learned(completion) for _, completion in of_example]
         owner += [i] * len(of_example)
     assert words is not None or not copies
     sequences = [(*prompt, *completion[:-1], *prompt[-1:] * copies) for prompt, completion in pairs]
@@ -150,12 +226,12 @@ def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, c
     position_ids, owners = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     at_rows: list[int] = []
     columns: list[int] = []
-    for (row, start), ids, (prompt, _), i in zip(places, sequences, pairs, owner, strict=True):
+    for (row, start), ids, (prompt, completion), which, i in zip(places, sequences, pairs, learned, owner, strict=True):
         here = slice(start, start + len(ids))
         input_ids[row, here] = torch.tensor(ids)
         owners[row, here] = i
         position_ids[row, here] = torch.arange(len(ids)).clamp(max=len(ids) - 1 - copies)
-        supervised = range(start + len(prompt) - 1, start + len(ids))
+        supervised = [start + len(prompt) - 1 + at for at in (*which, *range(len(completion), len(completion) + copies))]
         at_rows += [row] * len(supervised)
         columns += supervised
     return {
@@ -165,8 +241,8 @@ def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, c
         "owners": owners,
         "rows": torch.tensor(at_rows),
         "columns": torch.tensor(columns),
-        "targets": torch.tensor([token for _, completion in pairs for token in completion]),
-        "counts": [len(completion) for _, completion in pairs],
+        "targets": torch.tensor([answer[at] for (_, answer), which in zip(pairs, learned, strict=True) for at in which]),
+        "counts": [len(which) for which in learned],
         "alone": [(row, len(ids)) for (row, _), ids in zip(places, sequences, strict=True)] if rows is Rows.ALONE else None,
         "words": None if words is None else torch.tensor(words),
         "sizes": [len(example.completions) for example in examples],

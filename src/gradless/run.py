@@ -6,6 +6,7 @@ import hashlib
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -37,7 +38,7 @@ from gradless.objectives import TokenizedExample
 from gradless.report.card import write_card
 from gradless.spaces import Space
 from gradless.tasks.data import read_rows
-from gradless.tasks.prompts import Task, choose_task
+from gradless.tasks.prompts import Task, choose_task, naming
 from gradless.training.options import CODES, MAY_CHANGE, MethodOptions, RunOptions, grid_name
 from gradless.training.trainer import ZOConfig, ZOTrainer, build_optimizer, shared_words
 
@@ -62,10 +63,11 @@ ROUNDING_EXAMPLES = 128
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenized examples and the task that made them."""
+    """Tokenized examples, the task that made them, and facts about the data that a user should be told of."""
 
     examples: list[TokenizedExample]
     task: Task
+    notes: list[str]
 
 
 Model = QuantizedModel | DenseModel | AdaptedModel
@@ -113,29 +115,43 @@ def prepare(
         shuffled: take them in the seed's order, not the first.
     """
     rows = read_rows(source, split=split or options.split)
-    chosen = shuffled and limit is not None
-    if chosen:
-        rows = [rows[i] for i in noise.permutation(options.seed, 0, len(rows)).tolist()]
-    rows = rows[:limit]
+    order = list(range(len(rows)))
+    if shuffled and limit is not None:
+        order = noise.permutation(options.seed, 0, len(rows)).tolist()
+    order = order[:limit]
     labels = None if options.labels is None else _parse_labels(options.labels)
     template = None if options.template is None else options.template.replace("\\n", "\n")
-    task = choose_task(options.task, template, labels, rows[0], loaded.tokenizer)
+    task = choose_task(options.task, template, labels, rows[order[0]], loaded.tokenizer, options.train_on)
     context = getattr(loaded.model.config, "max_position_embeddings", 2**31)
-    examples = []
-    for number, example in enumerate(task.examples(rows, source), start=1):
-        try:
-            tokens = objectives.tokenize(example, loaded.tokenizer, context=context, max_length=options.max_length)
-        except GradlessError as error:
-            raise GradlessError(f"{source}, row {number}{' in the order of the seed' * chosen}: {error}") from error
-        examples.append(tokens)
-    return Prepared(examples, task)
+    examples: list[TokenizedExample] = []
+    remarks = Counter[str]()
+    for i in order:
+        with naming(source, i + 1):
+            made = task.examples_of(rows[i])
+            tokens = [
+                objectives.tokenize(example, loaded.tokenizer, context=context, max_length=options.max_length)
+                for example in made
+            ]
+        remarks.update(set().union(*(example.remarks for example in made)))
+        remarks["nothing to learn in it"] += not made
+        remarks["what is longer than --max-length is not learned"] += any(each.shortened for each in tokens)
+        examples += tokens
+    if not examples:
+        raise GradlessError(f"{source} holds nothing to learn: no row makes an example.")
+    notes = [f"{source}: {n} of {len(order)} rows: {remark}" for remark, n in remarks.items() if n]
+    if unread := task.unread(rows[i] for i in order):
+        notes.append(f"{source}: not read: {', '.join(unread)}")
+    return Prepared(examples, task, notes)
 
 
 def _parse_labels(text: str) -> dict[str, str]:
     pairs = [pair.split("=", 1) for pair in text.split(",")]
     if any(len(pair) != 2 or not pair[0] or not pair[1] for pair in pairs):
         raise GradlessError(f"--labels {text!r} is not of the form 0=terrible,1=great.")
-    return {label.strip(): word.strip() for label, word in pairs}
+    labels = {label.strip(): word.strip() for label, word in pairs}
+    if len(labels) < len(pairs):
+        raise GradlessError(f"--labels {text!r} names a label twice; keep one of the two.")
+    return labels
 
 
 def evaluate(model: str, data: str, options: RunOptions, *, adapter: str | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -149,6 +165,8 @@ def evaluate(model: str, data: str, options: RunOptions, *, adapter: str | None 
     if adapter is not None:
         attach_peft(loaded, Path(adapter))
     prepared = prepare(data, loaded, options, limit=options.eval_rows)
+    for note in prepared.notes:
+        Console(stderr=True, quiet=quiet).print(note, markup=False)
     return measure(loaded, prepared.examples, options.batch_size, quiet=quiet)
 
 
@@ -196,6 +214,8 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
         if options.eval is None
         else prepare(options.eval, loaded, options, split=options.eval_split, limit=options.eval_rows)
     )
+    for note in dict.fromkeys((*train.notes, *(held_out.notes if held_out is not None else ()))):
+        say(note, markup=False)
     with set_aside(output / name for name in WRITTEN if options.overwrite):
         if base is not None and not options.resume:
             say(f"quantizing {model} to {base}")

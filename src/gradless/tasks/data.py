@@ -6,13 +6,24 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from gradless.errors import GradlessError
+from gradless.tasks.columns import TEXT, Spec, check, shown
 
 Row = dict[str, Any]
 KINDS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 HEADERLESS = ("text", "label")
+LONGEST_LINE = 64 * 2**20
+"""Bytes of a line of JSONL."""
+LONGEST_CELL = 16 * 2**20
+"""Characters of a cell of CSV or TSV."""
+SQUAD: Spec = {
+    "data": [
+        {"title": TEXT, "paragraphs": [{"context": TEXT, "qas": [{"question": TEXT, "answers": [{"text": TEXT}]}]}]},
+    ]
+}
+"""A JSON file of the Stanford Question Answering Dataset."""
 
 
 def read_rows(source: str, *, split: str = "train") -> list[Row]:
@@ -31,8 +42,8 @@ def read_rows(source: str, *, split: str = "train") -> list[Row]:
             raise GradlessError(f"{path} has an unknown kind of data; give one of {', '.join(KINDS)}.")
         try:
             rows = list(_READERS[path.suffix](path))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise GradlessError(f"{path} cannot be read as UTF-8 {path.suffix[1:].upper()}: {error}.") from error
+        except OSError as error:
+            raise GradlessError(f"{path} cannot be read: {error}.") from error
     elif path.suffix in KINDS:
         raise GradlessError(f"there is no data file {path}.")
     else:
@@ -42,26 +53,82 @@ def read_rows(source: str, *, split: str = "train") -> list[Row]:
     return rows
 
 
+def parsed(text: str, where: str) -> Any:
+    """A JSON value. A key that stands twice, NaN and Infinity are refused: no two readers agree on them.
+
+    Args:
+        text: of the value.
+        where: it stands, for the message.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        line = f" in line {error.lineno}" if "\n" in text.strip() else ""
+        raise GradlessError(f"{where} is not JSON: {error.msg}{line}.") from error
+    except GradlessError as error:
+        raise GradlessError(f"{where} {error}") from error
+    except RecursionError as error:
+        raise GradlessError(f"{where} is nested too deeply.") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise GradlessError(f"{where} is not JSON that can be read: {error}.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise GradlessError(f"names {twice[:40]!r} twice in one object; keep one of the two.")
+    return made
+
+
+def _no_number(name: str) -> Any:
+    raise GradlessError(f"holds {name}, which is no JSON; write a number, or null.")
+
+
+def _decoded(content: bytes, where: str) -> str:
+    """UTF-8 text without a byte-order mark."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GradlessError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8.") from error
+
+
 def _delimited(path: Path, delimiter: str) -> Iterator[Row]:
     """Rows of a delimited file. Without a header it must have two columns, which are text and label."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = [line for line in _reader(file, delimiter) if line]
+    lines = list(_cells(path, delimiter))
     if not lines:
         return
-    header = lines[0]
+    _, header = lines[0]
     if len(header) == 2 and not _names_columns(header):
-        names, body, first = list(HEADERLESS), lines, 1
+        names = list(HEADERLESS)
     else:
-        names, body, first = header, lines[1:], 2
-    for number, line in enumerate(body, first):
+        names = header
+        del lines[0]
+    _check_once(names, path)
+    for number, line in lines:
         if len(line) != len(names):
             raise GradlessError(f"{path}, line {number} has {len(line)} columns and not {len(names)} ({', '.join(names)}).")
         yield dict(zip(names, line, strict=True))
 
 
-def _reader(file: TextIO, delimiter: str) -> Iterator[list[str]]:
-    """TSV fields stand as they are; CSV fields may be quoted."""
-    return csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL)
+def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Each line that is not empty: its number and its cells. TSV cells stand as they are; CSV cells may be quoted."""
+    csv.field_size_limit(LONGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(
+            file, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL, strict=True
+        )
+        try:
+            for line in reader:
+                if line:
+                    yield reader.line_num, line
+        except UnicodeDecodeError as error:
+            where = f"{path}, after line {reader.line_num}"
+            raise GradlessError(f"{where} is not UTF-8 ({error.reason}); save the file as UTF-8.") from error
+        except csv.Error as error:
+            kind = path.suffix[1:].upper()
+            raise GradlessError(f"{path}, line {reader.line_num} cannot be read as {kind}: {error}.") from error
 
 
 def _names_columns(header: list[str]) -> bool:
@@ -71,47 +138,75 @@ def _names_columns(header: list[str]) -> bool:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise GradlessError(f"{path}, line {number} is not JSON: {error.msg}.") from error
-                if not isinstance(row, dict):
-                    raise GradlessError(f"{path}, line {number} is not a JSON object with named columns.")
-                yield row
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise GradlessError(f"{where} is longer than {LONGEST_LINE >> 20} MiB; no row is that long.")
+            if text := _decoded(line, where).strip():
+                yield _row(parsed(text, where), where)
 
 
 def _json(path: Path) -> Iterator[Row]:
     """A JSON array of objects, or a file in SQuAD's nesting."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise GradlessError(f"{path} is not JSON: {error.msg} in line {error.lineno}.") from error
+    content = parsed(_decoded(path.read_bytes(), str(path)), str(path))
     if isinstance(content, list):
-        yield from content
+        for number, row in enumerate(content, 1):
+            yield _row(row, f"{path}, row {number}")
         return
     if not isinstance(content, dict) or "data" not in content:
         raise GradlessError(f"{path} is neither a JSON array of rows nor a file as SQuAD's, with 'data' at its top.")
+    check(content, SQUAD, f"{path}, read as a file of SQuAD's kind,")
     for article in content["data"]:
         for paragraph in article["paragraphs"]:
             for qa in paragraph["qas"]:
-                answers = [answer["text"] for answer in qa["answers"]]
                 yield {
                     "title": article["title"],
                     "context": paragraph["context"],
                     "question": qa["question"],
-                    "answers": answers,
+                    "answers": [answer["text"] for answer in qa["answers"]],
                 }
+
+
+def _row(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise GradlessError(f"{where} is {shown(value)}, and not a JSON object with named columns.")
+    return value
 
 
 def _parquet(path: Path) -> Iterator[Row]:
     try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise GradlessError(f"{path}: reading Parquet needs pyarrow; pip install 'gradless[datasets]'.") from error
-    yield from pyarrow.parquet.read_table(path).to_pylist()
+    try:
+        table = pyarrow.parquet.read_table(path)
+        names, rows = table.column_names, table.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise GradlessError(f"{path} cannot be read as Parquet: {error}") from error
+    _check_once(names, path)
+    yield from map(_without_padding, rows)
+
+
+def _check_once(names: list[str], path: Path) -> None:
+    """Refuse two columns of one name: a row would keep the last alone."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise GradlessError(f"{path} names the column {twice!r} twice; rename one of the two.")
+
+
+def _without_padding(row: Row) -> Row:
+    """A row of an Arrow table, whose inner objects all have the same keys: null there means that a row has no such key."""
+    return {name: _stripped(value) for name, value in row.items()}
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _stripped(inner) for name, inner in value.items() if inner is not None}
+    return [_stripped(inner) for inner in value] if isinstance(value, list) else value
 
 
 _READERS = {
@@ -132,6 +227,6 @@ def _from_datasets(source: str, split: str) -> list[Row]:
         ) from error
     name, _, configuration = source.partition(":")
     try:
-        return list(datasets.load_dataset(name, configuration or None, split=split))
+        return [_without_padding(row) for row in datasets.load_dataset(name, configuration or None, split=split)]
     except Exception as error:  # whatever the hub client raises is about this name
         raise GradlessError(f"{source} is neither a file nor a data set that `datasets` can load: {error}") from error
