@@ -74,9 +74,8 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
                 result = method.attack(asked, pixels, classes, log=log, progress=line, trial=trial)
                 at_once = int((result.success & (result.queries <= options.repeat)).sum())
                 if 2 * at_once > len(pixels):
-                    line.say(
-                        f"{at_once} of {len(pixels)} were found by their first query: does the model get them wrong as they are?"
-                    )
+                    what = "by their first query: does the model get them wrong as they are?"
+                    line.say(f"{at_once} of {len(pixels)} images were found {what}")
         finally:
             log.close()
             if log.calls:

@@ -125,7 +125,7 @@ def _hint(outputs: Mapping[Any, Any], images: int) -> str:
         (value,) = map(tensor_of, outputs.values())
     except (TypeError, ValueError, RuntimeError):
         return ""
-    if _column(value).shape != (images,):
+    if value.shape[:1] != (images,) or value.numel() != images:
         return ""
     if value.is_floating_point():
         return ", not one float an image: of two classes return both scores, such as (1 - p, p), or (0, logit)"

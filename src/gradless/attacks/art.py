@@ -52,9 +52,8 @@ class BlackBoxEvasion(EvasionAttack):  # type: ignore[misc]
         Raises:
             ValueError: the attack is targeted and y is missing, or as `Attack.attack`.
         """
-        if y is None:
-            if self.targeted:
-                raise ValueError("a targeted attack needs y, the classes to be reached.")
-            y = read_classes(self.estimator.predict(x), len(x))
-        self.result = self.attack.attack(lambda batch: self.estimator.predict(batch.numpy()), x, y)
+        if y is None and self.targeted:
+            raise ValueError("a targeted attack needs y, the classes to be reached.")
+        labels = read_classes(self.estimator.predict(x), len(x)) if y is None else y
+        self.result = self.attack.attack(lambda batch: self.estimator.predict(batch.numpy()), x, labels)
         return self.result.images.numpy()

@@ -82,7 +82,7 @@ class Oracle:
 
     def open(self, rows: Tensor) -> Tensor:
         """Which of the images may still ask: bool (n,)."""
-        return ~self.found[rows] & (self.queries[rows] + self.repeat <= self.max_queries) & (self._left() >= self.repeat)
+        return ~self.found[rows] & (self.queries[rows] <= self.max_queries - self.repeat) & (self._left() >= self.repeat)
 
     def _left(self) -> int:
         """Of the budget of all images."""
