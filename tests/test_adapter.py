@@ -1,15 +1,20 @@
 """LoRA on the grid: what a forward adds, PEFT's and llama.cpp's files, replay."""
 
 import json
+from dataclasses import fields
 
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel, LoRA, adaptable, attach_peft
+from gradless.formats.dense import DenseModel
 from gradless.formats.gguf_model import load_gguf
+from gradless.formats.peft_config import OFF, PLAIN, RECORDS, USED, read_config
 from gradless.formats.quantized import dequantized
 from gradless.methods import METHODS
 from gradless.run import load_model
@@ -133,14 +138,193 @@ def test_adapters_that_do_not_fit(tiny, rows, tmp_path, capsys):
     assert "lora is for adapters on a grid, which quzo and zoqo tune" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("key", "value"), [("use_dora", True), ("rank_pattern", {"q_proj": 2}), ("bias", "all")])
-def test_adapters_with_more_than_factors_are_refused(tiny, tmp_path, key, value):
+ON_AND_OFF = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {"up_proj": 2, r"layers\.0\.self_attn\.q_proj": 6, "^model.layers.1.mlp.down_proj": 3},
+        "alpha_pattern": {"q_proj|k_proj": 40, ".*mlp.up_proj": 5},
+    },
+    "rslora with patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"v_proj": 100}},
+    "one layer": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "excluded": {"exclude_modules": ["k_proj"], "lora_dropout": 0.3},
+    "gaussian": {"init_lora_weights": "gaussian", "fan_in_fan_out": False},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+}
+
+
+def peft_folder(path, dense, *, move=True, **more):
+    """What PEFT saves of a LoRA adapter on all linear layers of the dense model, and the logits that it gives there."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = {"r": 4, "lora_alpha": 16, "target_modules": names, "task_type": "CAUSAL_LM", **more}
+    model = peft.get_peft_model(base, peft.LoraConfig(**config)).eval()
+    if move:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    return logits(model)
+
+
+def changed(folder, **keys):
+    """Set keys of an adapter's configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+@pytest.mark.parametrize("more", ON_AND_OFF.values(), ids=ON_AND_OFF)
+def test_peft_gives_the_same_logits(dense, tmp_path, more):
+    theirs = peft_folder(tmp_path / "adapter", dense, **more)
+    base = DenseModel.load(dense, dtype=torch.float32)
+    before = logits(base.model)
+    attach_peft(base, tmp_path / "adapter")
+    assert (theirs - before).abs().max() > 0.05
+    assert torch.allclose(logits(base.model), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_whose_base_was_changed_is_refused_and_a_converted_one_is_read(dense, tmp_path, start):
+    peft_folder(tmp_path / "adapter", dense, move=False, init_lora_weights=start)
+    with pytest.raises(GradlessError, match=f"init_lora_weights '{start}'.*path_initial_model_for_weight_conversion"):
+        attach_peft(DenseModel.load(dense), tmp_path / "adapter")
+
+
+def test_a_converted_pissa_adapter_changes_nothing_before_it_is_trained(dense, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj", "up_proj"]))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    loaded = DenseModel.load(dense, dtype=torch.float32)
+    before = logits(loaded.model)
+    attach_peft(loaded, tmp_path / "adapter")
+    assert torch.allclose(logits(loaded.model), before, atol=1e-5)
+
+
+def test_every_key_of_the_installed_peft_is_in_the_account():
+    peft = pytest.importorskip("peft")
+    lists = (USED, RECORDS, frozenset(PLAIN), OFF)
+    assert {each.name for each in fields(peft.LoraConfig)} <= frozenset().union(*lists)
+    assert sum(map(len, lists)) == len(frozenset().union(*lists)), "a key is in one list"
+
+
+REFUSED = {
+    "use_dora": True,
+    "bias": "all",
+    "rank_pattern": {"q_proj": 2},
+    "lora_bias": True,
+    "layer_replication": [[0, 2]],
+    "alora_invocation_tokens": [5, 7],
+    "use_qalora": True,
+    "trainable_token_indices": [1],
+    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "modules_to_save": ["lm_head"],
+    "init_lora_weights": "loftq",
+    "task_type": "SEQ_CLS",
+    "kasa_config": {"beta": 0.1},
+    "megatron_config": {"tp": 2},
+    "a_key_of_tomorrow": 1,
+    "alpha_pattern": {"(a+)+": 3},
+    "use_rslora": "yes",
+    "r": 0,
+    "lora_alpha": float("nan"),
+    "target_modules": [1],
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_adapters_with_more_than_factors_are_refused(tiny, tmp_path, key):
     model, _ = adapted(tiny)
     model.save(tmp_path / "adapter", [])
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(GradlessError, match=f"a LORA adapter with {key}"):
+    changed(tmp_path / "adapter", **{key: REFUSED[key]})
+    with pytest.raises(GradlessError, match=f"a LORA adapter with {key} "):
         attach_peft(load_gguf(tiny), tmp_path / "adapter")
+
+
+def test_what_a_newer_peft_leaves_off_is_no_reason_to_refuse(tiny, tmp_path):
+    model, _ = adapted(tiny)
+    model.save(tmp_path / "adapter", [])
+    changed(tmp_path / "adapter", key_of_tomorrow=None, other=False, more=[], last={}, peft_version="9.0", qalora_group_size=16)
+    assert read_config(tmp_path / "adapter").factor_of("model.layers.0.mlp.up_proj") == 16
+
+
+def rewritten(folder, change):
+    """Change the names and values of an adapter's tensors."""
+    path = folder / "adapter_model.safetensors"
+    save_file({name: values.clone().contiguous() for name, values in change(load_file(path)).items()}, path)
+
+
+UP = "base_model.model.model.layers.0.mlp.up_proj"
+TENSORS = {
+    "a magnitude": (lambda t: {**t, f"{UP}.lora_magnitude_vector": torch.ones(3)}, "1 tensors beside LoRA's factors"),
+    "an embedding": (lambda t: {**t, "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 3)}, "beside LoRA"),
+    "a whole module": (lambda t: {**t, "base_model.model.lm_head.weight": torch.ones(4, 3)}, "lm_head.weight first"),
+    "a base layer": (lambda t: {**t, f"{UP}.base_layer.weight": torch.ones(4, 3)}, "base_layer.weight first"),
+    "a bias": (lambda t: {**t, f"{UP}.lora_B.bias": torch.ones(4)}, "lora_B.bias first"),
+    "no number": (lambda t: {**t, f"{UP}.lora_A.weight": t[f"{UP}.lora_A.weight"] * float("nan")}, "no finite floats"),
+    "infinity": (lambda t: {**t, f"{UP}.lora_B.weight": t[f"{UP}.lora_B.weight"] / 0}, "no finite floats"),
+    "integers": (lambda t: {**t, f"{UP}.lora_B.weight": t[f"{UP}.lora_B.weight"].int()}, "no finite floats"),
+    "half a pair": (lambda t: {n: v for n, v in t.items() if n != f"{UP}.lora_A.weight"}, "takes lora_B"),
+    "a missing layer": (lambda t: {n: v for n, v in t.items() if not n.startswith(UP)}, "lacks the factors of 1 layers"),
+    "another rank": (lambda t: {n: v.repeat(2, 1) if "lora_A" in n else v.repeat(1, 2) for n, v in t.items()}, "with r 4 for"),
+    "two adapters": (
+        lambda t: {n.replace("weight", f"{'x' if '.0.' in n else 'y'}.weight"): v for n, v in t.items()},
+        "2 adapters",
+    ),
+    "one layer twice": (lambda t: {**t, **{n.removeprefix("base_model.model."): v for n, v in t.items()}}, "twice"),
+    "a scalar": (lambda t: {**t, f"{UP}.lora_A.weight": torch.tensor(1.0)}, r"takes lora_A \(\)"),
+    "nothing": (lambda t: {}, "would change nothing"),  # noqa: ARG005
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_every_tensor_of_an_adapter_has_a_place(tiny, tmp_path, case):
+    change, says = TENSORS[case]
+    model, _ = adapted(tiny)
+    model.save(tmp_path / "adapter", [])
+    rewritten(tmp_path / "adapter", change)
+    loaded = load_gguf(tiny)
+    with pytest.raises(GradlessError, match=says):
+        attach_peft(loaded, tmp_path / "adapter")
+    assert torch.equal(logits(loaded.model), logits(load_gguf(tiny).model)), "no layer was changed"
+
+
+NAMES = {
+    "an adapter's name": lambda name: name.replace(".weight", ".default.weight"),
+    "no prefix": lambda name: name.removeprefix("base_model.model."),
+    "a part of a wrapper": lambda name: name.replace("model.model.model.", "model.model.model.language_model."),
+    "an older wrapper": lambda name: name.replace("_model.model.", "_model.model.language_model."),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_names_that_say_the_same_are_read(tiny, tmp_path, case):
+    model, _ = adapted(tiny)
+    model.save(tmp_path / "adapter", [])
+    rewritten(tmp_path / "adapter", lambda tensors: {NAMES[case](name): values for name, values in tensors.items()})
+    loaded = load_gguf(tiny, dtype=torch.float32)
+    attach_peft(loaded, tmp_path / "adapter")
+    assert torch.equal(logits(loaded.model), logits(model.model))
+
+
+def test_what_is_no_adapter_folder(tiny, tmp_path):
+    model, _ = adapted(tiny)
+    model.save(tmp_path / "adapter", [])
+    loaded, folder = load_gguf(tiny), tmp_path / "adapter"
+    with pytest.raises(GradlessError, match=r"adapter.gguf is a file; give the PEFT folder"):
+        attach_peft(loaded, tmp_path / "adapter.gguf")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(GradlessError, match="a pickle, which runs code"):
+        attach_peft(loaded, folder)
+    for text in ("[1]", "{", "[" * 100_000, '{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", b"\xff".decode("latin-1")):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(GradlessError, match="holds no adapter that can be read"):
+            attach_peft(loaded, folder)
 
 
 @pytest.mark.parametrize("bits", [2, 3])

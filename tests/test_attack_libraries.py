@@ -30,11 +30,13 @@ def test_art(net, images):
         labels = net(images).argmax(1).numpy()
     classifier = art.PyTorchClassifier(net, nn.CrossEntropyLoss(), (3, 4, 4), 4, clip_values=(0.0, 1.0))
     attack = BlackBoxEvasion(classifier, ZOQOAttack(0.3, max_queries=300))
-    for y in (None, labels, np.eye(4)[labels]):
+    for y in (None, labels, labels[:, None], np.eye(4)[labels]):
         adversarial = attack.generate(images.numpy(), y)
         assert np.array_equal(classifier.predict(adversarial).argmax(1) != labels, attack.result.success.numpy())
         assert attack.result.failure_rate < 1
         assert np.abs(adversarial - images.numpy()).max() <= 0.3 + 1e-6
+    with pytest.raises(GradlessError, match="not one-hot"):
+        attack.generate(images.numpy(), np.full((6, 4), 0.25))
     targeted = BlackBoxEvasion(classifier, ZOQOAttack(0.3, targeted=True))
     with pytest.raises(ValueError, match="needs y"):
         targeted.generate(images.numpy())

@@ -257,6 +257,244 @@ def test_labels_and_scores_are_of_any_integers(dtype):
     assert result.success.any()
 
 
+def one_hot(labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.one_hot(labels, 5)
+
+
+LABELS = {
+    "a column": lambda y: y[:, None],
+    "one-hot": one_hot,
+    "one-hot, floats": lambda y: one_hot(y).double().numpy(),
+    "one-hot, bool": lambda y: one_hot(y).bool(),
+    "bytes": lambda y: y.numpy().astype(np.uint8),
+    "big-endian": lambda y: y.numpy().astype(">i4"),
+    "a big-endian column": lambda y: y.numpy().astype(">i8")[:, None],
+    "a list": lambda y: y.tolist(),
+    "a list of rows": lambda y: [[each] for each in y.tolist()],
+}
+
+
+@pytest.mark.parametrize("form", LABELS)
+def test_labels_of_any_form_are_the_same_classes(form):
+    x, model = images(6), linear_model()
+    labels = model(x).argmax(1)
+    plain = ZOQOAttack(0.05, max_queries=60).attack(model, x, labels)
+    result = ZOQOAttack(0.05, max_queries=60).attack(model, x, LABELS[form](labels))
+    assert torch.equal(result.queries, plain.queries)
+    assert torch.equal(result.images, plain.images)
+    assert int(result.queries.max()) == 60, "some are not found"
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.full((4, 5), 0.2),  # soft
+        torch.zeros(4, 5),
+        torch.ones(4, 5, dtype=torch.int64),
+        torch.arange(4) - 1,
+        torch.arange(4) + 0.5,
+        torch.arange(4.0)[:, None],
+        torch.arange(4) > 1,
+        torch.arange(4)[:, None] > 1,
+        torch.arange(4)[None],
+        torch.arange(4)[:, None, None],
+        torch.arange(4) + 2**31,
+        np.array(["a", "b", "c", "d"]),
+        np.array([0, 1, None, 2]),
+        [[0], [1, 2], [3], [1]],
+        torch.tensor(3),
+        torch.arange(4).to(torch.complex64),
+        one_hot(torch.arange(3)),
+        {"labels": 3},
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels):
+    with pytest.raises(GradlessError, match=r"^labels .*4 images need integers from 0 on, \(n,\) or \(n, 1\), or one-hot"):
+        ZOQOAttack(0.1).attack(linear_model(), images(4), labels)
+
+
+class Output(dict):
+    """Such as transformers' models return."""
+
+    def __init__(self, **held):
+        super().__init__(**held)
+        self.__dict__.update(held)
+
+
+class Array:
+    """Such as other libraries' arrays are."""
+
+    def __init__(self, values):
+        self.values_, self.shape, self.dtype = values.numpy(), tuple(values.shape), "float32"
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values_ if dtype is None else self.values_.astype(dtype)
+
+
+SCORES = {
+    "logits of an output": lambda s: Output(loss=torch.tensor(1.0), logits=s),
+    "a mapping": lambda s: {"hidden": torch.zeros(len(s), 7), "scores": s},
+    "its one value": lambda s: {"dense_1": s.numpy()},
+    "a tuple": lambda s: (s, torch.zeros(len(s), 9)),
+    "behind a loss": lambda s: (torch.tensor(0.3), s),
+    "behind labels": lambda s: [s.argmax(1), s.numpy()],
+    "in a tuple of one": lambda s: (s,),
+    "with a gradient": lambda s: s.clone().requires_grad_(),
+    "fp64": lambda s: s.double().numpy(),
+    "big-endian": lambda s: s.numpy().astype(">f4"),
+    "dimensions of one": lambda s: s[:, :, None, None],
+    "lists": lambda s: s.tolist(),
+    "rows": lambda s: list(s.numpy()),
+    "rows of one image": lambda s: [row[None] for row in s],
+    "another library's": lambda s: Array(s),
+    "sparse": lambda s: s.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("form", SCORES)
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_answers_of_any_form_are_the_same_scores(form, n):
+    x, model = images(n, 2), linear_model()
+    labels = model(x).argmax(1)
+    plain = ZOQOAttack(0.08, max_queries=60).attack(model, x, labels)
+    result = ZOQOAttack(0.08, max_queries=60).attack(lambda batch: SCORES[form](model(batch)), x, labels)
+    assert torch.equal(result.queries, plain.queries)
+    assert torch.equal(result.images, plain.images)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_answers_in_half_precision_are_compared_in_fp32(dtype):
+    x, model = images(6), linear_model()
+    halves = lambda batch: model(batch).to(dtype)  # noqa: E731
+    result = ZOQOAttack(0.1, max_queries=200).attack(halves, x, model(x).argmax(1))
+    same = ZOQOAttack(0.1, max_queries=200).attack(lambda batch: halves(batch).float(), x, model(x).argmax(1))
+    assert torch.equal(result.queries, same.queries)
+    assert result.success.any()
+
+
+CLASSES = {
+    "a column": lambda c: c[:, None],
+    "named": lambda c: {"label": c.numpy(), "time": 3},
+    "a tuple with confidences": lambda c: (c, torch.rand(len(c))),
+    "torch's max": lambda c: torch.nn.functional.one_hot(c, 5).float().max(1),
+    "torch's topk of one": lambda c: torch.nn.functional.one_hot(c, 5).float().topk(1),
+    "a list of scalars": lambda c: list(c.numpy()),
+    "bytes": lambda c: c.to(torch.uint8),
+}
+
+
+@pytest.mark.parametrize("form", CLASSES)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_classes_of_any_form_are_the_same(form, n):
+    x, model = images(n, 2), linear_model()
+    labels = model(x).argmax(1)
+    attack = LabelAttack(0.2, max_queries=80)
+    plain = attack.attack(lambda batch: model(batch).argmax(1), x, labels)
+    result = attack.attack(lambda batch: CLASSES[form](model(batch).argmax(1)), x, labels)
+    assert torch.equal(result.queries, plain.queries)
+    assert torch.equal(result.images, plain.images)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda s: s[:, :1], "of two classes return both scores"),
+        (lambda s: s[:, 0].sigmoid(), "of two classes return both scores"),
+        (lambda s: s[:, :1, None, None], "of two classes return both scores"),
+        (lambda s: s[:, :1] > 0, "integers from 0 on"),
+        (lambda s: s[:, 0] > 0, "integers from 0 on"),
+        (lambda s: s > 0, "returned an array of shape"),
+        (lambda s: s.argmax(1) - 9, "integers from 0 on"),
+        (lambda s: s[:, :, None].repeat(1, 1, 2), "returned an array of shape"),
+        (lambda s: s.T, "returned an array of shape"),
+        (lambda s: s[:, :0], "returned an array of shape"),
+        (lambda s: s.sum(), "returned an array of shape"),
+        (lambda s: s[0], "returned an array of shape"),
+        (lambda s: s.to(torch.complex64), "returned an array of shape"),
+        (lambda s: None, "of type NoneType"),  # noqa: ARG005
+        (lambda s: "cat", "of type str"),  # noqa: ARG005
+        (lambda s: ["cat"] * len(s), "of type list"),
+        (lambda s: [[1.0, 2.0], [1.0]], "of type list"),  # noqa: ARG005
+        (lambda s: {}, "returned nothing"),  # noqa: ARG005
+        (lambda s: {"pooled": s, "last": s}, "none of which is called scores or labels"),
+        (lambda s: {"scores": s.argmax(1)}, "returned scores of shape"),
+        (lambda s: {"labels": s}, "returned labels of shape"),
+        (lambda s: s.topk(3), "returned classes of shape"),
+        (lambda s: tuple(s.topk(3)), "alone or in a way that tells them"),
+        (lambda s: (torch.tensor(1.0), s, s), "alone or in a way that tells them"),
+        (lambda s: s.index_fill(1, torch.tensor([2]), float("nan")), "a score that is no finite number for image 0"),
+    ],
+)
+def test_answers_that_could_mean_anything_are_refused(answer, says):
+    with pytest.raises(GradlessError, match=says):
+        ZOQOAttack(0.1).attack(lambda batch: answer(linear_model()(batch)), images(4), torch.arange(4))
+
+
+def test_a_model_may_write_into_its_batch_and_take_gradients():
+    x, model = images(6), linear_model()
+    labels = model(x).argmax(1)
+
+    def rude(batch):
+        with torch.enable_grad():
+            shift = torch.zeros_like(batch, requires_grad=True)
+            (gradient,) = torch.autograd.grad(model(batch + shift).square().sum(), shift)
+        assert gradient.abs().sum() > 0
+        return model(batch.mul_(2)) / 2
+
+    plain = ZOQOAttack(0.05, max_queries=60).attack(lambda batch: model(batch * 2) / 2, x, labels)
+    result = ZOQOAttack(0.05, max_queries=60).attack(rude, x, labels)
+    assert torch.equal(result.queries, plain.queries)
+    assert torch.equal(result.images, plain.images)
+
+
+class Noisy:
+    """A model that adds noise to every answer."""
+
+    def __init__(self, size: float):
+        self.size, self.model, self.generator, self.asked = size, linear_model(), torch.Generator().manual_seed(0), 0
+
+    def __call__(self, batch):
+        self.asked += len(batch)
+        scores = self.model(batch)
+        return scores + self.size * torch.randn(scores.shape, generator=self.generator)
+
+
+@pytest.mark.parametrize("more", [{}, {"max_total_queries": 207}])
+def test_repeated_queries_are_counted_and_their_mean_decides(more, tmp_path):
+    x, noisy = images(8), Noisy(2.0)
+    labels = noisy.model(x).argmax(1)
+    attack = ZOQOAttack(0.15, repeat=10, max_queries=205, **more)
+    log = QueryLog(tmp_path / "queries.db", {})
+    result = attack.attack(noisy, x, labels, log=log)
+    log.close()
+    assert noisy.asked == int(result.queries.sum()) <= more.get("max_total_queries", 10**9)
+    assert int(result.queries.max()) <= 200
+    assert bool((result.queries % 10 == 0).all())
+    again = attack.attack(None, x, labels, log=QueryLog(tmp_path / "queries.db", {}))
+    assert torch.equal(again.queries, result.queries)
+
+
+def test_the_mean_of_many_answers_finds_what_holds():
+    x, noisy = images(12, 4), Noisy(0.5)
+    labels = noisy.model(x).argmax(1)
+    once = ZOQOAttack(0.02, max_queries=50).attack(noisy, x, labels)
+    often = ZOQOAttack(0.02, max_queries=2500, repeat=50).attack(noisy, x, labels)
+    wrong = [int((noisy.model(r.images[r.success]).argmax(1) == labels[r.success]).sum()) for r in (once, often)]
+    assert wrong[1] < wrong[0]
+
+
+def test_a_repeat_of_one_and_of_a_steady_model_change_nothing():
+    x, model = images(5), linear_model()
+    labels = model(x).argmax(1)
+    plain = ZOQOAttack(0.05, max_queries=60).attack(model, x, labels)
+    thrice = ZOQOAttack(0.05, max_queries=180, repeat=3).attack(model, x, labels)
+    assert torch.equal(thrice.queries, 3 * plain.queries)
+    with pytest.raises(GradlessError, match="repeat is 0"):
+        ZOQOAttack(0.05, repeat=0)
+    with pytest.raises(GradlessError, match="max_queries is 5; one step takes 6"):
+        ZOQOAttack(0.05, repeat=3, max_queries=5).attack(model, x, labels)
+
+
 def test_chunks_ask_once_a_step_whatever_q():
     ZOQOAttack(0.2, q=5, max_queries=6).attack(linear_model(), images(2), torch.zeros(2, dtype=torch.int64))
 

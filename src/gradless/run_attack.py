@@ -15,12 +15,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from gradless.attacks.answers import read_classes
 from gradless.attacks.base import Attack, AttackResult
 from gradless.attacks.labels import LabelAttack
 from gradless.attacks.log import QueryLog
-from gradless.attacks.models import load
+from gradless.attacks.models import TorchModule, called, is_address, load
+from gradless.attacks.onnx_file import OnnxFile
 from gradless.attacks.options import AttackOptions
 from gradless.attacks.oracle import Oracle, Predict
+from gradless.attacks.trial import Trial
 from gradless.attacks.zo_sign_sgd import ZOSignSGDAttack
 from gradless.attacks.zoqo import SignHunter, ZOQOAttack
 from gradless.errors import GradlessError
@@ -29,8 +32,10 @@ from gradless.report.attack import write_report
 
 ATTACKS: dict[str, type[Attack]] = {"zoqo": ZOQOAttack, "signhunter": SignHunter, "zo_signsgd": ZOSignSGDAttack}
 WRITTEN = ("queries.db", "queries.db-wal", "queries.db-shm", "result.npz", "report.html", "summary.json")
-MAY_CHANGE = {"output", "resume", "overwrite", "rate", "max_total_queries"}
+MAY_CHANGE = {"output", "resume", "overwrite", "rate", "timeout", "max_total_queries"}
 """What a resumed attack may set anew without becoming another."""
+LATER = {"repeat": 1}
+"""Options that logs of older attacks do not name, and what they were; a log names them where they are something else."""
 
 
 def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = False) -> dict[str, Any]:
@@ -38,7 +43,7 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
 
     Args:
         model: see `models.load`.
-        images: a .npz with `images` (n, ..., of floats in [0, 1] or of bytes) and `labels` (n,).
+        images: a .npz with `images` (n, ..., of floats in [0, 1] or of bytes) and `labels`, see `answers.read_labels`.
         options: see `AttackOptions`.
         quiet: print nothing.
 
@@ -53,20 +58,40 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
     output, method = Path(str(options.output)), make(options)
     held = (output / "queries.db").is_file()
     claim(output, "an attack", held=held, resume=options.resume, overwrite=options.overwrite)
-    method.checked(pixels, labels)
-    predict = load(model, rate=options.rate)
+    pixels, classes = method.checked(pixels, labels)
+    predict = load(model, rate=options.rate, timeout=options.timeout)
     header = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
-    header |= {"model": model, "images": hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()}
+    header = {name: value for name, value in header.items() if name not in LATER or value != LATER[name]}
+    header["model"], header["images"] = called(model), hashlib.sha256(pixels.numpy().tobytes() + labels.tobytes()).hexdigest()
     with set_aside(output / name for name in WRITTEN if options.overwrite) as drop:
         log = QueryLog(output / "queries.db", header)
         try:
             with Line(len(pixels), quiet=quiet) as line:
-                result = method.attack(_Model(predict, log.path), pixels, labels, log=log, progress=line)
+                asked = _Model(predict, log.path)
+                if isinstance(predict, TorchModule | OnnxFile):
+                    line.say(_right(asked, pixels, classes, options))
+                trial = Trial(is_address(model), line.say) if options.repeat == 1 else None
+                result = method.attack(asked, pixels, classes, log=log, progress=line, trial=trial)
+                at_once = int((result.success & (result.queries <= options.repeat)).sum())
+                if 2 * at_once > len(pixels):
+                    what = "by their first query: does the model get them wrong as they are?"
+                    line.say(f"{at_once} of {len(pixels)} images were found {what}")
         finally:
             log.close()
             if log.calls:
                 drop()
-    return _write(output, header, pixels, labels, result)
+    return _write(output, header, pixels, classes, result)
+
+
+def _right(predict: Predict, images: torch.Tensor, labels: torch.Tensor, options: AttackOptions) -> str:
+    """What a model that costs nothing to ask says of the images as they are."""
+    agreed, size = 0, options.batch_size
+    with torch.no_grad():
+        for start in range(0, len(images), size):
+            classes = read_classes(predict(images[start : start + size].clone()), len(images[start : start + size]))
+            agreed += int((classes == labels[start : start + size]).sum())
+    what = "takes for their targets" if options.targeted else "is right on"
+    return f"the model {what} {agreed} of {len(labels)} images as they are"
 
 
 @dataclass
@@ -93,7 +118,7 @@ def make(options: AttackOptions) -> Attack:
     more: dict[str, Any] = {} if options.method != "zoqo" else {"directions": options.directions}
     if options.method != "signhunter":
         more["bits"] = 8 if options.bits is None and options.method == "zoqo" else options.bits
-    shared = ("norm", "pixel_bits", "targeted", "max_queries", "max_total_queries", "batch_size", "seed")
+    shared = ("norm", "pixel_bits", "targeted", "max_queries", "max_total_queries", "batch_size", "repeat", "seed")
     assert options.eps is not None
     more |= {name: getattr(options, name) for name in shared}
     if options.labels_only:
@@ -102,19 +127,20 @@ def make(options: AttackOptions) -> Attack:
     return ATTACKS[options.method](options.eps, **more)
 
 
-def read_images(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def read_images(path: Path) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
     """Images, fp32, and labels of a .npz file; bytes are divided by 255.
 
     Raises:
-        GradlessError: it cannot be read, or lacks one of them.
+        GradlessError: it cannot be read, lacks one of them, or has images of neither floats nor bytes.
     """
     try:
         with np.load(path, allow_pickle=False) as held:
             images, labels = held["images"], held["labels"]
-            whole = images.dtype == np.uint8
-            return torch.from_numpy(images.astype(np.float32) / (255 if whole else 1)), torch.from_numpy(labels)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise GradlessError(f"{path} is no .npz with arrays `images` and `labels`: {error}.") from error
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise GradlessError(f"{path} is no .npz with arrays `images` of floats in [0, 1] or of bytes: they are {images.dtype}.")
+    return torch.from_numpy(images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)), labels
 
 
 def _write(
@@ -146,16 +172,21 @@ class Line:
 
     def __call__(self, oracle: Oracle) -> None:
         found, queries = oracle.found, oracle.queries
-        done = int((found | (queries >= oracle.max_queries)).sum())
+        done = int((~oracle.open(torch.arange(len(found)))).sum())
         text = f"{int(found.sum())} of {int((queries > 0).sum())} found"
         if bool(found.any()):
             text += f"  median queries {int(queries[found].median())}"
         text += f"  {int(queries.sum())} queries"
         self.progress.update(self.bar, completed=done, text=text)
         now = time.perf_counter()
-        if not self.quiet and not self.console.is_terminal and now - self.printed > self.EVERY_SECONDS:
+        if not self.console.is_terminal and now - self.printed > self.EVERY_SECONDS:
             self.printed = now
-            self.console.print(text, highlight=False)
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Print a sentence above the line."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, markup=False)
 
     def __enter__(self) -> Line:
         self.progress.start()

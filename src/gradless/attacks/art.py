@@ -9,6 +9,7 @@ from art.attacks.attack import EvasionAttack
 from art.estimators.classification import ClassifierMixin
 from art.estimators.estimator import BaseEstimator
 
+from gradless.attacks.answers import read_classes
 from gradless.attacks.base import Attack, AttackResult
 
 Array = np.ndarray[Any, Any]
@@ -43,18 +44,16 @@ class BlackBoxEvasion(EvasionAttack):  # type: ignore[misc]
 
         Args:
             x: (n, ...).
-            y: classes (n,) or one-hot (n, classes); without it the classifier is asked for them, outside the count.
+            y: classes, see `answers.read_labels`; without it the classifier is asked for them, outside the count.
 
         Returns:
             fp32, of the shape of x.
 
         Raises:
-            ValueError: the attack is targeted and y is missing.
+            ValueError: the attack is targeted and y is missing, or as `Attack.attack`.
         """
-        if y is None:
-            if self.targeted:
-                raise ValueError("a targeted attack needs y, the classes to be reached.")
-            y = self.estimator.predict(x)
-        labels = np.argmax(y, axis=1) if np.ndim(y) == 2 else np.asarray(y)
+        if y is None and self.targeted:
+            raise ValueError("a targeted attack needs y, the classes to be reached.")
+        labels = read_classes(self.estimator.predict(x), len(x)) if y is None else y
         self.result = self.attack.attack(lambda batch: self.estimator.predict(batch.numpy()), x, labels)
         return self.result.images.numpy()

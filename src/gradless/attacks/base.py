@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradless.attacks.answers import read_labels, tensor_of
 from gradless.attacks.log import QueryLog
 from gradless.attacks.oracle import Oracle, Predict
+from gradless.attacks.trial import Trial
 from gradless.ball import Ball, Norm
 from gradless.errors import GradlessError
 from gradless.files import replacing
@@ -93,6 +95,7 @@ class Attack(ABC):
         pixels: the smallest and the largest pixel.
         seed: of the directions.
         batch_size: images that are attacked side by side, and that a call of the model holds at most.
+        repeat: how often every input is asked, for a model that adds noise to its answers; so many queries each.
 
     Raises:
         GradlessError: values that cannot work.
@@ -111,12 +114,14 @@ class Attack(ABC):
         pixels: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
         batch_size: int = 256,
+        repeat: int = 1,
     ) -> None:
         self.ball = Ball(eps, norm, bits, *pixels, pixel_bits=pixel_bits)
         self.targeted, self.max_queries, self.max_total_queries = targeted, max_queries, max_total_queries
-        self.seed, self.batch_size = seed, batch_size
-        if batch_size < 1:
-            raise GradlessError(f"batch_size is {batch_size}; it must be at least 1.")
+        self.seed, self.batch_size, self.repeat = seed, batch_size, repeat
+        for name, value in (("batch_size", batch_size), ("repeat", repeat)):
+            if value < 1:
+                raise GradlessError(f"{name} is {value}; it must be at least 1.")
         if not 0 <= seed < 2**63:
             raise GradlessError(f"seed is {seed}; it must be a whole number from 0 on.")
 
@@ -135,16 +140,24 @@ class Attack(ABC):
         return 1.0
 
     def attack(
-        self, predict: Predict, images: Any, labels: Any, *, log: QueryLog | None = None, progress: Progress | None = None
+        self,
+        predict: Predict,
+        images: Any,
+        labels: Any,
+        *,
+        log: QueryLog | None = None,
+        progress: Progress | None = None,
+        trial: Trial | None = None,
     ) -> AttackResult:
         """Attack every image until it is adversarial or its budget is spent.
 
         Args:
             predict: the model, see `Predict`; it is called with torch tensors.
             images: (n, *shape), NumPy or torch, inside the pixels' range.
-            labels: integers (n,): the right classes, or the targets.
+            labels: the right classes, or the targets, see `answers.read_labels`.
             log: keeps the model's answers, and gives those that it has already.
             progress: called after every step with the oracle, which knows who has asked how often and what was found.
+            trial: asks one input again, to see whether the model answers it alike.
 
         Raises:
             GradlessError: images or labels that cannot be, a budget below one step, or an answer that is none.
@@ -152,7 +165,7 @@ class Attack(ABC):
         images, labels = self.checked(images, labels)
         shape, flat = images.shape[1:], images.flatten(1)
         budgets = (self.max_queries, self.max_total_queries)
-        oracle = Oracle(predict, tuple(shape), labels, self.targeted, *budgets, self.batch_size, log)
+        oracle = Oracle(predict, tuple(shape), labels, self.targeted, *budgets, self.batch_size, self.repeat, trial, log)
         with torch.inference_mode():
             for first in range(0, len(flat), self.batch_size):
                 self._attack(flat[first : first + self.batch_size], first, oracle, progress)
@@ -193,14 +206,13 @@ class Attack(ABC):
         Raises:
             GradlessError: they cannot be, or the budget is below one step.
         """
-        images, given = torch.as_tensor(images).detach().cpu().float(), torch.as_tensor(labels).detach().cpu()
-        labels = given.long()
-        if images.ndim < 2 or not len(images):
+        try:
+            images = tensor_of(images).float()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise GradlessError(f"images cannot be read ({error}); they must be numbers, (n, ...).") from error
+        if images.ndim < 2 or not images.numel():
             raise GradlessError(f"images are of shape {tuple(images.shape)}; they must be (n, ...), n at least 1.")
-        if labels.shape != images.shape[:1] or given.is_floating_point() or bool((labels < 0).any()):
-            raise GradlessError(
-                f"labels are {given.dtype} of shape {tuple(labels.shape)}; {len(images)} images need integers from 0 on."
-            )
+        labels = read_labels(labels, len(images))
         low, high = self.ball.low, self.ball.high
         if not bool(((images >= low) & (images <= high)).all()):
             raise GradlessError(
@@ -211,6 +223,6 @@ class Attack(ABC):
             places = (images - low) / (high - low) * (2**self.ball.pixel_bits - 1)
             if bool(((places - places.round()).abs() > 1e-3).any()):
                 raise GradlessError(f"the images' pixels are not of {self.ball.pixel_bits} bits; leave out pixel_bits.")
-        if self.max_queries < self.queries_a_step:
-            raise GradlessError(f"max_queries is {self.max_queries}; one step takes {self.queries_a_step}.")
+        if self.max_queries < self.queries_a_step * self.repeat:
+            raise GradlessError(f"max_queries is {self.max_queries}; one step takes {self.queries_a_step * self.repeat}.")
         return images, labels

@@ -35,7 +35,7 @@ class FoolboxAttack:
         Args:
             model: a Foolbox model; its bounds must be the attack's range of pixels.
             inputs: (n, ...).
-            criterion: labels (n,), `Misclassification` or `TargetedMisclassification`.
+            criterion: labels, see `answers.read_labels`, `Misclassification` or `TargetedMisclassification`.
             epsilons: a number, or several.
 
         Returns:
@@ -51,7 +51,7 @@ class FoolboxAttack:
             labels = criterion.target_classes.raw
         else:
             labels = criterion.labels.raw if isinstance(criterion, Misclassification) else criterion
-        if not isinstance(labels, Tensor):
+        if not hasattr(labels, "shape"):
             raise GradlessError(
                 f"a criterion of type {type(criterion).__name__}; labels, or (Targeted)Misclassification, it must be."
             )
@@ -63,5 +63,5 @@ class FoolboxAttack:
                 raise GradlessError(f"the model's bounds are {tuple(model.bounds)}; give the attack the same pixels.")
         self.results = [each.attack(lambda batch: model(batch.to(inputs.device)), inputs, labels) for each in attacks]
         images = [result.images.to(inputs.device) for result in self.results]
-        success = torch.stack([result.success for result in self.results])
+        success = torch.stack([result.success for result in self.results]).to(inputs.device)
         return (images, list(images), success) if several else (images[0], images[0].clone(), success[0])

@@ -39,8 +39,10 @@ class AttackOptions:
     max_queries: int = option(10_000, "An image's budget.")
     max_total_queries: int | None = option(None, "The budget of all images together.")
     batch_size: int = option(256, "Images that are attacked side by side, and that a call of the model holds at most.")
+    repeat: int = option(1, "Ask every input so often, each a query, and take the mean: for a model that adds noise.")
     seed: int = option(0, "Of random directions.")
     rate: float | None = option(None, "For a model behind HTTP: at most so many images a second.", metavar="X")
+    timeout: float = option(30.0, "For a model behind HTTP: seconds that a call may take.", metavar="X")
     output: str | None = option(None, "Folder for result.npz, report.html and queries.db.", metavar="DIR")
     resume: bool = option(False, "Go on with the attack in --output; nothing is asked twice.")
     overwrite: bool = option(False, "Replace the attack in --output.")
@@ -63,3 +65,5 @@ class AttackOptions:
             raise GradlessError("signhunter has no grid; --method zoqo is SignHunter on one.")
         if self.rate is not None and not self.rate > 0:
             raise GradlessError(f"rate is {self.rate}; it must be above zero, in images a second.")
+        if not 0 < self.timeout <= 86_400:
+            raise GradlessError(f"timeout is {self.timeout}; it must be above zero and at most a day, in seconds.")

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradless.attacks.answers import read_answer
 from gradless.attacks.log import ANSWER, QueryLog
+from gradless.attacks.trial import Trial
 from gradless.errors import GradlessError
 from gradless.noise import Words, key
 
 Predict = Callable[[Any], Any]
-"""A batch of images, fp32 (n, *shape), -> scores (n, classes) or labels (n,), as torch tensors or NumPy arrays."""
+"""A batch of images, fp32 (n, *shape) on the CPU, its own to change, -> its answer to them, see `answers.read_answer`."""
+TRIED = (2**63 - 1, 2**63 - 2)
+"""Names, in the log, of the input that is asked again."""
 
 
 @dataclass
 class Oracle:
-    """Answers an attack's queries: each input once, and none beyond an image's budget.
+    """Answers an attack's queries: each input once, or `repeat` times, and none beyond an image's budget.
 
     The loss of a query is the margin by which the model is still right: for scores s, s_y - max_{j != y} s_j, or
     max_{j != t} s_j - s_t where class t is the target; for labels, 1 or -1. Below zero the image is adversarial.
@@ -33,6 +38,8 @@ class Oracle:
         max_queries: an image's budget.
         max_total_queries: that of all images together; None for no limit.
         batch_size: images in a call of the model.
+        repeat: calls for an input, as many queries: the mean of its scores, or its most frequent class, is the answer.
+        trial: what is done with the first input that the model answers; None for nothing.
         log: answers are kept there, and taken from there where an attack is resumed.
 
     Attributes:
@@ -50,12 +57,15 @@ class Oracle:
     max_queries: int = 10_000
     max_total_queries: int | None = None
     batch_size: int = 256
+    repeat: int = 1
+    trial: Trial | None = None
     log: QueryLog | None = None
     queries: Tensor = field(init=False)
     found: Tensor = field(init=False)
     images: Tensor = field(init=False)
     points: Tensor = field(init=False)
     classes: Tensor = field(init=False)
+    _tried: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         n, pixels = len(self.labels), int(np.prod(self.shape))
@@ -65,10 +75,14 @@ class Oracle:
         self._known: list[dict[int, tuple[float, int]]] = [{} for _ in range(n)]
         low, high = Words(key(0, "an input's name"), 0, 0)(0, 2 * pixels).view(2, pixels)
         self._name = (high << 32 | low) | 1
+        if self.trial is not None and self.log is not None:
+            for row in (row for name in TRIED for row in self.log.answers(range(n), [name] * n)):
+                self.queries[row] += self.trial.counted
+                self._tried = True
 
     def open(self, rows: Tensor) -> Tensor:
         """Which of the images may still ask: bool (n,)."""
-        return ~self.found[rows] & (self.queries[rows] < self.max_queries) & (self._left() > 0)
+        return ~self.found[rows] & (self.queries[rows] <= self.max_queries - self.repeat) & (self._left() >= self.repeat)
 
     def _left(self) -> int:
         """Of the budget of all images."""
@@ -93,12 +107,13 @@ class Oracle:
         known = [self._known[row].get(name) for row, name in zip(rows.tolist(), names, strict=True)]
         losses = torch.tensor([0.0 if answer is None else answer[0] for answer in known])
         classes = torch.tensor([-1 if answer is None else answer[1] for answer in known], dtype=torch.int32)
-        new = [i for i, may in enumerate(self.open(rows).tolist()) if may and known[i] is None][: self._left()]
+        new = [i for i, may in enumerate(self.open(rows).tolist()) if may and known[i] is None]
+        new = new[: self._left() // self.repeat]
         for start in range(0, len(new), self.batch_size):
             part = torch.tensor(new[start : start + self.batch_size])
             asking, named = rows[part], [names[i] for i in part.tolist()]
+            self.queries[asking] += self.repeat
             losses[part], classes[part] = answered = self._answer(asking, named, _some(images, part))
-            self.queries[asking] += 1
             for row, name, loss, taken in zip(asking.tolist(), named, *map(Tensor.tolist, answered), strict=True):
                 self._known[row][name] = loss, taken
         hit = (losses < 0) & ~self.found[rows]
@@ -114,46 +129,62 @@ class Oracle:
 
     def _answer(self, rows: Tensor, names: list[int], images: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and classes, (n,), of one input of each of these images: the log's, and for the rest the model's."""
-        if self.log is None:
-            return self._margin(rows, self.predict(images.view(-1, *self.shape)))
         losses, classes = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.int32)
-        held = self.log.answers(rows.tolist(), names)
+        held = {} if self.log is None else self.log.answers(rows.tolist(), names)
         for i, answer in held.items():
             losses[i], classes[i] = answer
         if len(held) < len(rows):
             ask = torch.tensor([i for i in range(len(rows)) if i not in held])
-            answer = self.predict(_some(images, ask).view(-1, *self.shape))
-            losses[ask], classes[ask] = self._margin(rows[ask], answer)
-            paid = np.empty(len(ask), ANSWER)
-            paid["image"], paid["class"] = rows[ask].numpy(), classes[ask].numpy()
-            paid["input"], paid["loss"] = [names[i] for i in ask.tolist()], losses[ask].numpy()
-            self.log.append(paid)
+            asked, inputs = rows[ask], _some(images, ask)
+            answers = self._call(inputs)
+            losses[ask], classes[ask] = self._margin(asked, answers)
+            self._append(asked, [names[i] for i in ask.tolist()], losses[ask], classes[ask])
+            if self.trial is not None and not self._tried:
+                self._tried = True
+                again = (partial(self._again, asked[:1], name, inputs[:1]) for name in TRIED)
+                self.trial.check(answers[0], len(inputs), lambda: next(again)())
         return losses, classes
 
-    def _margin(self, rows: Tensor, answer: Any) -> tuple[Tensor, Tensor]:
+    def _again(self, row: Tensor, name: int, image: Tensor) -> Tensor | None:
+        """The answer to an input that was answered already, by itself; None if no budget is left for it."""
+        assert self.trial is not None
+        if self.trial.counted and not (self._left() > 0 and int(self.queries[row]) < self.max_queries):
+            return None
+        self.queries[row] += self.trial.counted
+        answer = self._call(image)
+        self._append(row, [name], *self._margin(row, answer))
+        return answer[0]
+
+    def _append(self, rows: Tensor, names: list[int], losses: Tensor, classes: Tensor) -> None:
+        if self.log is not None:
+            paid = np.empty(len(rows), ANSWER)
+            paid["image"], paid["class"], paid["input"], paid["loss"] = rows.numpy(), classes.numpy(), names, losses.numpy()
+            self.log.append(paid)
+
+    def _call(self, images: Tensor) -> Tensor:
+        """The model's answer, scores (n, classes) or classes (n,), to one input of each of these images."""
+        with torch.inference_mode(False), torch.no_grad():  # the model may take gradients of its own, or write into its batch
+            shape = (-1, *self.shape)
+            answers = [read_answer(self.predict(images.clone().view(shape)), len(images)) for _ in range(self.repeat)]
+        if len({answer.shape for answer in answers}) > 1:
+            raise GradlessError("the model returned scores of other shapes when it was asked again.")
+        if self.repeat == 1:
+            return answers[0]
+        return torch.stack(answers).mean(0) if answers[0].ndim == 2 else torch.stack(answers).mode(0).values
+
+    def _margin(self, rows: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and classes, (n,), of the model's answer to one input of each of these images."""
-        answer, labels = torch.as_tensor(answer).detach().cpu(), self.labels[rows]
-        if len(answer) != len(rows) or answer.ndim not in (1, 2):
-            raise GradlessError(
-                f"the model was given {len(rows)} images and returned an array of shape {tuple(answer.shape)}; it must return "
-                "scores (n, classes) or labels (n,)."
-            )
+        labels = self.labels[rows]
         if answer.ndim == 1:
-            if answer.is_floating_point():
-                raise GradlessError(
-                    "the model returned one float an image; it must return scores (n, classes) or integer labels."
-                )
-            reached = answer.long() == labels
-            return torch.where(reached == self.targeted, -1.0, 1.0), answer.int()
+            return torch.where((answer == labels) == self.targeted, -1.0, 1.0), answer.int()
         finite = answer.isfinite()
         if not finite.all():
             row = int(rows[(~finite).nonzero()[0, 0]])
             raise GradlessError(
-                f"the model returned a score that is no finite number for image {row} (its query {int(self.queries[row]) + 1})."
+                f"the model returned a score that is no finite number for image {row} (its query {int(self.queries[row])})."
             )
         if int(labels.max()) >= answer.shape[1]:
             raise GradlessError(f"label {int(labels.max())} does not fit a model with {answer.shape[1]} classes.")
-        answer = answer if answer.is_floating_point() else answer.double()
         own = answer.gather(1, labels.unsqueeze(1)).squeeze(1)
         others = answer.scatter(1, labels.unsqueeze(1), float("-inf")).amax(1)
         margin = (own - others).float()

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import gguf
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradless.errors import GradlessError
 from gradless.files import replacing
 from gradless.formats.dense import DenseModel
 from gradless.formats.gguf import GGUFFile
+from gradless.formats.peft_config import CONFIG, read_config
 from gradless.formats.quantized import QuantizedModel
 from gradless.grids import integers, lora_scale
 from gradless.layers import QuantLinear
@@ -32,7 +35,7 @@ from gradless.noise import Direction, Stream, uniform
 from gradless.spaces import GridSpace, Space, linear_layers
 from gradless.targets import EVERYTHING, Targets
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -157,7 +160,7 @@ def new_adapter(path: str, layer: Any, lora: LoRA, *, clamp: bool = False, resid
     words = Direction(lora.seed, 0).words(names[0], Stream.INITIAL)
     a = (2 * uniform(words, 0, math.prod(shape), "cpu") - 1).view(shape) / math.sqrt(layer.in_features)
     scale = lora_scale(a, grid)
-    device = (layer.packed.packed if isinstance(layer, QuantLinear) else layer.weight).device
+    device = _weight(layer).device
     codes = (grid.nearest(a / scale).short(), torch.zeros(layer.out_features, lora.rank, dtype=torch.int16))
     each = zip(names, codes, strict=True)
     return Adapter(path, *(GridSpace(n, c.to(device), grid, scale, clamp=clamp, residual=residual) for n, c in each))
@@ -193,40 +196,101 @@ def write_peft(folder: Path, adapters: list[Adapter], lora: LoRA, base: str) -> 
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
 
 
-UNREAD = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
-"""What PEFT's configuration may ask for and gradless does not do."""
-
-
 def attach_peft(base: QuantizedModel | DenseModel, folder: Path) -> None:
     """Let a loaded model run with the adapter of a PEFT folder.
 
     Raises:
-        GradlessError: the folder holds no LoRA adapter, one for another model, or one with more than plain factors.
+        GradlessError: the folder holds no LoRA adapter, one for another model, or one with more than plain factors; no layer
+            has been changed then.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise GradlessError(f"{folder} holds no adapter that can be read ({error}); give a PEFT folder.") from error
-    asked = [name for name in UNREAD if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
-    if config.get("peft_type") != "LORA" or asked or not {"r", "lora_alpha"} <= config.keys():
-        what = f"a LORA adapter with {asked[0]}" if asked else f"a {config.get('peft_type')} adapter"
-        raise GradlessError(f"{folder} holds {what}; gradless reads plain LORA adapters.")
-    layers = adaptable(base)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, values in tensors.items():
-        path, _, factor = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        pairs.setdefault(path, {})[factor] = values.float()
-    for path, pair in pairs.items():
-        layer = layers.get(path)
-        shapes = {"lora_A": (config["r"], layer.in_features), "lora_B": (layer.out_features, config["r"])} if layer else {}
-        if {factor: tuple(values.shape) for factor, values in pair.items()} != shapes:
-            held = ", ".join(f"{factor} {tuple(values.shape)}" for factor, values in pair.items())
-            raise GradlessError(f"{folder} does not fit this model: no linear layer {path or '(none)'} takes {held}.")
-        assert layer is not None
-        attach(layer, partial(tuple, (pair["lora_A"], pair["lora_B"])), config["lora_alpha"] / config["r"])
-    if not pairs:
+    if folder.is_file():
+        raise GradlessError(f"{folder} is a file; give the PEFT folder of the adapter, which holds {CONFIG} and {WEIGHTS}.")
+    lora, layers = read_config(folder), adaptable(base)
+    known = {path: path for path in layers} | _without_wrapper(layers)
+    found: dict[str, tuple[tuple[Tensor, Tensor], float]] = {}
+    for path, pair in _read_factors(folder).items():
+        ours = known.get(path) or known.get(_unwrapped(path), path)
+        shapes = {factor: tuple(values.shape) for factor, values in pair.items()}
+        if not _fits(layers.get(ours), shapes) or ours in found:
+            held = ", ".join(f"{factor} {shape}" for factor, shape in sorted(shapes.items()))
+            raise GradlessError(f"{folder} does not fit this model: no linear layer {path} takes {held}.")
+        if shapes["lora_A"][0] != lora.rank_of(path):
+            key = "r" if lora.rank_of(path) == lora.rank else "rank_pattern"
+            raise GradlessError(
+                f"{folder} holds a LORA adapter with {key} {lora.rank_of(path)} for {path}, whose factors have rank "
+                f"{shapes['lora_A'][0]}: configuration and weights are not of one adapter."
+            )
+        device = _weight(layers[ours]).device
+        found[ours] = (pair["lora_A"].to(device), pair["lora_B"].to(device)), lora.factor_of(path)
+    if not found:
         raise GradlessError(f"{folder} holds an adapter without factors; it would change nothing.")
+    if missing := [path for path in layers if path not in found and lora.names(path)]:
+        raise GradlessError(
+            f"{folder} lacks the factors of {len(missing)} layers that its configuration names ({missing[0]} first)."
+        )
+    for path, (factors, factor) in found.items():
+        attach(layers[path], partial(tuple, factors), factor)
+
+
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<factor>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+
+
+def _read_factors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The factors of a PEFT folder, fp32, by their layers' names in the adapter.
+
+    Raises:
+        GradlessError: they cannot be read, are not finite floats, or stand beside something else.
+    """
+    path, pairs, adapters, others = folder / WEIGHTS, defaultdict[str, dict[str, Tensor]](dict), set(), []
+    if not path.is_file() and path.with_suffix(".bin").is_file():
+        raise GradlessError(f"{folder} holds a pickle, which runs code; let PEFT save the adapter as {WEIGHTS}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (no mapping)
+                match = _FACTOR.fullmatch(name)
+                if match is None:
+                    others.append(name)
+                    continue
+                adapters.add(match["adapter"])
+                held = pairs[match["path"]]
+                if match["factor"] in held:
+                    raise GradlessError(f"{path} holds {match['factor']} of {match['path']} twice.")
+                held[match["factor"]] = file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise GradlessError(f"{folder} holds no adapter that can be read ({error}); give a PEFT folder.") from error
+    if others or len(adapters) > 1:
+        what = f"{len(others)} tensors beside LoRA's factors, {others[0]} first" if others else f"{len(adapters)} adapters"
+        raise GradlessError(f"{folder} holds {what}; gradless reads plain LORA adapters, one in a folder.")
+    for layer, pair in pairs.items():
+        for factor, values in pair.items():
+            if not values.is_floating_point() or not bool(values.float().isfinite().all()):
+                raise GradlessError(f"{folder} holds {factor} of {layer} with values that are no finite floats.")
+            pair[factor] = values.float()
+    return pairs
+
+
+def _fits(layer: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether these are the shapes of a layer's two factors, of any rank."""
+    if layer is None or shapes.keys() != {"lora_A", "lora_B"} or not shapes["lora_A"]:
+        return False
+    rank = shapes["lora_A"][0]
+    return shapes == {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
+
+
+def _unwrapped(path: str) -> str:
+    """A layer's name in the language model alone, of which a model of images and text makes a part."""
+    return ".".join(part for part in path.split(".") if part != "language_model")
+
+
+def _without_wrapper(paths: Iterable[str]) -> dict[str, str]:
+    """Layers' names by those that they have without a wrapper, where these are one layer's alone."""
+    count = Counter(map(_unwrapped, paths))
+    return {_unwrapped(path): path for path in paths if count[_unwrapped(path)] == 1}
+
+
+def _weight(layer: Any) -> Tensor:
+    """What a layer's forward reads."""
+    return cast(Tensor, layer.packed.packed if isinstance(layer, QuantLinear) else layer.weight)
 
 
 def write_gguf(path: Path, base: QuantizedModel, adapters: list[Adapter], lora: LoRA) -> None:

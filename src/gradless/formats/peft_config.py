@@ -1,0 +1,172 @@
+"""What a PEFT folder's adapter_config.json asks for: each key is used, changes no forward, or is refused by its value."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradless.errors import GradlessError
+
+CONFIG = "adapter_config.json"
+USED = frozenset(
+    {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"}
+)
+"""Keys that `PeftLoRA` is made of."""
+RECORDS = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),  # whence it comes
+        *("lora_dropout", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),  # how it was trained, or begun
+        *("layers_to_transform", "layers_pattern", "ensure_weight_tying"),  # which layers have factors: the tensors say it
+        *("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"),  # how, or where, something else is done
+    }
+)
+"""Keys that change no forward, whatever they say."""
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "task_type": (None, "CAUSAL_LM"),
+    "bias": (None, "none"),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),  # the others change the base too
+}
+"""Keys that change no forward if they have one of these values."""
+OFF = frozenset(
+    {
+        *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "megatron_config"),
+        *("modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora"),
+        *("use_qalora", "velora_config"),
+    }
+)
+"""Keys that change no forward if they are null, false or empty. A key that is in no list is taken for one of these."""
+_PATTERN = re.compile(r"[\w.\\^$|\[\]-]*(?:[*+][\w.\\^$|\[\]-]*){0,3}")
+"""Regular expressions that are tried on names: without groups, and with so few repeats that none can take long."""
+
+
+@dataclass(frozen=True)
+class PeftLoRA:
+    """A LoRA adapter as its configuration describes it.
+
+    Attributes:
+        rank: r, of layers that no key of `ranks` matches.
+        alpha: the same of `alphas`.
+        rank_stabilized: an update is alpha / sqrt(r) times B A instead of alpha / r (arXiv 2312.03732).
+        ranks: by regular expressions for the ends of layers' names.
+        alphas: likewise.
+        targets: the ends of the names of the layers that have factors; None if the tensors alone say which.
+        excluded: the ends of the names of those among them that have none.
+    """
+
+    rank: int
+    alpha: float
+    rank_stabilized: bool
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    targets: tuple[str, ...] | None
+    excluded: tuple[str, ...]
+
+    def rank_of(self, path: str) -> int:
+        """r of a layer, by its name in the adapter."""
+        rank: int = _matched(self.ranks, path, self.rank)
+        return rank
+
+    def factor_of(self, path: str) -> float:
+        """What multiplies a layer's B A."""
+        rank, alpha = self.rank_of(path), float(_matched(self.alphas, path, self.alpha))
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def names(self, path: str) -> bool:
+        """Whether the configuration says that this layer has factors."""
+        return self.targets is not None and _ends(path, self.targets) and not _ends(path, self.excluded)
+
+
+def read_config(folder: Path) -> PeftLoRA:
+    """The adapter that a PEFT folder's configuration describes.
+
+    Raises:
+        GradlessError: it cannot be read, or asks for something that is not plain LoRA.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise GradlessError(f"{folder} holds no adapter that can be read ({error}); give a PEFT folder.") from error
+    if not isinstance(config, dict):
+        raise GradlessError(f"{folder} holds no adapter that can be read ({CONFIG} is no mapping); give a PEFT folder.")
+    if config.get("peft_type") != "LORA":
+        raise GradlessError(f"{folder} holds a {config.get('peft_type')} adapter; gradless reads plain LORA adapters.")
+    for key, value in config.items():
+        if key not in USED | RECORDS and not _plain(key, value):
+            raise _refused(folder, key, value)
+    listed = not (config.get("layers_to_transform") or isinstance(config.get("exclude_modules"), str))
+    return PeftLoRA(
+        _each(folder, "r", config.get("r"), _rank),
+        _each(folder, "lora_alpha", config.get("lora_alpha"), _number),
+        _each(folder, "use_rslora", config.get("use_rslora") or False, lambda value: isinstance(value, bool)),
+        _patterns(folder, "rank_pattern", config.get("rank_pattern"), _rank),
+        _patterns(folder, "alpha_pattern", config.get("alpha_pattern"), _number),
+        _names(folder, "target_modules", config.get("target_modules")) if listed else None,
+        _names(folder, "exclude_modules", config.get("exclude_modules")) or (),
+    )
+
+
+def _plain(key: str, value: Any) -> bool:
+    if key in PLAIN:
+        return any(value is each or (isinstance(value, str) and value == each) for each in PLAIN[key])
+    return value is None or value is False or value in ([], {})
+
+
+def _refused(folder: Path, key: str, value: Any) -> GradlessError:
+    hint = ""
+    if key == "init_lora_weights":
+        hint = (
+            ": its base is not the model as it is; convert it with PEFT's save_pretrained(.., "
+            "path_initial_model_for_weight_conversion=..)"
+        )
+    return GradlessError(
+        f"{folder} holds a LORA adapter with {key} {reprlib.repr(value)}; gradless reads plain LORA adapters{hint}."
+    )
+
+
+def _rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _each(folder: Path, key: str, value: Any, fits: Callable[[Any], bool]) -> Any:
+    if not fits(value):
+        raise _refused(folder, key, value)
+    return value
+
+
+def _patterns(folder: Path, key: str, value: Any, fits: Callable[[Any], bool]) -> dict[str, Any]:
+    patterns: dict[str, Any] = _each(folder, key, value or {}, lambda value: isinstance(value, dict))
+    for pattern, chosen in patterns.items():
+        try:
+            re.compile(pattern)
+            readable = len(pattern) <= 200 and _PATTERN.fullmatch(pattern) is not None
+        except re.error:
+            readable = False
+        if not readable or not fits(chosen):
+            raise _refused(folder, key, {pattern: chosen})
+    return patterns
+
+
+def _names(folder: Path, key: str, value: Any) -> tuple[str, ...] | None:
+    """Ends of names; None for none, or for a regular expression."""
+    if value is None or isinstance(value, str):
+        return None
+    return tuple(_each(folder, key, value, lambda value: isinstance(value, list) and all(isinstance(e, str) for e in value)))
+
+
+def _matched(chosen: dict[str, Any], path: str, otherwise: Any) -> Any:
+    """The value of the first pattern that matches a name from its beginning, or from a dot, to its end."""
+    return next((value for pattern, value in chosen.items() if re.match(rf"(.*\.)?({pattern})$", path)), otherwise)
+
+
+def _ends(path: str, ends: tuple[str, ...]) -> bool:
+    return any(path == end or path.endswith("." + end) for end in ends)
