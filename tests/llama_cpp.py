@@ -18,8 +18,7 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, through xllamacpp: one thread, keys and values in fp32.
 
     It starts in .03 s and answers in 5 ms for a tiny file. Quantized weights are multiplied with activations in 8 bits there:
-    files
-    whose tensors are F32 agree with an fp32 model to 1e-5, those in F16 to .001, in Q4_1 to about .02.
+    files whose tensors are F32 agree with an fp32 model to 1e-5, those in F16 to .001, in Q4_1 to about .02.
     """
 
     def __init__(self, path: Path, *, context: int = 256) -> None:

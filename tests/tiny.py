@@ -64,6 +64,7 @@ LAYERS_OF: dict[str, tuple[str, ...]] = {
     "stablelm": (*PRE_NORMS, "attn_norm.bias", "ffn_norm.bias", *GATED),
     "starcoder2": (*PRE_NORMS, "attn_norm.bias", "ffn_norm.bias", *UNGATED, *BIASES),
     "nemotron": (*PRE_NORMS, "attn_norm.bias", "ffn_norm.bias", *UNGATED),
+    "arcee": (*PRE_NORMS, *UNGATED),
     "command-r": ("attn_norm", *GATED),
     "cohere2": ("attn_norm", *GATED),
 }
@@ -97,6 +98,8 @@ def usual_metadata(architecture: str) -> dict[str, Any]:
         own["logit_scale"] = 0.0625
     if architecture in ("llama", "phi3", "stablelm", "nemotron", "glm4", "command-r", "cohere2"):
         own["rope.dimension_count"] = HEAD_DIM
+    if architecture == "granite":
+        own |= {"logit_scale": 4.0, "attention.scale": 0.1, "embedding_scale": 3.0, "residual_scale": 0.5}
     own["vocab_size"] = len(VOCABULARY)
     if architecture == "stablelm":
         own["use_parallel_residual"] = False
@@ -194,6 +197,7 @@ def _shapes(architecture: str, stated: Mapping[str, Any]) -> dict[str, tuple[int
     """Of the tensors with names like these: (rows, columns) or (values,)."""
     hidden, ffn, heads = (stated[f"{name}"] for name in ("embedding_length", "feed_forward_length", "attention.head_count"))
     kv_heads = stated.get("attention.head_count_kv", heads)
+    kv_heads = kv_heads[0] if isinstance(kv_heads, list) else kv_heads
     key = stated.get("attention.key_length", hidden // heads)
     value = stated.get("attention.value_length", hidden // heads)
     full = architecture in FULL_QK_NORMS
