@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradless.errors import GradlessError
+from gradless.formats.account import Account
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_config import Architecture, Statement, architecture
 from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer, place_float, restore_buffers, tie
 from gradless.fusing import fuse
-from gradless.layers import QuantLinear
 
 MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 """The modules outside of layers by their tensors' names."""
@@ -46,61 +45,69 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenize
     """
     from transformers import AutoModelForCausalLM
 
+    from transformers import AutoModelForCausalLM
+
     file = GGUFFile.open(path)
     known, stated = architecture(file), Statement(file)
     config = known.configuration(stated)
+    places = {name: _place(known, name) for name in file.tensors if name not in stated.tensors}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    _leave_biases_out(model, set(places.values()))
+    account = Account(file.path, model)
     restore_buffers(model)
-    floats = _place(file, model, known, stated.tensors, dtype)
+    floats = _fill(file, model, known, places, dtype, account)
     if config.tie_word_embeddings:
         tie(model, floats, dtype)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise GradlessError(f"{file.path} has no tensor for {missing[0]}, of {len(missing)} missing in all; convert it again.")
+    notes = account.settle(model)
     fuse(model.requires_grad_(False).eval())
-    return QuantizedModel(file, model, tokenizer or load_tokenizer(path), floats)
+    return QuantizedModel(file, model, tokenizer or load_tokenizer(path), floats, notes)
 
 
-def _place(file: GGUFFile, model: Any, known: Architecture, placed: set[str], dtype: torch.dtype) -> dict[str, ShownFloat]:
-    """Put every tensor of the file where it belongs in the model, but those `placed` already."""
+def _place(known: Architecture, name: str) -> str:
+    """The parameter that a tensor fills: "model.layers.0.mlp.up_proj.weight" of "blk.0.ffn_up.weight"."""
+    stem, _, attribute = name.rpartition(".")
+    if stem.startswith("blk."):
+        _, layer, *rest = stem.split(".")
+        return f"model.layers.{layer}.{known.modules.get('.'.join(rest), stem)}.{attribute}"
+    return f"{MODEL.get(stem, stem)}.{attribute}"
+
+
+def _leave_biases_out(model: Any, filled: set[str]) -> None:
+    """Of linear layers that have none in the file, beside others that do (transformers knows one word for all of them)."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is not None and f"{path}.bias" not in filled:
+            module.bias = None
+
+
+def _fill(
+    file: GGUFFile, model: Any, known: Architecture, places: dict[str, str], dtype: torch.dtype, account: Account
+) -> dict[str, ShownFloat]:
+    """Put every tensor of the file where it belongs in the model."""
     floats = {}
     modules = dict(model.named_modules())
-    for name, info in file.tensors.items():
-        if name in placed:
-            continue
-        path, attribute = _path(known, name)
+    for name, place in places.items():
+        path, _, attribute = place.rpartition(".")
         module = modules.get(path)
-        if not isinstance(getattr(module, attribute, None), nn.Parameter):
-            raise GradlessError(f"{file.path}: {name} has no place in a model of the architecture {file.architecture} here.")
-        assert module is not None
-        order = _row_order(known, model.config, name, info.shape[0])
+        if module is None or not isinstance(getattr(module, attribute, None), nn.Parameter):
+            account.leave(name, file.contents[name], place)
+            continue
+        account.place(name, place)
+        shape = file.tensors[name].shape
+        order = _row_order(known, model.config, name, shape[0])
         if name in file.quantized:
-            if len(info.shape) != 2 or attribute != "weight" or not isinstance(module, nn.Linear | nn.Embedding):
-                raise GradlessError(f"{file.path}: {name} is quantized but belongs to a {type(module).__name__}.")
+            if len(shape) != 2 or attribute != "weight" or not isinstance(module, nn.Linear | nn.Embedding):
+                account.unfit(name, f"{name} is quantized but belongs to a {type(module).__name__}")
+                continue
             tensor = file.quantized[name]
             tensor.row_order = order
             modules[path] = packed_layer(module, tensor, dtype)
             model.set_submodule(path, modules[path])
         else:
-            shift = known.shifted and name.endswith("norm.weight")
-            shown = ShownFloat(file.floats[name], show=_shower(order, shift))
+            shown = ShownFloat(file.floats[name], show=_shower(order, known.shifted and name.endswith("norm.weight")))
             place_float(shown, module, attribute, dtype)
             floats[name] = shown
-    for module in modules.values():
-        if isinstance(module, nn.Linear | QuantLinear) and module.bias is not None and module.bias.is_meta:
-            module.bias = None  # of a projection that has none beside others that do
     return floats
-
-
-def _path(known: Architecture, name: str) -> tuple[str, str]:
-    """A tensor's module and parameter: ("model.layers.0.mlp.up_proj", "weight") of "blk.0.ffn_up.weight"."""
-    stem, _, attribute = name.rpartition(".")
-    if not stem.startswith("blk."):
-        return MODEL.get(stem, ""), attribute
-    _, layer, *rest = stem.split(".")
-    module = known.modules.get(".".join(rest))
-    return (f"model.layers.{layer}.{module}" if module else ""), attribute
 
 
 def _row_order(known: Architecture, config: Any, name: str, rows: int) -> Tensor | None:
