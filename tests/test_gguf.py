@@ -19,7 +19,7 @@ from gradless.tensor import Move, Part
 from tests.tiny import random_blocks, tiny_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Those whose metadata transformers reads as they are meant, where it is the usual (of gemma3 it takes scores' scale as given)."""
+"""Those whose usual metadata transformers reads as they are meant (of gemma3 it takes the scores' scale as given)."""
 
 
 def transformers_model(path):

@@ -140,7 +140,7 @@ def tiny_gguf(
     rng = np.random.default_rng(seed)
     stated = usual_metadata(architecture)
     for key, value in (metadata or {}).items():
-        whole = key.partition(".")[0] in ("general", "tokenizer", "split", "adapter", "imatrix", architecture)
+        whole = key.partition(".")[0] in ("general", "tokenizer", "split", "diffusion", architecture)
         stated[key if whole else f"{architecture}.{key}"] = value
     stated = {key: value for key, value in stated.items() if value is not None}
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -178,6 +178,8 @@ def tiny_gguf(
 
 def _value_type(value: Any) -> gguf.GGUFValueType:
     kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
+    if type(value) is int and value < 0:
+        return gguf.GGUFValueType.INT32
     return gguf.GGUFValueType[kinds.get(type(value), "ARRAY")]
 
 

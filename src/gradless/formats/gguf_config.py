@@ -121,6 +121,15 @@ class Statement:
             raise GradlessError(f"{self.file.path}: {name} must be {length} positive numbers, one for each frequency.")
         return values
 
+    def measure(self, name: str, columns: int) -> None:
+        """Refuse a file whose tensor has another size than its metadata say (before anything is made as large as they do)."""
+        shape = self.file.tensors[name].shape if name in self.file.tensors else ()
+        if len(shape) != 2 or shape[1] != columns:
+            held = " x ".join(map(str, shape)) or "missing"
+            raise GradlessError(
+                f"{self.file.path}: {name} is {held}, where the metadata say {columns} columns; download or convert it again."
+            )
+
     def expect(self, key: str, *allowed: Any) -> None:
         """Refuse every value of a key but these, the first of which is what holds where it is missing."""
         value = self.value(key, allowed[0])
@@ -236,6 +245,9 @@ def _stablelm(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str,
 
 
 def _starcoder2(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
+    for name in (f"blk.{i}.ffn_{part}.bias" for i in range(known["num_hidden_layers"]) for part in ("up", "down")):
+        if name not in stated.file.tensors:
+            raise GradlessError(f"{stated.file.path} has no {name}; download or convert it again.")
     return _unwindowed(stated, known, rope) | {"use_bias": True, "hidden_act": "gelu_pytorch_tanh"}
 
 
@@ -304,14 +316,20 @@ class Architecture:
         Raises:
             GradlessError: a key is missing or wrong, is not read, or has a value that is not implemented.
         """
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         file = stated.file
         hidden, heads = stated.size("embedding_length"), stated.size("attention.head_count")
         context = stated.size("context_length")
+        layers = stated.size("block_count")
         head = stated.size("attention.key_length", hidden // heads)
+        if (held := len({name.split(".")[1] for name in file.tensors if name.startswith("blk.")})) != layers:
+            raise GradlessError(f"{file.path} states {layers} layers and has tensors of {held}; download or convert it again.")
         if stated.size("attention.value_length", hidden // heads) != head:
             raise stated.refused("has heads whose keys and values differ in size")
+        stated.measure("token_embd.weight", hidden)
+        stated.measure("blk.0.attn_output.weight", heads * head)
         rotated = stated.size("rope.dimension_count", head)
         if rotated % 2 or rotated > head or (rotated < head and not self.partial):
             raise stated.refused(f"states {file.architecture}.rope.dimension_count = {rotated}, with heads of {head}")
@@ -321,14 +339,12 @@ class Architecture:
         own_head = "output.weight" in file.tensors
         if self.head != "either" and own_head != (self.head == "own"):
             raise stated.refused("has a head of its own (output.weight)" if own_head else "has no head (output.weight)")
-        if "token_embd.weight" not in file.tensors:
-            raise GradlessError(f"{file.path} has no token_embd.weight: it is no whole language model; convert it again.")
         stated.expect("attention.causal", True)
         known: dict[str, Any] = {
             "vocab_size": file.tensors["token_embd.weight"].shape[0],
             "hidden_size": hidden,
             "intermediate_size": stated.size("feed_forward_length"),
-            "num_hidden_layers": stated.size("block_count"),
+            "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": stated.size("attention.head_count_kv", heads),
             "head_dim": head,
@@ -347,7 +363,10 @@ class Architecture:
             known["rope_parameters"]["partial_rotary_factor"] = rotated / head
         if heads % known["num_key_value_heads"]:
             raise stated.refused(f"has {heads} heads over {known['num_key_value_heads']} of keys and values")
-        return AutoConfig.for_model(self.model_type, **known)
+        try:
+            return AutoConfig.for_model(self.model_type, **known)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise stated.refused(f"states what transformers refuses ({' '.join(str(error).split())})") from error
 
 
 _SANDWICH = DECODER | POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"}

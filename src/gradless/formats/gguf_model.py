@@ -45,8 +45,6 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenize
     """
     from transformers import AutoModelForCausalLM
 
-    from transformers import AutoModelForCausalLM
-
     file = GGUFFile.open(path)
     known, stated = architecture(file), Statement(file)
     config = known.configuration(stated)
@@ -77,7 +75,7 @@ def _leave_biases_out(model: Any, filled: set[str]) -> None:
     """Of linear layers that have none in the file, beside others that do (transformers knows one word for all of them)."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.bias is not None and f"{path}.bias" not in filled:
-            module.bias = None
+            module.register_parameter("bias", None)
 
 
 def _fill(
