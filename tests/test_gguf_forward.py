@@ -16,6 +16,7 @@ ENDS = (1, 2, 33, 100)
 CLOSE = {"gemma": 0.002, "gemma2": 0.002, "gemma3": 0.002, "starcoder2": 0.002}
 """llama.cpp reads its GELU from a table of fp16; all others agree within this."""
 FACTORS = np.geomspace(1, 8, HEAD_DIM // 2)
+PAIR = {"rope_factors_short.weight": FACTORS**0.3, "rope_factors_long.weight": FACTORS}
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
 
 
@@ -95,6 +96,8 @@ TENSORS = {
     "biases, stablelm": ("stablelm", {}, {f"blk.{i}.attn_{n}.bias": 0.0 for i in (0, 1) for n in "qkv"}),
     "biases, glm4": ("glm4", {}, {f"blk.{i}.attn_{n}.bias": 0.0 for i in (0, 1) for n in "qkv"}),
     "no biases, qwen2": ("qwen2", {}, {f"blk.{i}.attn_{n}.bias": None for i in (0, 1) for n in "qkv"}),
+    "a pair of factors": ("llama", {"rope.scaling.type": "longrope"}, dict.fromkeys(PAIR, FACTORS)),
+    "a parallel residual in words only": ("stablelm", {"use_parallel_residual": True}, {}),
     "a parallel residual": (
         "stablelm",
         {"use_parallel_residual": True},
@@ -247,20 +250,32 @@ REFUSED = {
         "tensors of 3",
     ),
     "no positions": ("granite", {"rope.scaling.finetuned": False}, {}, "states granite.rope.scaling.finetuned = False"),
-    "a parallel residual in words only": ("stablelm", {"use_parallel_residual": True}, {}, "use_parallel_residual = True"),
     "an adapter": ("llama", {"general.type": "adapter"}, {}, "is an adapter"),
     "a projector": ("llama", {"general.type": "mmproj"}, {}, "is the projector of a multimodal model"),
     "an importance matrix": ("llama", {"general.type": "imatrix"}, {}, "is an importance matrix"),
     "a control vector": ("controlvector", {}, {}, "is a control vector, not a model"),
-    "a part": ("llama", {"split.count": 3, "split.no": 1}, {}, "is part 2 of 3 of a split model"),
+    "a part": ("llama", {"split.count": 3, "split.no": 1}, {}, "is one of 3 parts of a model"),
     "a diffusion model": ("llama", {"diffusion.shift_logits": True}, {}, "states diffusion.shift_logits"),
     "another architecture": ("rwkv6", {}, {}, "the architecture rwkv6 is not supported. Supported are llama, "),
     "experts": ("qwen2moe", {}, {}, "the architecture qwen2moe is not supported"),
     "llama's experts": ("llama", {}, {"blk.0.ffn_gate_inp.weight": np.ones((4, 256))}, "blk.0.ffn_gate_inp.weight"),
-    "factors for qwen2": ("qwen2", {}, {"rope_freqs.weight": FACTORS}, "has rope_freqs.weight"),
+    "factors for qwen2": (
+        "qwen2",
+        {},
+        {"rope_freqs.weight": FACTORS},
+        "has rope_freqs.weight, where its architecture reads none",
+    ),
+    "factors for phi3": ("phi3", {}, {"rope_freqs.weight": FACTORS}, "has rope_freqs.weight, where"),
     "factors that are few": ("llama", {}, {"rope_freqs.weight": FACTORS[:5]}, "must be 32 positive numbers"),
     "factors that are negative": ("llama", {}, {"rope_freqs.weight": -FACTORS}, "must be 32 positive numbers"),
-    "long factors without longrope": ("llama", {}, {"rope_factors_long.weight": FACTORS}, "rope_factors_long.weight"),
+    "one of two": (
+        "phi3",
+        {},
+        {"rope_factors_long.weight": FACTORS},
+        "has rope_factors_long.weight, where its architecture reads rope_factors_short.weight and",
+    ),
+    "a pair without longrope": ("llama", {}, PAIR, "has rope_factors_short.weight"),
+    "experts in words only": ("llama", {"expert_count": 8}, {}, "states llama.expert_count = 8"),
     "a bias that has no place": ("qwen2", {}, {"output.bias": np.ones(259)}, "output.bias|lm_head.bias"),
     "a norm that has no place": ("llama", {}, {"blk.0.attn_q_norm.weight": np.ones(64)}, "blk.0.attn_q_norm"),
     "a head in gemma": ("gemma", {}, {"output.weight": 0.0}, "has a head of its own"),
@@ -298,16 +313,15 @@ def test_what_changes_no_forward_is_read_over(tmp_path):
 
 LONG = {
     "context_length": 512,
-    "rope.scaling.type": "longrope",
     "rope.scaling.attn_factor": 1.2,
     "rope.scaling.original_context_length": 256,  # no context of llama.cpp is shorter
 }
-PAIR = {"rope_factors_short.weight": FACTORS**0.3, "rope_factors_long.weight": FACTORS}
 
 
-def test_sequences_keep_to_the_context_that_short_factors_are_for(tmp_path):
+@pytest.mark.parametrize("named", ["longrope", None])
+def test_sequences_keep_to_the_context_that_short_factors_are_for(tmp_path, named):
     """llama.cpp chooses by the context that it is started with; here no row of a batch may choose for the others."""
-    path = tiny_gguf(tmp_path / "a.gguf", "phi3", "F32", "F32", metadata=LONG, tensors=PAIR)
+    path = tiny_gguf(tmp_path / "a.gguf", "phi3", "F32", "F32", metadata=LONG | {"rope.scaling.type": named}, tensors=PAIR)
     model = loaded(path).model
     assert model.config.max_position_embeddings == 256
     assert distance(model, path, IDS, ENDS, context=256) < 1e-4

@@ -24,10 +24,9 @@ NEUTRAL = (
     "rope.scaling.finetuned",  # whether the model has seen such positions
     "tensor_data_layout",  # where the converter took the weights from
     "pooling_type",  # of embeddings, not of words
-    "expert_count",
     "expert_used_count",
 )
-"""Keys that change no forward of an architecture here (one with experts has tensors that are refused)."""
+"""Keys that change no forward of an architecture here."""
 NOT_MODELS = {
     "adapter": "an adapter; give it with --adapter, beside its model",
     "mmproj": "the projector of a multimodal model, without the language model",
@@ -106,6 +105,11 @@ class Statement:
         if type(value) is not str:
             raise self._wrong(key, value, "a word")
         return value
+
+    def token(self, name: str) -> int | None:
+        """The number of a token with a task, None: there is none."""
+        number = self.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        return number if type(number) is int and 0 <= number < self.file.tensors["token_embd.weight"].shape[0] else None
 
     def has(self, *tensors: str) -> bool:
         """Whether a layer of the file has one of these tensors."""
@@ -237,8 +241,8 @@ def _smollm3(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, 
 
 
 def _stablelm(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
+    stated.value("use_parallel_residual", None)  # converters wrote what the model is not; llama.cpp goes by its tensors too
     parallel = not stated.has("ffn_norm.weight")
-    stated.expect("use_parallel_residual", parallel)
     biased = stated.has("attn_q.bias", "attn_k.bias", "attn_v.bias")
     own = {"use_parallel_residual": parallel, "use_qkv_bias": biased, "qk_layernorm": False}
     return _unwindowed(stated, known, rope) | own
@@ -294,7 +298,7 @@ class Architecture:
             the model's.
         partial: whether less than a head may rotate.
         head: whether the file has one of its own: "own", "tied", or "either".
-        factors: whether frequencies may have factors, in rope_freqs.weight.
+        factors: the tensors of frequencies' factors that a file may have, see `Rope.read`.
         ramps: whether yarn's ramp may be another than the usual.
     """
 
@@ -307,7 +311,7 @@ class Architecture:
     interleaved: bool = False
     partial: bool = False
     head: str = "either"
-    factors: bool = False
+    factors: str = "none"
     ramps: bool = False
 
     def configuration(self, stated: Statement) -> Any:
@@ -333,13 +337,12 @@ class Architecture:
         rotated = stated.size("rope.dimension_count", head)
         if rotated % 2 or rotated > head or (rotated < head and not self.partial):
             raise stated.refused(f"states {file.architecture}.rope.dimension_count = {rotated}, with heads of {head}")
-        if "rope_freqs.weight" in file.tensors and not self.factors:
-            raise stated.refused("has rope_freqs.weight, which its architecture has no place for")
-        rope = Rope.read(stated, rotated, context, ramps=self.ramps)
+        rope = Rope.read(stated, rotated, context, ramps=self.ramps, factors=self.factors)
         own_head = "output.weight" in file.tensors
         if self.head != "either" and own_head != (self.head == "own"):
             raise stated.refused("has a head of its own (output.weight)" if own_head else "has no head (output.weight)")
         stated.expect("attention.causal", True)
+        stated.expect("expert_count", 0)
         known: dict[str, Any] = {
             "vocab_size": file.tensors["token_embd.weight"].shape[0],
             "hidden_size": hidden,
@@ -355,7 +358,7 @@ class Architecture:
             "hidden_act": "silu",
             "attention_bias": stated.has("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"),
             "mlp_bias": stated.has("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"),
-            **{name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in TOKENS.items()},
+            **{name: stated.token(key) for name, key in TOKENS.items()},
         }
         known |= self.settings(stated, known, rope)
         stated.close()
@@ -380,18 +383,18 @@ _GLM = {name: module for name, module in DECODER.items() if name != "ffn_gate"} 
 _PARALLEL = {name: module for name, module in DECODER.items() if name != "ffn_norm"}
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", interleaved=True, factors=True),
-    "mistral3": Architecture("ministral3", _mistral3, interleaved=True, factors=True, ramps=True),
-    "arcee": Architecture("arcee", _squared, _UNGATED, interleaved=True, factors=True),
+    "llama": Architecture("llama", interleaved=True, factors="either"),
+    "mistral3": Architecture("ministral3", _mistral3, interleaved=True, factors="either", ramps=True),
+    "arcee": Architecture("arcee", _squared, _UNGATED, interleaved=True, factors="either"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3", modules=DECODER | QK_NORMS),
     "gemma": Architecture("gemma", _gemma, shifted=True, head="tied"),
     "gemma2": Architecture("gemma2", _gemma2, _SANDWICH, shifted=True, head="tied"),
     "gemma3": Architecture("gemma3_text", _gemma3, _SANDWICH | QK_NORMS, shifted=True),
     "phi3": Architecture(
-        "phi3", _phi3, _FUSED | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}, partial=True
+        "phi3", _phi3, _FUSED | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}, partial=True, factors="pair"
     ),
-    "granite": Architecture("granite", _granite, interleaved=True, factors=True),
+    "granite": Architecture("granite", _granite, interleaved=True, factors="either"),
     "smollm3": Architecture("smollm3", _smollm3, interleaved=True),
     "olmo2": Architecture(
         "olmo2",
@@ -416,16 +419,13 @@ def architecture(file: GGUFFile) -> Architecture:
     Raises:
         GradlessError: it is none of `ARCHITECTURES`, or the file is a part of a model or no model at all.
     """
-    kind = file.metadata.get("general.type", "model")
+    kind = str(file.metadata.get("general.type", "model"))
     if file.architecture == "controlvector":
         kind = "a control vector, not a model"
     if kind != "model":
         raise GradlessError(f"{file.path} is {NOT_MODELS.get(kind, kind)}; give the GGUF file of a language model.")
-    if (parts := file.metadata.get("split.count", 1)) > 1:
-        part = file.metadata.get("split.no", 0) + 1
-        raise GradlessError(
-            f"{file.path} is part {part} of {parts} of a split model; join them first (llama-gguf-split --merge)."
-        )
+    if (parts := file.metadata.get("split.count", 1)) not in (0, 1):
+        raise GradlessError(f"{file.path} is one of {parts} parts of a model; join them first (llama-gguf-split --merge).")
     if file.architecture not in ARCHITECTURES:
         raise GradlessError(
             f"{file.path}: the architecture {file.architecture} is not supported. Supported are {', '.join(ARCHITECTURES)}."

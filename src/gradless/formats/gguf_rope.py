@@ -18,6 +18,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gradless.formats.gguf_config import Statement
 
+FACTORS = "rope_freqs.weight"
+PAIR = ("rope_factors_short.weight", "rope_factors_long.weight")
 SCALINGS = ("none", "linear", "yarn", "longrope")
 RAMP = {
     "yarn_beta_fast": (32.0,),
@@ -57,9 +59,16 @@ class Rope:
     long_factors: Tensor | None = None
 
     @classmethod
-    def read(cls, stated: Statement, dimensions: int, context: int, *, ramps: bool) -> Rope:
-        """Take the keys of `rope.` and the tensors of factors; `ramps` is whether the architecture reads those of yarn's ramp,
-        which llama.cpp leaves aside in all others."""
+    def read(cls, stated: Statement, dimensions: int, context: int, *, ramps: bool, factors: str) -> Rope:
+        """Take the keys of `rope.` and the tensors of factors.
+
+        Args:
+            stated: where they are stated.
+            dimensions: of a head that rotate.
+            context: that the model is stated to have.
+            ramps: whether the architecture reads the keys of yarn's ramp; llama.cpp leaves them aside in others.
+            factors: "none", "pair" (two sets, whatever the scaling is called), or "either": one, or two in longrope.
+        """
         scaling = stated.word("rope.scaling.type", "linear")
         if scaling not in SCALINGS:
             raise stated.refused(f"states rope.scaling.type = {scaling!r} (known are {', '.join(SCALINGS)})")
@@ -75,10 +84,11 @@ class Rope:
         if scaling == "yarn":
             attention *= _magnitude(factor) / _magnitude(factor, power) if power else _magnitude(factor)
             attention /= 1 + 0.1 * math.log(factor)
-        names = (
-            ("rope_factors_short.weight", "rope_factors_long.weight") if scaling == "longrope" else ("rope_freqs.weight",) * 2
-        )
-        short, long = (stated.vector(name, dimensions // 2) for name in names)
+        found = [name for name in (FACTORS, *PAIR) if name in stated.file.tensors]
+        wanted = {"none": (), "pair": PAIR, "either": PAIR if scaling == "longrope" else (FACTORS,)}[factors]
+        if found and found != list(wanted):
+            raise stated.refused(f"has {' and '.join(found)}, where its architecture reads {' and '.join(wanted) or 'none'}")
+        short, long = (stated.vector(name, dimensions // 2) for name in (found[0], found[-1])) if found else (None, None)
         return cls(
             base=stated.number("rope.freq_base", 10_000.0),
             dimensions=dimensions,
