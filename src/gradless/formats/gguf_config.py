@@ -93,11 +93,12 @@ class Statement:
             raise self._wrong(key, value, f"a whole number of at least {least}")
         return value
 
-    def number(self, key: str, default: Any = _REQUIRED) -> float:
-        """A finite number."""
+    def number(self, key: str, default: Any = _REQUIRED, *, above: float = -math.inf) -> float:
+        """A finite number, larger than `above`."""
         value = self.value(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self._wrong(key, value, "a finite number")
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
+            wanted = "a finite number" if above == -math.inf else f"a finite number above {above:g}"
+            raise self._wrong(key, value, wanted)
         return float(value)
 
     def word(self, key: str, default: str) -> str:
@@ -180,7 +181,7 @@ def _gemma3(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, A
     stated.expect("attn_logit_softcapping", 0.0)
     window = stated.size("attention.sliding_window", 0, least=0)
     pattern = stated.size("attention.sliding_window_pattern", 6, least=0) if window else 1
-    windows = rope.of_windows(stated.number("rope.freq_base_swa", 10_000.0), scale=1.0)
+    windows = rope.of_windows(stated.number("rope.freq_base_swa", 10_000.0, above=1), scale=1.0)
     return {
         "sliding_window": window or known["max_position_embeddings"],
         "layer_types": _windows(known, pattern),
@@ -231,7 +232,7 @@ def _granite(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, 
         "embedding_multiplier": stated.number("embedding_scale", 0.0) or 1.0,
         "residual_multiplier": stated.number("residual_scale", 0.0) or 1.0,
         "attention_multiplier": stated.number("attention.scale", 0.0) or known["head_dim"] ** -0.5,
-        "logits_scaling": stated.number("logit_scale"),
+        "logits_scaling": stated.number("logit_scale", above=0),
     }
 
 
@@ -343,6 +344,7 @@ class Architecture:
             raise stated.refused("has a head of its own (output.weight)" if own_head else "has no head (output.weight)")
         stated.expect("attention.causal", True)
         stated.expect("expert_count", 0)
+        epsilon = "attention.layer_norm_epsilon" if self.mean else "attention.layer_norm_rms_epsilon"
         known: dict[str, Any] = {
             "vocab_size": file.tensors["token_embd.weight"].shape[0],
             "hidden_size": hidden,
@@ -352,7 +354,7 @@ class Architecture:
             "num_key_value_heads": stated.size("attention.head_count_kv", heads),
             "head_dim": head,
             "max_position_embeddings": min(context, rope.limit or context),
-            self.epsilon: stated.number("attention.layer_norm_epsilon" if self.mean else "attention.layer_norm_rms_epsilon"),
+            self.epsilon: stated.number(epsilon, above=0),
             "rope_parameters": rope.parameters(),
             "tie_word_embeddings": not own_head,
             "hidden_act": "silu",

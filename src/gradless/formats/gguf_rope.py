@@ -79,7 +79,12 @@ class Rope:
         for key, usual in RAMP.items():
             if not ramps or key in FIXED:
                 stated.expect(f"rope.scaling.{key}", *usual)
-        fast, slow, power = (stated.number(f"rope.scaling.{key}", RAMP[key][0]) for key in RAMP if key not in FIXED)
+        fast, slow = (
+            stated.number(f"rope.scaling.{key}", RAMP[key][0], above=0) for key in ("yarn_beta_fast", "yarn_beta_slow")
+        )
+        power = stated.number("rope.scaling.yarn_log_multiplier", 0.0)
+        if power < 0:
+            raise stated.refused(f"states rope.scaling.yarn_log_multiplier = {power}")
         attention = stated.number("rope.scaling.attn_factor", 1.0)
         if scaling == "yarn":
             attention *= _magnitude(factor) / _magnitude(factor, power) if power else _magnitude(factor)
@@ -90,7 +95,7 @@ class Rope:
             raise stated.refused(f"has {' and '.join(found)}, where its architecture reads {' and '.join(wanted) or 'none'}")
         short, long = (stated.vector(name, dimensions // 2) for name in (found[0], found[-1])) if found else (None, None)
         return cls(
-            base=stated.number("rope.freq_base", 10_000.0),
+            base=stated.number("rope.freq_base", 10_000.0, above=1),
             dimensions=dimensions,
             scale=1.0 if scaling == "none" else 1 / factor,
             original=stated.size("rope.scaling.original_context_length", context),
