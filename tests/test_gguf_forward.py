@@ -126,6 +126,10 @@ SIZES = {
     "gemma3": ("gemma3", {"attention.key_length": 128, "attention.value_length": 128}),
     "granite": ("granite", {"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32}),
     "phi3, part of a head rotates": ("phi3", {"rope.dimension_count": 48}),
+    "glm4, a part that rounds": (
+        "glm4",
+        {"attention.key_length": 44, "attention.value_length": 44, "rope.dimension_count": 30},
+    ),
     "stablelm, part of a head rotates": ("stablelm", {"rope.dimension_count": 16}),
     "nemotron, part of a head rotates": ("nemotron", {"rope.dimension_count": 32}),
     "glm4, part of a head rotates": ("glm4", {"rope.dimension_count": 32}),

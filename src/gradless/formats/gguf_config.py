@@ -365,7 +365,10 @@ class Architecture:
         known |= self.settings(stated, known, rope)
         stated.close()
         if self.partial:
-            known["rope_parameters"]["partial_rotary_factor"] = rotated / head
+            share = rotated / head  # transformers takes int(share * head)
+            known["rope_parameters"]["partial_rotary_factor"] = (
+                share if int(share * head) == rotated else math.nextafter(share, 1)
+            )
         if heads % known["num_key_value_heads"]:
             raise stated.refused(f"has {heads} heads over {known['num_key_value_heads']} of keys and values")
         try:
