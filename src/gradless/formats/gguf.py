@@ -35,7 +35,7 @@ class GGUFFile(Checkpoint):
     """A memory-mapped GGUF file.
 
     Attributes:
-        metadata: scalar and string values; of an array, its length.
+        metadata: scalar and string values; of an array of numbers, they; of strings, their number.
     """
 
     output_name = "model.gguf"
@@ -133,9 +133,9 @@ class _Header:
         if kind == _STRING:
             for _ in range(count):
                 self.take(self.scalar("Q"))
-        else:
-            self.take(count * struct.calcsize("<" + self.code(kind)))
-        return count
+            return count
+        code = self.code(kind)
+        return np.frombuffer(self.take(count * struct.calcsize("<" + code)), "<" + code)
 
     def code(self, kind: int) -> str:
         if kind not in _SCALARS:

@@ -1,8 +1,8 @@
 """A transformers model around the packed tensors of a GGUF file.
 
-The architecture, its configuration, the names and the row orders are transformers' own; nothing is dequantized. The model
-is made on the meta device and its linear layers and embeddings are replaced by `layers`; only the small float tensors get
-memory of their own.
+The configuration is read in `gguf_config`; here the model is made on the meta device, and every tensor of the file put where
+its name says. Nothing is dequantized: linear layers and embeddings are replaced by `layers`, and only the small float tensors
+get memory of their own.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradless.errors import GradlessError
+from gradless.formats.account import Account
 from gradless.formats.gguf import GGUFFile
+from gradless.formats.gguf_config import Architecture, Statement, architecture
 from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer, place_float, restore_buffers, tie
 from gradless.fusing import fuse
 
-IGNORED = ("rope_freqs",)
-"""Tensors that transformers derives from the configuration instead."""
+MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+"""The modules outside of layers by their tensors' names."""
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -41,97 +41,83 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenize
         tokenizer: the file's tokenizer, where it is loaded already.
 
     Raises:
-        GradlessError: the file cannot be read, or transformers does not map its architecture.
+        GradlessError: the file cannot be read, or states or holds what its architecture has no place for here.
     """
-    file = GGUFFile.open(path)
-    config, processor = _configure(file)
     from transformers import AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        names = get_gguf_hf_weights_map(model, processor)
-    except (ValueError, NotImplementedError, KeyError) as error:
-        raise _unsupported(file, f"transformers cannot build it: {error}") from error
+    file = GGUFFile.open(path)
+    known, stated = architecture(file), Statement(file)
+    config = known.configuration(stated)
+    places = {name: _place(known, name) for name in file.tensors if name not in stated.tensors}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    _leave_biases_out(model, set(places.values()))
+    account = Account(file.path, model)
     restore_buffers(model)
-    floats = _place(file, model, names, processor, dtype)
+    floats = _fill(file, model, known, places, dtype, account)
     if config.tie_word_embeddings:
         tie(model, floats, dtype)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise _unsupported(file, f"its file has no tensor for {missing[0]}")
+    notes = account.settle(model)
     fuse(model.requires_grad_(False).eval())
-    return QuantizedModel(file, model, tokenizer or load_tokenizer(path), floats)
+    return QuantizedModel(file, model, tokenizer or load_tokenizer(path), floats, notes)
 
 
-def _unsupported(file: GGUFFile, why: str) -> GradlessError:
-    return GradlessError(
-        f"{file.path}: the architecture {file.architecture} is not supported: {why}. "
-        "Known to work: llama, qwen2, qwen3, gemma3."
-    )
+def _place(known: Architecture, name: str) -> str:
+    """The parameter that a tensor fills: "model.layers.0.mlp.up_proj.weight" of "blk.0.ffn_up.weight"."""
+    stem, _, attribute = name.rpartition(".")
+    if stem.startswith("blk."):
+        _, layer, *rest = stem.split(".")
+        return f"model.layers.{layer}.{known.modules.get('.'.join(rest), stem)}.{attribute}"
+    return f"{MODEL.get(stem, stem)}.{attribute}"
 
 
-def _configure(file: GGUFFile) -> tuple[Any, Any]:
-    """transformers' configuration of the file, and its processor of the file's tensors."""
-    from transformers import AutoConfig
-    from transformers.modeling_gguf_pytorch_utils import (
-        GGUF_SUPPORTED_ARCHITECTURES,
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-    )
-
-    if file.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
-        raise _unsupported(file, "transformers does not map it")
-    try:
-        config = AutoConfig.from_pretrained(str(file.path.parent), gguf_file=file.path.name, local_files_only=True)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise _unsupported(file, f"transformers cannot read its configuration: {error}") from error
-    return config, TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
+def _leave_biases_out(model: Any, filled: set[str]) -> None:
+    """Of linear layers that have none in the file, beside others that do (transformers knows one word for all of them)."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is not None and f"{path}.bias" not in filled:
+            module.register_parameter("bias", None)
 
 
-def _place(file: GGUFFile, model: Any, names: dict[str, str], processor: Any, dtype: torch.dtype) -> dict[str, ShownFloat]:
+def _fill(
+    file: GGUFFile, model: Any, known: Architecture, places: dict[str, str], dtype: torch.dtype, account: Account
+) -> dict[str, ShownFloat]:
     """Put every tensor of the file where it belongs in the model."""
     floats = {}
-    for name, info in file.tensors.items():
-        if name not in names:
-            if not name.startswith(IGNORED):
-                raise _unsupported(file, f"transformers has no place for {name}")
+    modules = dict(model.named_modules())
+    for name, place in places.items():
+        path, _, attribute = place.rpartition(".")
+        module = modules.get(path)
+        if module is None or not isinstance(getattr(module, attribute, None), nn.Parameter):
+            account.leave(name, file.contents[name], place)
             continue
-        path, _, attribute = names[name].rpartition(".")
-        module = model.get_submodule(path)
+        account.place(name, place)
+        shape = file.tensors[name].shape
+        order = _row_order(known, model.config, name, shape[0])
         if name in file.quantized:
+            if len(shape) != 2 or attribute != "weight" or not isinstance(module, nn.Linear | nn.Embedding):
+                account.unfit(name, f"{name} is quantized but belongs to a {type(module).__name__}")
+                continue
             tensor = file.quantized[name]
-            if len(info.shape) != 2 or attribute != "weight" or not isinstance(module, (nn.Linear, nn.Embedding)):
-                raise _unsupported(file, f"{name} is quantized but belongs to a {type(module).__name__}")
-            tensor.row_order = _row_order(file, processor, name, info.shape[0])
-            model.set_submodule(path, packed_layer(module, tensor, dtype))
+            tensor.row_order = order
+            modules[path] = packed_layer(module, tensor, dtype)
+            model.set_submodule(path, modules[path])
         else:
-            shown = ShownFloat(file.floats[name], show=_shower(processor, name))
+            shown = ShownFloat(file.floats[name], show=_shower(order, known.shifted and name.endswith("norm.weight")))
             place_float(shown, module, attribute, dtype)
             floats[name] = shown
     return floats
 
 
-def _process(processor: Any, name: str, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    result = processor.process(weights=weights, name=name, tensor_key_mapping={}, parsed_parameters={"tensors": {}})
-    return np.asarray(result.weights)
+def _row_order(known: Architecture, config: Any, name: str, rows: int) -> Tensor | None:
+    """Which file row each model row is, None: the same."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
+    if not known.interleaved or heads is None or rows % (2 * heads):
+        return None
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
 
 
-def _row_order(file: GGUFFile, processor: Any, name: str, rows: int) -> Tensor | None:
-    """Which file row each model row is, read off transformers' own transform of two columns of row numbers."""
-    number = np.arange(rows, dtype=np.float64)
-    try:
-        shown = _process(processor, name, np.stack([number, number + 0.5], axis=1))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise _unsupported(file, f"transformers rearranges {name} in a way that packed rows cannot follow") from error
-    if shown.shape != (rows, 2) or not np.array_equal(np.sort(shown[:, 0]), number) or (np.diff(shown) != 0.5).any():
-        raise _unsupported(file, f"transformers changes the values of {name}, which packed rows cannot follow")
-    return None if np.array_equal(shown[:, 0], number) else torch.from_numpy(shown[:, 0].astype(np.int64))
-
-
-def _shower(processor: Any, name: str) -> Callable[[Tensor], Tensor]:
-    def show(values: Tensor) -> Tensor:
-        return torch.from_numpy(np.array(_process(processor, name, values.float().cpu().numpy()))).to(values.device)
-
-    return show
+def _shower(order: Tensor | None, shift: bool) -> Callable[[Tensor], Tensor] | None:
+    """How the model shows a float tensor: its rows in another order, or less one."""
+    if order is not None:
+        return lambda values: values[order.to(values.device)]
+    return (lambda values: values.float() - 1) if shift else None
