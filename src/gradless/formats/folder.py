@@ -19,7 +19,8 @@ from gradless.blocks import block_type
 from gradless.errors import GradlessError
 from gradless.files import replacing, sha256
 from gradless.formats import aqlm, autoround, awq, bitsandbytes, gptq
-from gradless.formats.checkpoint import TYPES, Blocks, Checkpoint, Layout, TensorInfo, patch
+from gradless.formats.checkpoint import Blocks, Checkpoint, Layout, patch
+from gradless.readers.tensors import TYPES, TensorInfo
 
 LAYOUTS: dict[str, Callable[[dict[str, Any]], Layout]] = {
     "gptq": gptq.GPTQ.from_config,
