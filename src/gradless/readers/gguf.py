@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from gradless.errors import GradlessError
 from gradless.readers.sentences import damaged, shown, truncated
-from gradless.readers.tensors import MOST_TENSORS, TensorInfo, check_places
+from gradless.readers.tensors import TensorInfo, check_places
 
-MOST_KEYS = 1 << 16
+MOST_KEYS = MOST_TENSORS = 1 << 16
+"""The largest models have some thousands of tensors."""
 MOST_STRINGS = 1 << 22
 """In all arrays together: sixteen of the largest vocabularies."""
 MOST_TEXT = 1 << 22

@@ -28,8 +28,6 @@ TYPES = FLOAT_TYPES | {
     "BOOL": torch.bool,
 }
 """torch's types by the names that files give them."""
-MOST_TENSORS = 1 << 16
-"""In one file; the largest models hold thousands."""
 
 
 @dataclass(frozen=True, slots=True)
