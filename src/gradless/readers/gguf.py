@@ -245,8 +245,8 @@ class _Header:
     def name(self, of: str) -> str:
         """A key, or a tensor's name."""
         name = self.string(f"the name of {of}")
-        if not name:
-            raise self.damaged(f"{of} has no name")
+        if not name or not name.isprintable():
+            raise self.damaged(f"{of} has {'the name ' + ascii(shown(name)) if name else 'no name'}")
         return name
 
     def string(self, what: str) -> str:

@@ -51,6 +51,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _placed(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """The place of one tensor: `entry` is what the header says of it, and data begin at byte `start`."""
+    if not name or not name.isprintable():
+        raise damaged(path, f"a tensor has {'the name ' + ascii(shown(name)) if name else 'no name'}")
     if not isinstance(entry, dict) or entry.keys() != FIELDS:
         raise damaged(path, f"its header does not say of {shown(name)} dtype, shape and data_offsets, and these alone")
     kind, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]

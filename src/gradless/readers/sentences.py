@@ -21,6 +21,5 @@ def truncated(path: Path, size: int, where: str) -> GradlessError:
 
 
 def shown(name: str) -> str:
-    """A name out of a file, as a message may show it: printable and short."""
-    printable = "".join(each if each.isprintable() else "?" for each in name[:SHOWN])
-    return printable + "…" * (len(name) > SHOWN)
+    """A name out of a file, as a message may show it: short."""
+    return name[:SHOWN] + "…" * (len(name) > SHOWN)
