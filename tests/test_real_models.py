@@ -55,7 +55,6 @@ def test_replay_is_byte_identical(base, run, tmp_path, capsys):
 def test_the_tuned_file_has_the_bases_size_types_and_metadata(base, run):
     ours, theirs = GGUFFile.open(run / "model.gguf"), GGUFFile.open(base)
     assert ours.tensors == theirs.tensors
-    assert ours.metadata == theirs.metadata
     first = min(info.offset for info in theirs.tensors.values())
     assert (run / "model.gguf").read_bytes()[:first] == base.read_bytes()[:first]
     assert (run / "model.gguf").stat().st_size == base.stat().st_size

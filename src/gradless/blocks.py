@@ -351,6 +351,6 @@ def block_type(name: str) -> BlockType:
         return BLOCK_TYPES[name]
     grid, _, rest = name.partition("/")
     size, _, form = rest.partition("+")
-    if not size.isdigit() or int(size) not in GROUP_SIZES or form not in get_args(Form):
+    if size not in map(str, GROUP_SIZES) or form not in get_args(Form):
         raise KeyError(name)
     return grid_block(GRIDS[grid], int(size), form)

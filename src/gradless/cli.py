@@ -198,7 +198,7 @@ def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise GradlessError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise GradlessError(f"--config {path} is not a list of 'name: value' lines.")
@@ -218,13 +218,14 @@ def _typed(path: Path, name: str, value: Any, wanted: str) -> Any:
     if "bool" in wanted or isinstance(value, bool):
         made = value if "bool" in wanted and isinstance(value, bool) else None
     elif "float" in wanted or "int" in wanted:
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             made = float(value) if "float" in wanted else int(value) if float(value).is_integer() else None
     elif isinstance(value, str | int | float):
         made = str(value)
     if made is None:
         what = {"bool": "true or false", "float": "a number", "int": "a whole number", "str": "text"}[wanted.split(" ")[0]]
-        raise GradlessError(f"--config {path}: {name} is {value!r}, not {what}.")
+        held = f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)
+        raise GradlessError(f"--config {path}: {name} is {held}, not {what}.")
     return made
 
 

@@ -4,13 +4,62 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from gradless.errors import GradlessError
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number can be: from `least`, or above it, to `most`."""
+
+    least: float
+    most: float
+    above: bool = False
+    whole: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        return self.least <= value <= self.most and not (self.above and value == self.least)
+
+    def __str__(self) -> str:
+        if self.above or (self.whole and self.least == 1):
+            return f"a number above zero{', whole' * self.whole} and at most {self.most:,}"
+        return f"a {'whole ' * self.whole}number from {self.least:,} {'to' if self.least else 'on, at most'} {self.most:,}"
+
+
+def whole(least: int, most: int) -> Range:
+    """Whole numbers."""
+    return Range(least, most, whole=True)
+
+
+def above_zero(most: float) -> Range:
+    """Numbers above zero."""
+    return Range(0, most, above=True)
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
     """A dataclass field with its help text and what argparse should know of it."""
     return field(default=default, metadata={"help": text, **more})
+
+
+def check_ranges(options: Any) -> None:
+    """Refuse numbers that are out of their option's `within`, a `Range`; None and texts, such as auto, are none of its.
+
+    Raises:
+        GradlessError: one is, or is infinite or not a number.
+    """
+    for each in fields(options):
+        value, within = getattr(options, each.name), each.metadata.get("within")
+        if (
+            within is not None
+            and value is not None
+            and value not in within
+            and not ("str" in each.type and isinstance(value, str))
+        ):
+            raise GradlessError(f"{each.name} is {value!r}; it must be {within}.")
 
 
 def add_flags(command: argparse.ArgumentParser, options: type, names: Collection[str] | None = None) -> None:

@@ -64,7 +64,7 @@ from gradless.formats.gguf import GGUFFile
 from gradless.grids import integers
 from gradless.layers import TILE
 from gradless.spaces import parameter_sites
-from gradless.training.options import DEFAULT_STRIDE, LAST, NZO_QUERIES, PAIR_TOKENS
+from gradless.training.options import COUNT, DEFAULT_STRIDE, GROUPS, LAST, NZO_QUERIES, PAIR_TOKENS
 
 METHODS = ("adamw", "sgd", "qat", "lora", "qlora", "mezo", "zoqo", "quzo", "qzo", "nzo", "ezo")
 """What can be planned: by gradients all weights, quantization-aware, or adapters; by forward passes the rest."""
@@ -169,8 +169,8 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
 def plan(shapes: Shapes, methods: Sequence[str], *, batch_size: int, length: int) -> dict[str, Any]:
     """What a step of each method needs, as plain values: bytes, and each total's ratio to the largest."""
     for name, value in (("batch size", batch_size), ("length", length)):
-        if value < 1:
-            raise GradlessError(f"the {name} is {value}; a plan needs at least 1.")
+        if value not in COUNT:
+            raise GradlessError(f"the {name} is {value}; it must be {COUNT}.")
     needs = {m: need(m, shapes, batch_size=batch_size, length=length) for m in methods}
     largest = max(memory.total for memory in needs.values())
     rows = {m: {**asdict(memory), "total": memory.total, "ratio": memory.total / largest} for m, memory in needs.items()}
@@ -211,7 +211,7 @@ def shapes_of(path: Path, *, bits: int | None = None, group_size: int | None = N
         GradlessError: there is no model, it cannot be read, or it is packed already and `bits` or `group_size` is given.
     """
     packed = is_quantized(path) if path.is_dir() else path.is_file() and path.suffix != ".json"
-    if packed and (bits or group_size):
+    if packed and not (bits is None and group_size is None):
         raise GradlessError(f"{path} is quantized already; leave --bits and --group-size out.")
     if packed and path.is_dir():
         embedding = _skeleton(_config(path)).get_input_embeddings().weight
@@ -226,9 +226,11 @@ def shapes_of(path: Path, *, bits: int | None = None, group_size: int | None = N
 
 def shapes_of_config(config: Any, name: str, *, bits: int | None = None, group_size: int | None = None) -> Shapes:
     """The shapes of the dense model that a transformers configuration describes; see `shapes_of`."""
-    bits, group_size = bits or BITS, group_size or GROUP_SIZE
+    bits, group_size = BITS if bits is None else bits, GROUP_SIZE if group_size is None else group_size
     if not 2 <= bits <= 8:
         raise GradlessError(f"--bits is {bits}; codes have 2 to 8.")
+    if group_size not in GROUPS:
+        raise GradlessError(f"--group-size is {group_size}; it must be {GROUPS}.")
     model = _skeleton(config)
     weights = {name: getattr(*sites[0]) for name, sites in parameter_sites(model).items() if name.endswith("weight")}
     size = dividing_size(group_size)

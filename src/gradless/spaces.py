@@ -74,6 +74,20 @@ class Space(ABC):
         return self.viewed(move)
 
 
+def check_finite(spaces: Sequence[Space]) -> None:
+    """Refuse to save tuned values that are no model.
+
+    Raises:
+        GradlessError: some are infinite or not a number.
+    """
+    for space in spaces:
+        if space.values.is_floating_point() and not space.values.isfinite().all():
+            raise GradlessError(
+                f"the tuned values of {space.name} are not finite numbers, so they were not written: the run diverged. "
+                "Begin it anew with a smaller --lr."
+            )
+
+
 class BlockSpace(Space):
     """The scales (or offsets, or both by one factor) of a packed weight; one fp32 value a block."""
 

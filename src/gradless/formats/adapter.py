@@ -81,7 +81,7 @@ class AdaptedModel:
         lora: what the adapters are.
 
     Raises:
-        GradlessError: the model has no linear layer.
+        GradlessError: the model has no linear layer, or none of so high a rank.
     """
 
     output_name = "adapter"
@@ -93,6 +93,9 @@ class AdaptedModel:
         self.layers = adaptable(base)
         if not self.layers:
             raise GradlessError(f"{type(base.model).__name__} has no linear layer for an adapter.")
+        most = max(min(layer.in_features, layer.out_features) for layer in self.layers.values())
+        if lora.rank > most:
+            raise GradlessError(f"lora is {lora.rank}; no layer of this model has a rank above {most}: give at most that.")
         self.adapters: dict[str, Adapter] = {}
 
     def fingerprint(self) -> str:

@@ -21,22 +21,8 @@ from torch import Tensor
 from gradless import kernels
 from gradless.blocks import block_type
 from gradless.errors import GradlessError
+from gradless.readers.tensors import FLOAT_TYPES, TYPES, TensorInfo
 from gradless.tensor import Part, QuantTensor
-
-FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TYPES = FLOAT_TYPES | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `shape` is in row-major order (rows first), `offset` and `nbytes` are in `file`."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    file: Path = field(compare=False)
-    offset: int
-    nbytes: int
 
 
 class Layout(ABC):

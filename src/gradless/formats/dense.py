@@ -14,7 +14,7 @@ from gradless.errors import GradlessError
 from gradless.files import replacing, sha256
 from gradless.formats.folder import unbuildable, weight_files
 from gradless.fusing import fuse
-from gradless.spaces import Space, parameter_sites, parameters
+from gradless.spaces import Space, check_finite, parameter_sites, parameters
 from gradless.targets import EVERYTHING, Targets
 
 
@@ -81,8 +81,12 @@ class DenseModel:
         return parameters(self.model, lambda name, _module: name in wanted, master=master)
 
     def save(self, path: Path, spaces: list[Space]) -> None:
-        """Write the tuned folder, whole or not at all."""
-        del spaces
+        """Write the tuned folder, whole or not at all.
+
+        Raises:
+            GradlessError: what was tuned is not finite, or the disk is full.
+        """
+        check_finite(spaces)
         write_folder(self.model, self.tokenizer, path)
 
 

@@ -6,7 +6,6 @@ A format is a `Layout` in a file of its own and a line in `LAYOUTS`, by the `qua
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,11 @@ from gradless.blocks import block_type
 from gradless.errors import GradlessError
 from gradless.files import replacing, sha256
 from gradless.formats import aqlm, autoround, awq, bitsandbytes, gptq
-from gradless.formats.checkpoint import TYPES, Blocks, Checkpoint, Layout, TensorInfo, patch
+from gradless.formats.checkpoint import Blocks, Checkpoint, Layout, patch
+from gradless.readers.json import mapping, parse_object, read_object, shown_value
+from gradless.readers.safetensors import read_header
+from gradless.readers.sentences import damaged, shown
+from gradless.readers.tensors import TensorInfo
 
 LAYOUTS: dict[str, Callable[[dict[str, Any]], Layout]] = {
     "gptq": gptq.GPTQ.from_config,
@@ -31,6 +34,16 @@ LAYOUTS: dict[str, Callable[[dict[str, Any]], Layout]] = {
 """Layouts by quant_method; each is made from config.json's `quantization_config`."""
 FORMAT = "gradless-packed"
 """Where the metadata of our own packed folders name the block types: JSON, weight name -> block type."""
+ROWS = ("group_size", "q_group_size")
+SETTINGS = dict.fromkeys(ROWS, (1, 1 << 20)) | {
+    "bits": (1, 32),
+    "w_bit": (1, 32),
+    "num_codebooks": (1, 256),
+    "nbits_per_codebook": (1, 16),
+    "in_group_size": (1, 1 << 10),
+    "out_group_size": (1, 1 << 10),
+}
+"""What numbers of a `quantization_config` can be; those of `ROWS` also -1, for a group a row."""
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 
@@ -54,7 +67,9 @@ class Folder(Checkpoint):
         types: dict[str, str] = {}
         for file in weight_files(path):
             more, metadata = read_header(file)
-            types |= json.loads(metadata.get(FORMAT, "{}"))
+            if twice := tensors.keys() & more.keys():
+                raise GradlessError(f"{path} holds the tensor {shown(min(twice))} in two files; download or copy it again.")
+            types |= _packed_types(file, metadata)
             tensors |= more
         if types:
             return cls(
@@ -70,7 +85,7 @@ class Folder(Checkpoint):
 
     @property
     def architecture(self) -> str:
-        return str(read_json(self.path / "config.json").get("model_type", "unknown"))
+        return str(read_config(self.path).get("model_type", "unknown"))
 
     @property
     def title(self) -> str:
@@ -100,24 +115,33 @@ def is_quantized(path: Path) -> bool:
 
 
 def quantization(path: Path) -> dict[str, Any] | None:
-    """config.json's `quantization_config`, or None."""
-    file = path / "config.json"
-    return read_json(file).get("quantization_config") if file.is_file() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object.
+    """config.json's `quantization_config`, or None.
 
     Raises:
-        GradlessError: it holds none.
+        GradlessError: it is no object, or a setting that layouts read is not what it must be.
     """
-    try:
-        content = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise GradlessError(f"{path} is not JSON ({error}); copy it again.") from error
-    if not isinstance(content, dict):
-        raise GradlessError(f"{path} is no JSON object; copy it again.")
-    return content
+    if not (path / "config.json").is_file():
+        return None
+    settings = mapping(read_config(path), "quantization_config", str(path / "config.json"))
+    for name, (least, most) in SETTINGS.items():
+        value = settings.get(name, least)
+        if type(value) is not int or not (least <= value <= most or (value == -1 and name in ROWS)):
+            raise GradlessError(
+                f"{path / 'config.json'}: {name} is {shown_value(value)}; it is a whole number from {least} to {most}"
+                f"{', or -1 for whole rows' * (name in ROWS)}."
+            )
+    for name in ("dynamic", "extra_config"):
+        mapping(settings, name, str(path / "config.json"), of=lambda own: isinstance(own, dict), what="an object")
+    return settings or None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A folder's config.json.
+
+    Raises:
+        GradlessError: it cannot be read, or is no JSON object.
+    """
+    return read_object(path / "config.json", infinities=True)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -127,7 +151,10 @@ def weight_files(path: Path) -> list[Path]:
         GradlessError: a file is missing, or all there is are pickles.
     """
     if (path / INDEX).is_file():
-        shards = sorted({path / name for name in read_json(path / INDEX).get("weight_map", {}).values()})
+        index = mapping(read_object(path / INDEX), "weight_map", str(path / INDEX), of=_is_name, what="the name of a file")
+        if not index:
+            raise GradlessError(f"{path / INDEX} names no weights; download or copy it again.")
+        shards = sorted({path / name for name in index.values()})
         for shard in shards:
             if not shard.is_file():
                 raise GradlessError(f"{shard} is missing, though {INDEX} names it; download or copy it again.")
@@ -151,31 +178,17 @@ def unbuildable(path: str | Path, error: Exception) -> str:
     return f"transformers cannot build the model in {path}: {error}"
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of a safetensors file, and its metadata.
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and value != ""
 
-    Raises:
-        GradlessError: it is none, or is truncated, or holds a type that gradless does not know.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise GradlessError(f"{path} is not a safetensors file, or is truncated; copy it again.")
-        try:
-            content: dict[str, Any] = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise GradlessError(f"{path} is not a safetensors file ({error}); copy it again.") from error
-    metadata: dict[str, str] = content.pop("__metadata__", {})
-    tensors, start = {}, 8 + length
-    for name, entry in content.items():
-        begin, end = entry["data_offsets"]
-        if start + end > size:
-            raise GradlessError(f"{path} is truncated: it has {size} bytes, but {name} ends at {start + end}; copy it again.")
-        if entry["dtype"] not in TYPES:
-            raise GradlessError(f"{path}: {name} has type {entry['dtype']}; known are {', '.join(TYPES)}.")
-        tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, start + begin, end - begin)
-    return tensors, metadata
+
+def _packed_types(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The block types that a file of ours names: weight name -> block type; none in a file that is not ours."""
+    if FORMAT not in metadata:
+        return {}
+    where = f"{file}: its {FORMAT}"
+    types = parse_object(metadata[FORMAT].encode(), where, file.stat().st_size)
+    return mapping({FORMAT: types}, FORMAT, str(file), of=lambda kind: isinstance(kind, str), what="a block type")
 
 
 def _in_blocks(info: TensorInfo, types: dict[str, str]) -> TensorInfo:
@@ -184,7 +197,12 @@ def _in_blocks(info: TensorInfo, types: dict[str, str]) -> TensorInfo:
         return info
     kind = types[info.name]
     try:
-        shape = (info.shape[0], info.shape[1] * block_type(kind).size)
+        block = block_type(kind)
     except KeyError as error:
-        raise GradlessError(f"{info.file}: {info.name} has type {kind}, which this gradless does not know.") from error
-    return TensorInfo(info.name, kind, shape, info.file, info.offset, info.nbytes)
+        raise GradlessError(
+            f"{info.file}: {shown(info.name)} has type {shown(kind)}, which this gradless does not know."
+        ) from error
+    if info.type != "U8" or len(info.shape) != 3 or info.shape[2] != block.nbytes or not all(info.shape):
+        held = f"{info.type} of {' x '.join(map(str, info.shape))}"
+        raise damaged(info.file, f"{shown(info.name)} is {held}, and no rows of blocks of {block.nbytes} bytes ({kind})")
+    return TensorInfo(info.name, kind, (info.shape[0], info.shape[1] * block.size), info.file, info.offset, info.nbytes)

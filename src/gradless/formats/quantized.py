@@ -19,7 +19,7 @@ from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.formats.checkpoint import Checkpoint
 from gradless.layers import QuantEmbedding, QuantLinear
-from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space
+from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space, check_finite
 from gradless.targets import EVERYTHING, Targets
 from gradless.tensor import CodebookTensor, QuantTensor
 
@@ -136,7 +136,12 @@ class QuantizedModel:
         return found
 
     def save(self, path: Path, spaces: list[Space]) -> None:
-        """Write a copy of the checkpoint with what the spaces tuned."""
+        """Write a copy of the checkpoint with what the spaces tuned.
+
+        Raises:
+            GradlessError: that is not finite, or the disk is full; nothing is left behind.
+        """
+        check_finite(spaces)
         self.file.export(path, {space.name: space.values for space in spaces if isinstance(space, DenseSpace)})
 
 

@@ -9,7 +9,7 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from gradless.errors import GradlessError
-from gradless.flags import option
+from gradless.flags import Range, above_zero, check_ranges, option, whole
 
 CHOICES = ("qzo", "nzo", "ezo", "quzo", "zoqo", "mezo")
 CODES = ("quzo", "zoqo")
@@ -24,6 +24,11 @@ LAST = 1 / 2
 """Of a model's layers those that nzo tunes: there one sensitivity serves all examples."""
 INTO_STREAM = ("o_proj", "down_proj")
 """The modules of a layer that nzo tunes: those that write into the residual stream."""
+
+SIZE = above_zero(10**6)
+"""Of a step or a perturbation, in whatever unit."""
+BITS, GROUPS, COUNT, ROWS = whole(2, 8), whole(1, 1 << 20), whole(1, 10**9), whole(1, 1 << 16)
+SEED = whole(0, 2**63 - 1)
 
 
 def number_or_auto(text: str) -> float | str:
@@ -47,23 +52,31 @@ class MethodOptions:
         "short probe.",
         parse=number_or_auto,
         metavar="N|auto",
+        within=SIZE,
     )
     ratio: float | None = option(
         None,
         f"--lr auto: the root mean square of a step, in units of eps (default: {RATIO}, of mezo {MEZO_RATIO}).",
         methods=("qzo", "ezo", "mezo"),
+        within=above_zero(10**3),
     )
-    eps: float | None = option(None, "Size of a query's perturbation (quzo, and zoqo's mu: in grid steps).")
+    eps: float | None = option(None, "Size of a query's perturbation (quzo, and zoqo's mu: in grid steps).", within=SIZE)
     share: float | None = option(
-        None, "quzo, zoqo: share of the tuned codes that a query moves, instead of --eps.", methods=CODES
+        None,
+        "quzo, zoqo: share of the tuned codes that a query moves, instead of --eps.",
+        methods=CODES,
+        within=above_zero(0.5),
     )
     q: int | None = option(
         None,
         "Queries (directions) a step, each of which costs two forwards (default: 1); nzo: an example, each of which costs two "
         "tokens (default: 8).",
         methods=(*SHARED, "nzo"),
+        within=COUNT,
     )
-    clip: float = option(100.0, "QZO: the largest directional derivative that an update follows.", methods=("qzo",))
+    clip: float = option(
+        100.0, "QZO: the largest directional derivative that an update follows.", methods=("qzo",), within=above_zero(10**12)
+    )
     part: str | None = option(
         None,
         "Which value of a block is tuned (default: scale, of nzo both); types without an offset, or without codebooks, tune "
@@ -79,8 +92,10 @@ class MethodOptions:
     train_unquantized: bool = option(
         False, "QZO: search the unquantized tensors (norms, biases) in the same step.", methods=("qzo",)
     )
-    unquantized_lr: float | None = option(None, "Step size of the unquantized tensors.", needs="train_unquantized")
-    unquantized_eps: float | None = option(None, "Size of the unquantized tensors' perturbation.", needs="train_unquantized")
+    unquantized_lr: float | None = option(None, "Step size of the unquantized tensors.", needs="train_unquantized", within=SIZE)
+    unquantized_eps: float | None = option(
+        None, "Size of the unquantized tensors' perturbation.", needs="train_unquantized", within=SIZE
+    )
     master: bool = option(
         False, "MeZO: keep fp32 masters of bf16 weights instead of rounding updates stochastically.", methods=("mezo",)
     )
@@ -90,15 +105,18 @@ class MethodOptions:
         choices=("gaussian", "rademacher", "uniform"),
         methods=SHARED,
     )
-    roundings: int = option(1, "QuZO: round a direction once (Q-RGE1) or twice (Q-RGE2).", choices=(1, 2), methods=("quzo",))
+    roundings: int = option(
+        1, "QuZO: round a direction once (Q-RGE1) or twice (Q-RGE2).", choices=(1, 2), methods=("quzo",), within=whole(1, 2)
+    )
     perturbation_bits: int | None = option(
-        None, "QuZO: cut a query's steps to the integers of so many bits (one rounding).", methods=("quzo",)
+        None, "QuZO: cut a query's steps to the integers of so many bits (one rounding).", methods=("quzo",), within=BITS
     )
     span: int | None = option(
         None,
         "quzo, zoqo: neighbouring codes that share one coordinate of a direction (default: 32 on evenly spaced grids of up to "
         "16 levels, else 1).",
         methods=CODES,
+        within=ROWS,
     )
     whole_steps: bool = option(
         False, "ZOQO: move by a whole grid step at least, as in the paper; no residual then.", methods=("zoqo",)
@@ -106,7 +124,9 @@ class MethodOptions:
     hold: bool = option(
         False, "ZOQO: a third forward a step, at x itself; move only where a side of it is lower.", methods=("zoqo",)
     )
-    stride: int | None = option(None, "quzo, zoqo: tune every n-th row of a weight only (default: 16).", methods=CODES)
+    stride: int | None = option(
+        None, "quzo, zoqo: tune every n-th row of a weight only (default: 16).", methods=CODES, within=ROWS
+    )
     stateless: bool = option(
         False, "quzo, zoqo: round every update at once, as in the papers, and keep no residual (a byte a code).", methods=CODES
     )
@@ -117,7 +137,9 @@ class MethodOptions:
         metavar="A,B,..|REGEX",
     )
     exclude_modules: str | None = option(None, "Leave these modules out.", metavar="A,B,..|REGEX")
-    weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.", methods=(*SHARED, "ezo"))
+    weight_decay: float = option(
+        0.0, "Decay of the tuned values a step, times lr.", methods=(*SHARED, "ezo"), within=Range(0, 1000)
+    )
 
     @property
     def queries(self) -> int:
@@ -126,6 +148,7 @@ class MethodOptions:
 
     def check(self) -> None:
         """Refuse values that cannot work, or that the method (where it is still to be chosen, qzo) would not read."""
+        check_ranges(self)
         method = "qzo" if self.method == "auto" else self.method
         names = {each.name for each in fields(MethodOptions)}
         for each in (each for each in fields(self) if each.name in names):
@@ -141,15 +164,12 @@ class MethodOptions:
             raise GradlessError("ratio is for --lr auto; leave one of the two out.")
         if self.ratio is not None and self.lr is None and method not in ("ezo", "mezo"):
             raise GradlessError(f"ratio is for a step size that follows the estimates; give --lr auto to {method}.")
-        if self.share is not None and self.share > 0.5:
-            raise GradlessError(f"share is {self.share}; at most 0.5 of the codes can move in a query (--eps goes further).")
         if self.share is not None and (self.eps is not None or self.distribution == "uniform"):
             raise GradlessError("share stands for eps, with gaussian noise; leave --eps and --distribution out, or --share.")
         if self.absolute and method in CODES and (self.eps is None or self.lr is None):
             raise GradlessError(f"{method} has no defaults in units of the weights; give --eps and --lr with --absolute.")
-        bits = self.perturbation_bits
-        if bits is not None and not (2 <= bits <= 8 and self.roundings == 1):
-            raise GradlessError(f"perturbation_bits is {bits}; it can be 2 to 8, and goes with one rounding.")
+        if self.perturbation_bits is not None and self.roundings != 1:
+            raise GradlessError("perturbation_bits goes with one rounding; leave --roundings out, or --perturbation-bits.")
 
 
 def _check_option(options: MethodOptions, each: Field[Any]) -> None:
@@ -160,31 +180,6 @@ def _check_option(options: MethodOptions, each: Field[Any]) -> None:
     if needs and value != each.default and getattr(options, needs) in (None, False):
         flag = needs.replace("_", "-")
         raise GradlessError(f"{each.name} goes with --{flag}; give it too, or leave {each.name} out.")
-
-
-POSITIVE = {
-    "eps",
-    "lr",
-    "ratio",
-    "q",
-    "share",
-    "span",
-    "stride",
-    "clip",
-    "unquantized_lr",
-    "unquantized_eps",
-    "lora",
-    "lora_alpha",
-    "train_rows",
-    "eval_rows",
-    "max_length",
-    "steps",
-    "max_minutes",
-    "batch_size",
-    "accumulate",
-    "eval_every",
-    "threads",
-}
 
 
 GRID_CHOICES = ("int", "uint", "fp8", "fp8-e5m2", "nf4")
@@ -207,32 +202,38 @@ class RunOptions(MethodOptions):
     labels: str | None = option(None, "Labels and their words, such as 0=terrible,1=great.", metavar="A=B,..")
     split: str = option("train", "Split of a data set that is given by name.")
     eval_split: str = option("validation", "Split of --eval where that is a data set's name.")
-    train_rows: int | None = option(None, "Train on this many rows, chosen by the seed.")
-    eval_rows: int | None = option(None, "Measure on the first rows only.")
-    max_length: int | None = option(None, "Keep only the last tokens of longer prompts, and of longer conversations.")
+    train_rows: int | None = option(None, "Train on this many rows, chosen by the seed.", within=COUNT)
+    eval_rows: int | None = option(None, "Measure on the first rows only.", within=COUNT)
+    max_length: int | None = option(
+        None, "Keep only the last tokens of longer prompts, and of longer conversations.", within=whole(3, 10**9)
+    )
     train_on: str = option("all", "The assistant's messages of a conversation that are learned.", choices=("all", "last"))
-    steps: int | None = option(None, "Steps to run (1000 unless --max-minutes is given).")
-    max_minutes: float | None = option(None, "Stop after so many minutes; the schedule follows the clock.")
-    batch_size: int = option(16, "Examples in a forward.")
-    accumulate: int = option(1, "Forwards (micro-batches) under one direction.")
-    bits: int | None = option(None, "Quantize a dense folder to so many bits first (2 to 8).")
+    steps: int | None = option(None, "Steps to run (1000 unless --max-minutes is given).", within=COUNT)
+    max_minutes: float | None = option(
+        None, "Stop after so many minutes; the schedule follows the clock.", within=above_zero(10**7)
+    )
+    batch_size: int = option(16, "Examples in a forward.", within=ROWS)
+    accumulate: int = option(1, "Forwards (micro-batches) under one direction.", within=ROWS)
+    bits: int | None = option(None, "Quantize a dense folder to so many bits first (2 to 8).", within=BITS)
     grid: str = option(
         "int", "Levels to quantize to: int (symmetric), uint (with an offset), fp8, fp8-e5m2, nf4.", choices=GRID_CHOICES
     )
     group_size: str = option("64", "Weights of a row that share a range, or channel: a range a row.", metavar="N|channel")
     search: bool = option(False, "Choose ranges by squared error.")
-    lora: int | None = option(None, "quzo, zoqo: tune LoRA adapters of this rank, on a grid, instead of the weights.")
-    lora_alpha: float = option(64.0, "An adapter's update is alpha / rank times B A.", needs="lora")
-    lora_bits: int = option(8, "Bits of the adapters' grid (2 to 8).", needs="lora")
+    lora: int | None = option(
+        None, "quzo, zoqo: tune LoRA adapters of this rank, on a grid, instead of the weights.", within=ROWS
+    )
+    lora_alpha: float = option(64.0, "An adapter's update is alpha / rank times B A.", needs="lora", within=SIZE)
+    lora_bits: int = option(8, "Bits of the adapters' grid (2 to 8).", needs="lora", within=BITS)
     activations: str = option(
         "bf16",
         "What linear layers multiply: bf16 with unpacked weights; int8, token by token, with integer codes; or fp8 with fp8.",
         choices=("bf16", "int8", "fp8"),
     )
     schedule: str = option("linear", "How lr falls.", choices=("linear", "constant", "cosine"))
-    eval_every: int = option(200, "Steps between measurements on --eval.")
-    seed: int = option(0, "Decides directions and the order of the data.")
-    threads: int | None = option(None, "CPU threads (default: one a core).")
+    eval_every: int = option(200, "Steps between measurements on --eval.", within=COUNT)
+    seed: int = option(0, "Decides directions and the order of the data.", within=SEED)
+    threads: int | None = option(None, "CPU threads (default: one a core).", within=whole(1, 1024))
     trust_remote_code: bool = option(False, "Let the model's folder run its own Python.")
     output: str = option("runs/latest", "Folder of the tuned model and its journal.", metavar="DIR")
     resume: bool = option(False, "Go on with the run that --output holds.")
@@ -261,16 +262,11 @@ class RunOptions(MethodOptions):
         """Refuse values that cannot work, wherever they came from."""
         self.check()
         for each in fields(self):
-            value = getattr(self, each.name)
             _check_option(self, each)
-            if each.name in POSITIVE and value not in (None, "auto") and not (isinstance(value, int | float) and value > 0):
-                raise GradlessError(f"{each.name} is {value!r}; it must be a number above zero.")
-        if self.bits is not None and not 2 <= self.bits <= 8:
-            raise GradlessError(f"bits is {self.bits}; codes have 2 to 8.")
-        if not (self.group_size == "channel" or (self.group_size.isdigit() and int(self.group_size) > 0)):
-            raise GradlessError(f"group_size is {self.group_size!r}; it is a number of weights, or channel.")
-        if not 2 <= self.lora_bits <= 8:
-            raise GradlessError(f"lora_bits is {self.lora_bits}; codes have 2 to 8.")
+        if not (self.group_size == "channel" or (self.group_size.isdecimal() and int(self.group_size[:9]) in GROUPS)):
+            raise GradlessError(
+                f"group_size is {self.group_size!r}; it is a number of weights, at most {GROUPS.most:,}, or channel."
+            )
         if self.lora is not None and self.method not in CODES:
             raise GradlessError("lora is for adapters on a grid, which quzo and zoqo tune: choose one of them, or none.")
         if self.lora is not None and self.stride is not None:
@@ -279,8 +275,6 @@ class RunOptions(MethodOptions):
             raise GradlessError(f"{self.grid}'s codes are no integers; int8 activations need --grid int or uint.")
         if self.quantizes and self.activations == "fp8" and (not self.grid.startswith("fp8") or self.group_size != "channel"):
             raise GradlessError("fp8 activations need weights of --grid fp8 or fp8-e5m2 with --group-size channel.")
-        if not 0 <= self.seed < 2**63:
-            raise GradlessError(f"seed is {self.seed}; it must be a whole number from 0 on.")
 
 
 MAY_CHANGE = {"output", "resume", "overwrite", "allow_changes", "eval", "eval_rows", "eval_every", "eval_split"}
