@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradless.errors import GradlessError
+from gradless.formats.account import Account
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer, place_float, restore_buffers, tie
 from gradless.fusing import fuse
@@ -29,7 +30,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = Path(path)
-    return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False)
 
 
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> QuantizedModel:
@@ -50,19 +51,18 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenize
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         names = get_gguf_hf_weights_map(model, processor)
     except (ValueError, NotImplementedError, KeyError) as error:
         raise _unsupported(file, f"transformers cannot build it: {error}") from error
+    account = Account(file.path, model)
     restore_buffers(model)
-    floats = _place(file, model, names, processor, dtype)
+    floats = _place(file, model, names, processor, dtype, account)
     if config.tie_word_embeddings:
         tie(model, floats, dtype)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise _unsupported(file, f"its file has no tensor for {missing[0]}")
+    notes = account.settle(model)
     fuse(model.requires_grad_(False).eval())
-    return QuantizedModel(file, model, tokenizer or load_tokenizer(path), floats)
+    return QuantizedModel(file, model, tokenizer or load_tokenizer(path), floats, notes)
 
 
 def _unsupported(file: GGUFFile, why: str) -> GradlessError:
@@ -84,20 +84,25 @@ def _configure(file: GGUFFile) -> tuple[Any, Any]:
     if file.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
         raise _unsupported(file, "transformers does not map it")
     try:
-        config = AutoConfig.from_pretrained(str(file.path.parent), gguf_file=file.path.name, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            str(file.path.parent), gguf_file=file.path.name, local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, KeyError, NotImplementedError) as error:
         raise _unsupported(file, f"transformers cannot read its configuration: {error}") from error
     return config, TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
 
 
-def _place(file: GGUFFile, model: Any, names: dict[str, str], processor: Any, dtype: torch.dtype) -> dict[str, ShownFloat]:
+def _place(
+    file: GGUFFile, model: Any, names: dict[str, str], processor: Any, dtype: torch.dtype, account: Account
+) -> dict[str, ShownFloat]:
     """Put every tensor of the file where it belongs in the model."""
     floats = {}
     for name, info in file.tensors.items():
         if name not in names:
             if not name.startswith(IGNORED):
-                raise _unsupported(file, f"transformers has no place for {name}")
+                account.leave(name, file.contents[name])
             continue
+        account.place(name, names[name])
         path, _, attribute = names[name].rpartition(".")
         module = model.get_submodule(path)
         if name in file.quantized:

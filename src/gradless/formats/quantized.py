@@ -46,12 +46,16 @@ class QuantizedModel:
     """A file of packed weights and, around them, a transformers causal language model.
 
     A replay needs the file alone: it leaves `model`, `tokenizer` and the places in `floats` out.
+
+    Attributes:
+        notes: what a user should know of tensors that change nothing and are not used (`Account.settle`).
     """
 
     file: Checkpoint
     model: Any = None
     tokenizer: Any = None
     floats: dict[str, ShownFloat] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     quantized = True
 

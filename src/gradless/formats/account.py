@@ -1,0 +1,218 @@
+"""An account of a load: every tensor of a file has a place in the model, and every parameter of the model was filled.
+
+    account = Account(path, model)              # the model as its class makes it, before anything is placed
+    account.place("blk.0.attn_q.weight", "model.layers.0.self_attn.q_proj.weight")     # once for each tensor that was placed
+    account.leave("model.layers.0.self_attn.q_proj.bias", values)                      # once for each that found no place
+    notes = account.settle(model)               # the model as it will run; raises what is wrong, in one sentence
+
+Nothing is believed by its name. A tensor without a place is refused, unless its values prove that leaving it out changes
+nothing: a bias of zeros for a layer that has none, or a buffer that holds what the model derives itself. Such tensors are
+noted, for the user to read, and stay in every export as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradless.errors import GradlessError
+
+SHOWN = 3
+"""Names that a sentence lists of many."""
+MASKED = -1e4
+"""A score that an old mask buffer gives to what is hidden, or less."""
+CLOSE = 2e-6
+"""How far, relatively, a derived fp32 buffer may be from the stored one: powers differ by some last bits between machines."""
+QUANTIZED = {
+    *("qweight", "qzeros", "g_idx", "scales", "SCB", "absmax", "quant_map", "codes", "codebooks", "weight_format"),
+    *(
+        "weight_packed",
+        "weight_scale",
+        "weight_scale_inv",
+        "weight_scale_2",
+        "weight_zero_point",
+        "input_scale",
+        "weight_shape",
+    ),
+    *("biases", "W_q", "zero", "scale", "_data", "_scale", "weight_scales", "input_amax"),
+}
+"""What names of packed layers' tensors end with in the formats of other tools."""
+ADAPTER = (".base_layer.", ".lora_", ".modules_to_save.", ".original_module.")
+PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "language_model.", "model.language_model.", "thinker.", "llm.")
+"""What tools put before the names of a model that they wrap."""
+
+
+class Account:
+    """What becomes of every tensor of a file, and of every parameter and persistent buffer of a model.
+
+    Args:
+        path: of the file or folder, for the sentences.
+        model: as its class makes it from the configuration; on the meta device or not.
+
+    Attributes:
+        expected: names of its parameters and persistent buffers.
+        placed: by the model's name, the file's name of the tensor that filled it.
+    """
+
+    def __init__(self, path: Path, model: Any) -> None:
+        self.path = path
+        self.expected = list(model.state_dict(keep_vars=True))
+        self.tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+        self.placed: dict[str, str] = {}
+        self._left: dict[str, tuple[str, Tensor]] = {}
+        self._unfit: dict[str, str] = {}
+
+    def place(self, name: str, *places: str) -> None:
+        """The file's tensor `name` fills the model's parameters or buffers `places`."""
+        for place in places:
+            if place in self.placed:
+                self.unfit(name, f"{name} fills {place}, as {self.placed[place]} does")
+            self.placed[place] = name
+
+    def leave(self, name: str, values: Tensor, place: str | None = None) -> None:
+        """The file's tensor `name` has no place; `place` is what the model would call it, where that is another name."""
+        self._left[name] = (place or name, values)
+
+    def unfit(self, name: str, why: str) -> None:
+        """The file's tensor `name` has a place, but cannot fill it."""
+        self._unfit[name] = why
+
+    def settle(self, model: Any) -> list[str]:
+        """Close the account.
+
+        Args:
+            model: with every tensor in its place, and tied.
+
+        Returns:
+            What the user should know of tensors that change nothing and are not used, in sentences.
+
+        Raises:
+            GradlessError: a tensor is left over, or a parameter or a buffer was filled by nothing.
+        """
+        noted: dict[str, list[str]] = {}
+        foreign = []
+        for name, (place, values) in self._left.items():
+            reason = harmless(model, place, values)
+            if reason is None:
+                foreign.append(name)
+            else:
+                noted.setdefault(reason, []).append(name)
+        missing = [name for name in self.expected if name not in self.placed and not self._is_tied(model, name)]
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        missing += [name for name, tensor in tensors if tensor.is_meta and name not in missing]
+        if foreign or missing or self._unfit:
+            raise GradlessError(self._refusal(foreign, missing, model))
+        return [f"{self.path}: {_some(names)} {reason}; not used, and kept as it is" for reason, names in noted.items()]
+
+    def _is_tied(self, model: Any, name: str) -> bool:
+        """Whether the model's class ties a parameter to one that was filled, and both are one."""
+        pairs = [*self.tied.items(), *((source, target) for target, source in self.tied.items())]
+        return any(one == name and other in self.placed and _is_one(model, one, other) for one, other in pairs)
+
+    def _refusal(self, foreign: list[str], missing: list[str], model: Any) -> str:
+        faults = []
+        if foreign:
+            faults.append(f"{_counted(foreign, 'tensor')} for which {type(model).__name__} has no place ({_some(foreign)})")
+        if missing:
+            faults.append(f"nothing for {_counted(missing, 'parameter')} of it ({_some(missing)})")
+        if self._unfit:
+            faults.append(f"{_counted(self._unfit, 'tensor')} that cannot be used ({next(iter(self._unfit.values()))})")
+        return f"{self.path} holds {' and '.join(faults)}; {_advice([*foreign, *self._unfit])}."
+
+
+def harmless(model: Any, place: str, values: Tensor) -> str | None:
+    """Why a tensor that has no place changes nothing, or None where its values do not prove it.
+
+    Args:
+        model: that has no place for it.
+        place: what the model would call it.
+        values: of the tensor.
+    """
+    path, _, attribute = place.rpartition(".")
+    module = _module(model, path)
+    buffers = dict(model.named_buffers())
+    if place in buffers:
+        return "is what the model derives" if _equal(values, buffers[place]) else None
+    if attribute == "bias" and _is_without_bias(module, values):
+        return "is a bias of zeros for a layer that has none" if not values.any() else None
+    if attribute == "inv_freq":
+        derived = [buffer for name, buffer in buffers.items() if name.rpartition(".")[2] == attribute]
+        return "is what the model derives" if derived and all(_equal(values, each) for each in derived) else None
+    if module is None:
+        return None
+    if attribute in ("bias", "mask", "causal_mask") and values.ndim in (2, 4) and _is_causal(values):
+        return "is the causal mask"
+    if attribute == "masked_bias" and values.numel() == 1 and float(values) <= MASKED:
+        return "is the score of what a mask hides"
+    if attribute == "position_ids" and torch.equal(values.flatten(), torch.arange(values.numel())):
+        return "counts positions"
+    return None
+
+
+def _module(model: Any, path: str) -> nn.Module | None:
+    try:
+        found: nn.Module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return found
+
+
+def _is_without_bias(module: nn.Module | None, values: Tensor) -> bool:
+    """Whether a module has a weight, and no bias where it could have one of these values."""
+    if module is None or getattr(module, "bias", None) is not None or values.ndim != 1:
+        return False
+    weight = getattr(module, "weight", None)
+    rows = getattr(module, "out_features", None if weight is None else len(weight))
+    return bool(rows == len(values))
+
+
+def _equal(stored: Tensor, derived: Tensor) -> bool:
+    """Whether stored values are the derived ones, as their own type holds them."""
+    if stored.shape != derived.shape:
+        return False
+    if not (stored.is_floating_point() and derived.is_floating_point()):
+        return torch.equal(stored.double(), derived.cpu().double())
+    near = max(CLOSE, torch.finfo(stored.dtype).eps)
+    return torch.allclose(stored.double(), derived.cpu().double(), rtol=near, atol=0.0)
+
+
+def _is_causal(values: Tensor) -> bool:
+    """Whether a (1, 1, n, n) or (n, n) mask lets each position see itself and what stands before it."""
+    n = values.shape[-1]
+    return values.numel() == n * n and torch.equal(values.reshape(n, n).bool(), torch.ones(n, n).tril().bool())
+
+
+def _is_one(model: Any, one: str, other: str) -> bool:
+    """Whether two names are of one tensor, packed or not."""
+    (module, attribute), (twin, its) = (
+        (_module(model, path), attribute) for path, _, attribute in (one.rpartition("."), other.rpartition("."))
+    )
+    if module is None or twin is None:
+        return False
+    if getattr(module, "packed", None) is not None:
+        return getattr(twin, "packed", None) is module.packed
+    return getattr(module, attribute, None) is getattr(twin, its, object())
+
+
+def _counted(names: Collection[str], what: str) -> str:
+    return f"{len(names)} {what}{'s' * (len(names) > 1)}"
+
+
+def _some(names: Collection[str]) -> str:
+    listed = ", ".join(list(names)[:SHOWN])
+    return listed if len(names) <= SHOWN else f"{listed} and {len(names) - SHOWN} more"
+
+
+def _advice(foreign: Collection[str]) -> str:
+    """What to do about tensors without a place."""
+    if any(part in f".{name}" for name in foreign for part in ADAPTER):
+        return "it is a model with an adapter that was not merged: merge it, save it and give the result"
+    if any(name.rpartition(".")[2] in QUANTIZED for name in foreign):
+        return "these are a quantizer's, whose settings config.json does not state in a way that gradless reads"
+    if any(name.startswith(PREFIXES) for name in foreign):
+        return "it was saved inside of another model: save the language model itself and give that folder"
+    return "weights and config.json are not of one model that gradless can hold: download it again, or give another"
