@@ -12,7 +12,7 @@ noted, for the user to read, and stay in every export as they are.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,17 @@ MASKED = -1e4
 CLOSE = 2e-6
 """How far, relatively, a derived fp32 buffer may be from the stored one: powers differ by some last bits between machines."""
 QUANTIZED = {
-    *("qweight", "qzeros", "g_idx", "scales", "SCB", "absmax", "quant_map", "codes", "codebooks", "weight_format"),
+    *("qweight", "qzeros", "g_idx", "scales", "SCB", "absmax", "quant_map", "codes", "codebooks", "weight_format", "biases"),
     *(
         "weight_packed",
         "weight_scale",
         "weight_scale_inv",
         "weight_scale_2",
         "weight_zero_point",
-        "input_scale",
         "weight_shape",
+        "weight_scales",
     ),
-    *("biases", "W_q", "zero", "scale", "_data", "_scale", "weight_scales", "input_amax"),
+    *("input_scale", "input_amax", "W_q", "zero", "scale", "_data", "_scale"),
 }
 """What names of packed layers' tensors end with in the formats of other tools."""
 ADAPTER = (".base_layer.", ".lora_", ".modules_to_save.", ".original_module.")
@@ -63,7 +63,7 @@ class Account:
         self.expected = list(model.state_dict(keep_vars=True))
         self.tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
         self.placed: dict[str, str] = {}
-        self._left: dict[str, tuple[str, Tensor]] = {}
+        self._left: dict[str, tuple[str, Tensor | None]] = {}
         self._unfit: dict[str, str] = {}
 
     def place(self, name: str, *places: str) -> None:
@@ -73,8 +73,14 @@ class Account:
                 self.unfit(name, f"{name} fills {place}, as {self.placed[place]} does")
             self.placed[place] = name
 
-    def leave(self, name: str, values: Tensor, place: str | None = None) -> None:
-        """The file's tensor `name` has no place; `place` is what the model would call it, where that is another name."""
+    def leave(self, name: str, values: Tensor | None = None, place: str | None = None) -> None:
+        """The file's tensor `name` has no place.
+
+        Args:
+            name: of the tensor.
+            values: of the tensor, from which it may be proven harmless; None where they prove nothing.
+            place: what the model would call it, where that is another name.
+        """
         self._left[name] = (place or name, values)
 
     def unfit(self, name: str, why: str) -> None:
@@ -96,7 +102,7 @@ class Account:
         noted: dict[str, list[str]] = {}
         foreign = []
         for name, (place, values) in self._left.items():
-            reason = harmless(model, place, values)
+            reason = None if values is None else harmless(model, place, values)
             if reason is None:
                 foreign.append(name)
             else:
@@ -122,6 +128,26 @@ class Account:
         if self._unfit:
             faults.append(f"{_counted(self._unfit, 'tensor')} that cannot be used ({next(iter(self._unfit.values()))})")
         return f"{self.path} holds {' and '.join(faults)}; {_advice([*foreign, *self._unfit])}."
+
+
+def understood(config: Mapping[str, Any], what: str, used: Collection[str], neutral: Collection[str]) -> None:
+    """An account of a quantizer's settings: each is used, or changes no weight, or says nothing.
+
+    Args:
+        config: `quantization_config`.
+        what: the quantizer's name.
+        used: settings that are read.
+        neutral: settings of how the file was made, or of kernels that gradless does not use.
+
+    Raises:
+        GradlessError: there is another one.
+    """
+    for name, value in config.items():
+        if name != "quant_method" and name not in used and name not in neutral and value not in (None, {}, [], ""):
+            raise GradlessError(
+                f"{what} with {name} = {value!r}, a setting that gradless does not know and that may change the weights; "
+                "quantize the model without it."
+            )
 
 
 def harmless(model: Any, place: str, values: Tensor) -> str | None:
@@ -172,7 +198,7 @@ def _is_without_bias(module: nn.Module | None, values: Tensor) -> bool:
 
 def _equal(stored: Tensor, derived: Tensor) -> bool:
     """Whether stored values are the derived ones, as their own type holds them."""
-    if stored.shape != derived.shape:
+    if derived.is_meta or stored.shape != derived.shape:
         return False
     if not (stored.is_floating_point() and derived.is_floating_point()):
         return torch.equal(stored.double(), derived.cpu().double())

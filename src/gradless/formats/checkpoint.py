@@ -25,6 +25,7 @@ from gradless.tensor import Part, QuantTensor
 
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = FLOAT_TYPES | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+TYPES["BOOL"] = torch.bool
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,7 @@ class Checkpoint(ABC):
     floats: dict[str, Tensor] = field(repr=False, init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Copy-on-write: torch sees writable memory, tuned codes get pages of their own, and the file itself never changes.
-        mapped = cache(lambda path: np.memmap(path, dtype=np.uint8, mode="c"))
-        self.contents = {}
-        for name, info in self.tensors.items():
-            raw = torch.from_numpy(mapped(info.file)[info.offset : info.offset + info.nbytes])
-            if info.type in TYPES:
-                self.contents[name] = raw.view(TYPES[info.type]).view(info.shape)
-            else:
-                self.contents[name] = raw.view(*info.shape[:-1], -1)
+        self.contents = mapped(self.tensors)
         packed: set[str] = set()
         for name in self.layout.matrices(self.tensors):
             parts = self.parts(name)
@@ -215,6 +208,18 @@ class Checkpoint(ABC):
                     yield self.parts(name)[part], content
         for name, values in floats.items():
             yield self.tensors[name], values.cpu().to(FLOAT_TYPES[self.tensors[name].type])
+
+
+def mapped(tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """Tensors as views of their files, in their own type; those in blocks as bytes. Copy-on-write: torch sees writable memory,
+    what is written gets pages of its own, and the file itself never changes."""
+    pages = cache(lambda path: np.memmap(path, dtype=np.uint8, mode="c"))
+    found = {}
+    for name, info in tensors.items():
+        raw = torch.from_numpy(pages(info.file)[info.offset : info.offset + info.nbytes])
+        shape = info.shape if info.type in TYPES else (*info.shape[:-1], -1)
+        found[name] = raw.view(TYPES.get(info.type, torch.uint8)).view(shape)
+    return found
 
 
 def patch(path: Path, info: TensorInfo, content: Tensor) -> None:
