@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -74,16 +75,26 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Quantiz
     """Load a GGUF file, or a folder of a quantized or a dense model, by its path or its name on the Hub."""
     path = local(model, trust_remote_code=trust_remote_code)
     if not path.is_dir():
-        return load_gguf(path)
+        return _noted(load_gguf(path))
     load = load_folder if is_quantized(path) else DenseModel.load
-    return load(path, trust_remote_code=trust_remote_code)
+    return _noted(load(path, trust_remote_code=trust_remote_code))
 
 
 def open_model(path: Path) -> Model:
     """What a replay needs of a model: the tensors, and no module around them where they are packed."""
     if path.is_dir() and not is_quantized(path):
-        return DenseModel.load(path)
+        return _noted(DenseModel.load(path))
     return QuantizedModel(Folder.open(path) if path.is_dir() else GGUFFile.open(path))
+
+
+LoadedModel = TypeVar("LoadedModel", bound=QuantizedModel | DenseModel)
+
+
+def _noted(loaded: LoadedModel) -> LoadedModel:
+    """A loaded model, and on standard error what its user should know of it."""
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return loaded
 
 
 def prepare(

@@ -70,7 +70,7 @@ class Account:
         """The file's tensor `name` fills the model's parameters or buffers `places`."""
         for place in places:
             if place in self.placed:
-                self.unfit(name, f"{name} fills {place}, as {self.placed[place]} does")
+                self.unfit(name, f"{self.placed[place]} and {name}, which are both {place}")
             self.placed[place] = name
 
     def leave(self, name: str, values: Tensor | None = None, place: str | None = None) -> None:
@@ -86,6 +86,10 @@ class Account:
     def unfit(self, name: str, why: str) -> None:
         """The file's tensor `name` has a place, but cannot fill it."""
         self._unfit[name] = why
+
+    def own_head(self) -> bool:
+        """Whether the file holds both of two tensors that the configuration ties: then they are not tied, and each counts."""
+        return any(target in self.placed and source in self.placed for target, source in self.tied.items())
 
     def settle(self, model: Any) -> list[str]:
         """Close the account.
@@ -120,14 +124,16 @@ class Account:
         return any(one == name and other in self.placed and _is_one(model, one, other) for one, other in pairs)
 
     def _refusal(self, foreign: list[str], missing: list[str], model: Any) -> str:
-        faults = []
-        if foreign:
-            faults.append(f"{_counted(foreign, 'tensor')} for which {type(model).__name__} has no place ({_some(foreign)})")
+        faults, kind = [], type(model).__name__
         if missing:
-            faults.append(f"nothing for {_counted(missing, 'parameter')} of it ({_some(missing)})")
+            faults.append(f"has no tensor for {_some(missing)} ({_counted(missing, 'parameter')} of {kind})")
+        if foreign:
+            faults.append(f"holds {_some(foreign)} ({_counted(foreign, 'tensor')} for which {kind} has no place)")
         if self._unfit:
-            faults.append(f"{_counted(self._unfit, 'tensor')} that cannot be used ({next(iter(self._unfit.values()))})")
-        return f"{self.path} holds {' and '.join(faults)}; {_advice([*foreign, *self._unfit])}."
+            faults.append(
+                f"holds what cannot be used: {'; '.join(list(self._unfit.values())[:SHOWN])} ({len(self._unfit)} in all)"
+            )
+        return f"{self.path} {', and '.join(faults)}; {_advice([*foreign, *self._unfit])}."
 
 
 def understood(config: Mapping[str, Any], what: str, used: Collection[str], neutral: Collection[str]) -> None:

@@ -181,6 +181,10 @@ class Checkpoint(ABC):
         """One hash of all weights."""
 
     @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """The SHA-256 of each file that matters to the model, by its name: weights, configuration, tokenizer."""
+
+    @abstractmethod
     def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
         """Write a copy with what was tuned.
 

@@ -67,6 +67,9 @@ class GGUFFile(Checkpoint):
     def fingerprint(self) -> str:
         return sha256(self.path)
 
+    def identity(self) -> dict[str, str]:
+        return {self.path.name: sha256(self.path)}
+
     def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
         with replacing(path) as temporary:
             shutil.copyfile(self.path, temporary)
