@@ -42,8 +42,6 @@ QUANTIZED = {
 }
 """What names of packed layers' tensors end with in the formats of other tools."""
 ADAPTER = (".base_layer.", ".lora_", ".modules_to_save.", ".original_module.")
-PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "language_model.", "model.language_model.", "thinker.", "llm.")
-"""What tools put before the names of a model that they wrap."""
 
 
 class Account:
@@ -116,7 +114,10 @@ class Account:
         missing += [name for name, tensor in tensors if tensor.is_meta and name not in missing]
         if foreign or missing or self._unfit:
             raise GradlessError(self._refusal(foreign, missing, model))
-        return [f"{self.path}: {_some(names)} {reason}; not used, and kept as it is" for reason, names in noted.items()]
+        notes = [f"{self.path}: {_some(names)} {reason}; not used, and kept as it is" for reason, names in noted.items()]
+        if self.own_head():
+            notes.append(f"{self.path}: {min(self.tied)} is the file's own, though config.json ties it; the file's is read")
+        return notes
 
     def _is_tied(self, model: Any, name: str) -> bool:
         """Whether the model's class ties a parameter to one that was filled, and both are one."""
@@ -133,7 +134,7 @@ class Account:
             faults.append(
                 f"holds what cannot be used: {'; '.join(list(self._unfit.values())[:SHOWN])} ({len(self._unfit)} in all)"
             )
-        return f"{self.path} {', and '.join(faults)}; {_advice([*foreign, *self._unfit])}."
+        return f"{self.path} {', and '.join(faults)}; {_advice(foreign, missing)}."
 
 
 def understood(config: Mapping[str, Any], what: str, used: Collection[str], neutral: Collection[str]) -> None:
@@ -239,12 +240,13 @@ def _some(names: Collection[str]) -> str:
     return listed if len(names) <= SHOWN else f"{listed} and {len(names) - SHOWN} more"
 
 
-def _advice(foreign: Collection[str]) -> str:
-    """What to do about tensors without a place."""
+def _advice(foreign: list[str], missing: list[str]) -> str:
+    """What to do about tensors without a place, and places without a tensor."""
     if any(part in f".{name}" for name in foreign for part in ADAPTER):
-        return "it is a model with an adapter that was not merged: merge it, save it and give the result"
+        return "an adapter in it was not merged: merge it, save the model and give that"
     if any(name.rpartition(".")[2] in QUANTIZED for name in foreign):
         return "these are a quantizer's, whose settings config.json does not state in a way that gradless reads"
-    if any(name.startswith(PREFIXES) for name in foreign):
-        return "it was saved inside of another model: save the language model itself and give that folder"
+    prefixes = {name.removesuffix(place) for name in foreign[:SHOWN] for place in missing if name.endswith(f".{place}")}
+    if prefixes:
+        return f"names begin with {min(prefixes)}, as of a model inside of another: save the language model itself and give that"
     return "weights and config.json are not of one model that gradless can hold: download it again, or give another"

@@ -147,8 +147,9 @@ class Checkpoint(ABC):
                 raise GradlessError(f"{self.path} has no {missing[0]} for {name}; download or copy it again.")
             try:
                 self.quantized[name] = self.layout.read(name, self._contents(name))
-            except GradlessError:
-                raise
+            except GradlessError as error:
+                where = self.path if name in str(error) else f"{self.path}: {name}"
+                raise GradlessError(f"{where}: {error}") from error
             except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
                 raise GradlessError(
                     f"{self.path}: the tensors of {name} are not {self.layout.title} ({error}); download or quantize it again."

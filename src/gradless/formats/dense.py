@@ -24,6 +24,9 @@ from gradless.fusing import fuse
 from gradless.spaces import Space, parameter_sites, parameters
 from gradless.targets import EVERYTHING, Targets
 
+ACCOUNTED = ("LOAD REPORT", "specifies to tie")
+"""What transformers' warnings say that the account of a load says too."""
+
 
 @dataclass
 class DenseModel:
@@ -127,7 +130,7 @@ class DenseModel:
                 old, info = before[name], tensors[name]
                 moved = old.to(values.dtype) != values
                 if moved.any():
-                    patch(temporary / info.file.name, info, torch.where(moved, rounded(values, old.dtype), old))
+                    patch(temporary / info.file.name, info, torch.where(moved, rounded(values.float(), old.dtype), old))
 
 
 def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
@@ -175,7 +178,8 @@ def _overheard() -> Iterator[_Heard]:
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             line = record.getMessage().strip().splitlines()[0]
-            if record.levelno >= logging.WARNING and "LOAD REPORT" not in line and line not in heard.warnings:
+            counted = any(what in line for what in ACCOUNTED)
+            if record.levelno >= logging.WARNING and not counted and line not in heard.warnings:
                 heard.warnings.append(line)
 
     logger, ear = logging.getLogger("transformers"), Ear()

@@ -79,7 +79,11 @@ class Folder(Checkpoint):
         method = str(config.get("quant_method"))
         if method not in LAYOUTS:
             raise GradlessError(f"{path} is quantized by {method}; supported are GGUF files and {', '.join(LAYOUTS)}.")
-        found = cls(path, tensors, LAYOUTS[method](config))
+        try:
+            layout = LAYOUTS[method](config)
+        except GradlessError as error:
+            raise GradlessError(f"{path}: {error}") from error
+        found = cls(path, tensors, layout)
         if not found.quantized:
             raise GradlessError(
                 f"{path} is quantized by {method}, as its settings say, but no tensor of it is; "
