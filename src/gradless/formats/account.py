@@ -248,5 +248,5 @@ def _advice(foreign: list[str], missing: list[str]) -> str:
         return "these are a quantizer's, whose settings config.json does not state in a way that gradless reads"
     prefixes = {name.removesuffix(place) for name in foreign[:SHOWN] for place in missing if name.endswith(f".{place}")}
     if prefixes:
-        return f"names begin with {min(prefixes)}, as of a model inside of another: save the language model itself and give that"
+        return f"names begin with {min(prefixes)}, as of a model inside of another: save the language model alone and give that"
     return "weights and config.json are not of one model that gradless can hold: download it again, or give another"
