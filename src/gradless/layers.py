@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,10 @@ class _Packed(nn.Module):
         return self
 
 
+class PackedWeight(GradlessError, AttributeError):
+    """A model's own code asks a packed layer for a weight that it does not hold as such."""
+
+
 class QuantLinear(_Packed):
     """y = x @ W.T + b on a packed W.
 
@@ -54,6 +58,14 @@ class QuantLinear(_Packed):
         self.dtype = dtype
         self.only: Tensor | None = None
         self.activations = "bf16"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise PackedWeight(
+                f"the forward of this model reads {self.packed.name} itself, which gradless keeps packed; "
+                "such a model cannot be run from this file (gradless dequantize writes a dense one)."
+            )
+        return super().__getattr__(name)
 
     @property
     def in_features(self) -> int:

@@ -59,7 +59,7 @@ import torch
 from gradless.blocks import dividing_size, grid_block
 from gradless.errors import GradlessError
 from gradless.formats.checkpoint import Checkpoint
-from gradless.formats.folder import Folder, is_quantized
+from gradless.formats.folder import Folder, is_quantized, unbuildable
 from gradless.formats.gguf import GGUFFile
 from gradless.grids import integers
 from gradless.layers import TILE
@@ -278,9 +278,9 @@ def _config(path: Path) -> Any:
     if not file.is_file():
         raise GradlessError(f"there is no {file}; give a GGUF file, a model's folder, or its config.json.")
     try:
-        return AutoConfig.from_pretrained(file, local_files_only=True)
+        return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise GradlessError(f"{file} is no configuration that transformers can read: {error}") from error
+        raise GradlessError(unbuildable(file, error)) from error
 
 
 def _skeleton(config: Any) -> Any:
@@ -289,7 +289,7 @@ def _skeleton(config: Any) -> Any:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise GradlessError(f"transformers has no causal language model for a {config.model_type}: {error}") from error
     model.tie_weights()

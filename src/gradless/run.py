@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from gradless import evaluation, kernels, noise, objectives
 from gradless.errors import GradlessError
-from gradless.files import Snapshot, checksums, claim, covers, locked, remove, set_aside, sha256
+from gradless.files import Snapshot, checksums, claim, covers, locked, remove, set_aside
 from gradless.formats import packed
 from gradless.formats.adapter import AdaptedModel, LoRA, attach_peft
 from gradless.formats.dense import DenseModel
@@ -29,7 +30,7 @@ from gradless.formats.folder import WEIGHTS, Folder, is_quantized
 from gradless.formats.folder_model import load_folder
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_model import load_gguf
-from gradless.formats.hub import WANTED, local
+from gradless.formats.hub import local
 from gradless.formats.quantized import QuantizedModel
 from gradless.journal import Journal
 from gradless.layers import set_activations
@@ -77,22 +78,26 @@ def load_model(model: str | Path, *, trust_remote_code: bool = False) -> Quantiz
     """Load a GGUF file, or a folder of a quantized or a dense model, by its path or its name on the Hub."""
     path = local(model, trust_remote_code=trust_remote_code)
     if not path.is_dir():
-        return load_gguf(path)
+        return _noted(load_gguf(path))
     load = load_folder if is_quantized(path) else DenseModel.load
-    return load(path, trust_remote_code=trust_remote_code)
+    return _noted(load(path, trust_remote_code=trust_remote_code))
 
 
 def open_model(path: Path) -> Model:
     """What a replay needs of a model: the tensors, and no module around them where they are packed."""
     if path.is_dir() and not is_quantized(path):
-        return DenseModel.load(path)
+        return _noted(DenseModel.load(path))
     return QuantizedModel(Folder.open(path) if path.is_dir() else GGUFFile.open(path))
 
 
-def base_files(path: Path | None) -> dict[str, str]:
-    """The SHA-256 of each file of a folder that is no weight but says what the model and its tokens are, by name."""
-    found = [] if path is None or path.is_file() else [file for kind in WANTED for file in path.glob(kind)]
-    return {file.name: sha256(file) for file in sorted(found) if file.suffix != ".safetensors"}
+LoadedModel = TypeVar("LoadedModel", bound=QuantizedModel | DenseModel)
+
+
+def _noted(loaded: LoadedModel) -> LoadedModel:
+    """A loaded model, and on standard error what its user should know of it."""
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return loaded
 
 
 def prepare(
@@ -347,7 +352,7 @@ def _make_trainer(
             "options": shown,
             "task": train.task.name,
             "data": _fingerprint(train.examples),
-            "base_files": base_files(loaded.path),
+            "base_files": loaded.identity(),
         },
     )
     trainer.allow_changes = options.allow_changes
@@ -553,7 +558,7 @@ def check_base(path: Path, source: Model, journal: Journal) -> None:
         raise GradlessError(
             f"{path} is not the base of {journal.path}: its hash differs; give the model that the run began with."
         )
-    theirs, ours = journal.header.get("base_files"), base_files(source.path)
+    theirs, ours = journal.header.get("base_files"), source.identity()
     if theirs is not None and theirs != ours:
         name = next(name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name))
         raise GradlessError(f"{path} is not the base of {journal.path}: its {name} differs; give the folder as it was then.")

@@ -12,7 +12,7 @@ noted, for the user to read, and stay in every export as they are.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,20 @@ MASKED = -1e4
 CLOSE = 2e-6
 """How far, relatively, a derived fp32 buffer may be from the stored one: powers differ by some last bits between machines."""
 QUANTIZED = {
-    *("qweight", "qzeros", "g_idx", "scales", "SCB", "absmax", "quant_map", "codes", "codebooks", "weight_format"),
+    *("qweight", "qzeros", "g_idx", "scales", "SCB", "absmax", "quant_map", "codes", "codebooks", "weight_format", "biases"),
     *(
         "weight_packed",
         "weight_scale",
         "weight_scale_inv",
         "weight_scale_2",
         "weight_zero_point",
-        "input_scale",
         "weight_shape",
+        "weight_scales",
     ),
-    *("biases", "W_q", "zero", "scale", "_data", "_scale", "weight_scales", "input_amax"),
+    *("input_scale", "input_amax", "W_q", "zero", "scale", "_data", "_scale"),
 }
 """What names of packed layers' tensors end with in the formats of other tools."""
 ADAPTER = (".base_layer.", ".lora_", ".modules_to_save.", ".original_module.")
-PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "language_model.", "model.language_model.", "thinker.", "llm.")
-"""What tools put before the names of a model that they wrap."""
 
 
 class Account:
@@ -63,23 +61,33 @@ class Account:
         self.expected = list(model.state_dict(keep_vars=True))
         self.tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
         self.placed: dict[str, str] = {}
-        self._left: dict[str, tuple[str, Tensor]] = {}
+        self._left: dict[str, tuple[str, Tensor | None]] = {}
         self._unfit: dict[str, str] = {}
 
     def place(self, name: str, *places: str) -> None:
         """The file's tensor `name` fills the model's parameters or buffers `places`."""
         for place in places:
             if place in self.placed:
-                self.unfit(name, f"{name} fills {place}, as {self.placed[place]} does")
+                self.unfit(name, f"{self.placed[place]} and {name}, which are both {place}")
             self.placed[place] = name
 
-    def leave(self, name: str, values: Tensor, place: str | None = None) -> None:
-        """The file's tensor `name` has no place; `place` is what the model would call it, where that is another name."""
+    def leave(self, name: str, values: Tensor | None = None, place: str | None = None) -> None:
+        """The file's tensor `name` has no place.
+
+        Args:
+            name: of the tensor.
+            values: of the tensor, from which it may be proven harmless; None where they prove nothing.
+            place: what the model would call it, where that is another name.
+        """
         self._left[name] = (place or name, values)
 
     def unfit(self, name: str, why: str) -> None:
         """The file's tensor `name` has a place, but cannot fill it."""
         self._unfit[name] = why
+
+    def own_head(self) -> bool:
+        """Whether the file holds both of two tensors that the configuration ties: then they are not tied, and each counts."""
+        return any(target in self.placed and source in self.placed for target, source in self.tied.items())
 
     def settle(self, model: Any) -> list[str]:
         """Close the account.
@@ -96,7 +104,7 @@ class Account:
         noted: dict[str, list[str]] = {}
         foreign = []
         for name, (place, values) in self._left.items():
-            reason = harmless(model, place, values)
+            reason = None if values is None else harmless(model, place, values)
             if reason is None:
                 foreign.append(name)
             else:
@@ -106,7 +114,10 @@ class Account:
         missing += [name for name, tensor in tensors if tensor.is_meta and name not in missing]
         if foreign or missing or self._unfit:
             raise GradlessError(self._refusal(foreign, missing, model))
-        return [f"{self.path}: {_some(names)} {reason}; not used, and kept as it is" for reason, names in noted.items()]
+        notes = [f"{self.path}: {_some(names)} {reason}; not used, and kept as it is" for reason, names in noted.items()]
+        if self.own_head():
+            notes.append(f"{self.path}: {min(self.tied)} is the file's own, though config.json ties it; the file's is read")
+        return notes
 
     def _is_tied(self, model: Any, name: str) -> bool:
         """Whether the model's class ties a parameter to one that was filled, and both are one."""
@@ -114,14 +125,36 @@ class Account:
         return any(one == name and other in self.placed and _is_one(model, one, other) for one, other in pairs)
 
     def _refusal(self, foreign: list[str], missing: list[str], model: Any) -> str:
-        faults = []
-        if foreign:
-            faults.append(f"{_counted(foreign, 'tensor')} for which {type(model).__name__} has no place ({_some(foreign)})")
+        faults, kind = [], type(model).__name__
         if missing:
-            faults.append(f"nothing for {_counted(missing, 'parameter')} of it ({_some(missing)})")
+            faults.append(f"has no tensor for {_some(missing)} ({_counted(missing, 'parameter')} of {kind})")
+        if foreign:
+            faults.append(f"holds {_some(foreign)} ({_counted(foreign, 'tensor')} for which {kind} has no place)")
         if self._unfit:
-            faults.append(f"{_counted(self._unfit, 'tensor')} that cannot be used ({next(iter(self._unfit.values()))})")
-        return f"{self.path} holds {' and '.join(faults)}; {_advice([*foreign, *self._unfit])}."
+            faults.append(
+                f"holds what cannot be used: {'; '.join(list(self._unfit.values())[:SHOWN])} ({len(self._unfit)} in all)"
+            )
+        return f"{self.path} {', and '.join(faults)}; {_advice(foreign, missing)}."
+
+
+def understood(config: Mapping[str, Any], what: str, used: Collection[str], neutral: Collection[str]) -> None:
+    """An account of a quantizer's settings: each is used, or changes no weight, or says nothing.
+
+    Args:
+        config: `quantization_config`.
+        what: the quantizer's name.
+        used: settings that are read.
+        neutral: settings of how the file was made, or of kernels that gradless does not use.
+
+    Raises:
+        GradlessError: there is another one.
+    """
+    for name, value in config.items():
+        if name != "quant_method" and name not in used and name not in neutral and value not in (None, {}, [], ""):
+            raise GradlessError(
+                f"{what} with {name} = {value!r}, a setting that gradless does not know and that may change the weights; "
+                "quantize the model without it."
+            )
 
 
 def harmless(model: Any, place: str, values: Tensor) -> str | None:
@@ -172,7 +205,7 @@ def _is_without_bias(module: nn.Module | None, values: Tensor) -> bool:
 
 def _equal(stored: Tensor, derived: Tensor) -> bool:
     """Whether stored values are the derived ones, as their own type holds them."""
-    if stored.shape != derived.shape:
+    if derived.is_meta or stored.shape != derived.shape:
         return False
     if not (stored.is_floating_point() and derived.is_floating_point()):
         return torch.equal(stored.double(), derived.cpu().double())
@@ -207,12 +240,13 @@ def _some(names: Collection[str]) -> str:
     return listed if len(names) <= SHOWN else f"{listed} and {len(names) - SHOWN} more"
 
 
-def _advice(foreign: Collection[str]) -> str:
-    """What to do about tensors without a place."""
+def _advice(foreign: list[str], missing: list[str]) -> str:
+    """What to do about tensors without a place, and places without a tensor."""
     if any(part in f".{name}" for name in foreign for part in ADAPTER):
-        return "it is a model with an adapter that was not merged: merge it, save it and give the result"
+        return "an adapter in it was not merged: merge it, save the model and give that"
     if any(name.rpartition(".")[2] in QUANTIZED for name in foreign):
         return "these are a quantizer's, whose settings config.json does not state in a way that gradless reads"
-    if any(name.startswith(PREFIXES) for name in foreign):
-        return "it was saved inside of another model: save the language model itself and give that folder"
+    prefixes = {name.removesuffix(place) for name in foreign[:SHOWN] for place in missing if name.endswith(f".{place}")}
+    if prefixes:
+        return f"names begin with {min(prefixes)}, as of a model inside of another: save the language model alone and give that"
     return "weights and config.json are not of one model that gradless can hold: download it again, or give another"

@@ -102,6 +102,10 @@ class AdaptedModel:
         """The base's."""
         return self.base.fingerprint()
 
+    def identity(self) -> dict[str, str]:
+        """The base's."""
+        return self.base.identity()
+
     def tunable(self, kind: str, targets: Targets = EVERYTHING) -> list[str]:
         """The layers that get adapters.
 

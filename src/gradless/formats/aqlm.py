@@ -13,8 +13,12 @@ from torch import Tensor
 
 from gradless.blocks import BlockType, Unpacked
 from gradless.errors import GradlessError
+from gradless.formats.account import understood
 from gradless.formats.checkpoint import Layout, finite, rounded
 from gradless.tensor import CodebookTensor, Part, QuantTensor
+
+USED = ("in_group_size", "out_group_size", "num_codebooks", "nbits_per_codebook")
+NEUTRAL = ("linear_weights_not_to_quantize", "bits", "group_size")
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class AQLM(Layout):
         """From `quantization_config`.
 
         Raises:
-            GradlessError: groups hold several rows.
+            GradlessError: groups hold several rows, or a setting is not known.
         """
+        understood(config, "AQLM", USED, NEUTRAL)
         if config.get("out_group_size", 1) != 1:
             raise GradlessError(f"AQLM with groups of {config['out_group_size']} rows; groups within a row are supported.")
         return cls(config.get("num_codebooks", 1), config.get("nbits_per_codebook", 16), config.get("in_group_size", 8))

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from gradless.errors import GradlessError
-from gradless.formats.words import Words, pack_words, unpack_words
+from gradless.formats.words import Words, check_settings, formats_named, pack_words, unpack_words
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The row, of eight, that each nibble of a word holds, from the lowest on."""
+
+USED = ("w_bit", "q_group_size", "version", "desc_act")
 
 
 class AWQ(Words):
@@ -25,11 +27,17 @@ class AWQ(Words):
         """From `quantization_config`.
 
         Raises:
-            GradlessError: it is another order than gemm's, or has other bits than 4.
+            GradlessError: it is another order than gemm's, or has other bits than 4, or a setting that gradless does not know.
         """
-        version, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit", 4))
-        if version != "gemm" or bits != 4:
-            raise GradlessError(f"AWQ in {version} order with {bits} bits; supported is gemm with 4.")
+        check_settings(config, "AWQ", USED)
+        orders = formats_named(config, "version", "format", "checkpoint_format") or {"gemm"}
+        if str(config.get("backend")) == "llm-awq":
+            orders = {"llm-awq"}
+        bits = config.get("bits", config.get("w_bit", 4))
+        if orders != {"gemm"} or bits != 4:
+            raise GradlessError(f"AWQ in {' and '.join(sorted(orders))} order with {bits} bits; supported is gemm with 4.")
+        if config.get("desc_act"):
+            raise GradlessError("AWQ in act-order (desc_act) is not supported.")
         group = config.get("group_size", config.get("q_group_size", 128))
         return cls(bits, None if group == -1 else group)
 

@@ -16,17 +16,36 @@ from torch import Tensor
 
 from gradless.blocks import assemble, dividing_size, grid_block
 from gradless.errors import GradlessError
+from gradless.formats.account import understood
 from gradless.formats.checkpoint import Layout, finite, rounded
 from gradless.grids import GRIDS, integers
 from gradless.tensor import Part, QuantTensor
 
 KINDS = ("nf4", "fp4")
+USED = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage")
+NEUTRAL = (
+    *("_load_in_4bit", "_load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "llm_int8_threshold"),
+    *("llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight"),
+    *("bits", "group_size"),  # each layer's tensors say it
+)
 STATE = "weight.quant_state.bitsandbytes__"
 
 
 def from_config(config: dict[str, Any]) -> Layout:
-    """From `quantization_config`."""
-    return EightBit() if config.get("load_in_8bit") else FourBit(str(config.get("bnb_4bit_quant_type", "fp4")))
+    """From `quantization_config`.
+
+    Raises:
+        GradlessError: it says neither 4 nor 8 bits, or both, or has a setting that gradless does not know.
+    """
+    understood(config, "bitsandbytes", USED, NEUTRAL)
+    eight = bool(config.get("load_in_8bit"))
+    four = bool(config.get("load_in_4bit") or ("bnb_4bit_quant_type" in config and not eight))
+    if four == eight:
+        raise GradlessError("bitsandbytes with load_in_4bit and load_in_8bit both or neither; one of them says what it is.")
+    storage = str(config.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+    if four and storage != "uint8":
+        raise GradlessError(f"bitsandbytes' codes stored as {storage} (bnb_4bit_quant_storage); supported is uint8.")
+    return EightBit() if eight else FourBit(str(config.get("bnb_4bit_quant_type", "fp4")))
 
 
 class FourBit(Layout):
@@ -97,10 +116,13 @@ class FourBit(Layout):
 class EightBit(Layout):
     """INT8's tensors: w = weight * SCB / 127, SCB being each row's largest value."""
 
-    parts: ClassVar[tuple[str, ...]] = ("SCB", "weight")
+    parts: ClassVar[tuple[str, ...]] = ("SCB", "weight", "weight_format")
+    optional = frozenset({"weight_format"})
     title = "bitsandbytes, int8"
 
     def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+        if "weight_format" in parts and parts["weight_format"].any():
+            raise GradlessError(f"{name} is in an order of bitsandbytes' own kernels (weight_format); rows are supported.")
         codes, largest = parts["weight"], finite(name, parts["SCB"])
         rows, columns = codes.shape
         if len(largest) != rows:

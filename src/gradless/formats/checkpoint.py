@@ -124,15 +124,7 @@ class Checkpoint(ABC):
     floats: dict[str, Tensor] = field(repr=False, init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Copy-on-write: torch sees writable memory, tuned codes get pages of their own, and the file itself never changes.
-        mapped = cache(lambda path: np.memmap(path, dtype=np.uint8, mode="c"))
-        self.contents = {}
-        for name, info in self.tensors.items():
-            raw = torch.from_numpy(mapped(info.file)[info.offset : info.offset + info.nbytes])
-            if info.type in TYPES:
-                self.contents[name] = raw.view(TYPES[info.type]).view(info.shape)
-            else:
-                self.contents[name] = raw.view(*info.shape[:-1], -1)
+        self.contents = mapped(self.tensors)
         packed: set[str] = set()
         for name in self.layout.matrices(self.tensors):
             parts = self.parts(name)
@@ -140,8 +132,9 @@ class Checkpoint(ABC):
                 raise GradlessError(f"{self.path} has no {missing[0]} for {name}; download or copy it again.")
             try:
                 self.quantized[name] = self.layout.read(name, self._contents(name))
-            except GradlessError:
-                raise
+            except GradlessError as error:
+                where = self.path if name in str(error) else f"{self.path}: {name}"
+                raise GradlessError(f"{where}: {error}") from error
             except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
                 raise GradlessError(
                     f"{self.path}: the tensors of {name} are not {self.layout.title} ({error}); download or quantize it again."
@@ -174,6 +167,10 @@ class Checkpoint(ABC):
         """One hash of all weights."""
 
     @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """The SHA-256 of each file beside the weights that matters to the model, by its name: configuration, tokenizer."""
+
+    @abstractmethod
     def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
         """Write a copy with what was tuned.
 
@@ -201,6 +198,18 @@ class Checkpoint(ABC):
                     yield self.parts(name)[part], content
         for name, values in floats.items():
             yield self.tensors[name], values.cpu().to(FLOAT_TYPES[self.tensors[name].type])
+
+
+def mapped(tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """Tensors as views of their files, in their own type; those in blocks as bytes. Copy-on-write: torch sees writable memory,
+    what is written gets pages of its own, and the file itself never changes."""
+    pages = cache(lambda path: np.memmap(path, dtype=np.uint8, mode="c"))
+    found = {}
+    for name, info in tensors.items():
+        raw = torch.from_numpy(pages(info.file)[info.offset : info.offset + info.nbytes])
+        shape = info.shape if info.type in TYPES else (*info.shape[:-1], -1)
+        found[name] = raw.view(TYPES.get(info.type, torch.uint8)).view(shape)
+    return found
 
 
 def patch(path: Path, info: TensorInfo, content: Tensor) -> None:

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from gradless.errors import GradlessError
 from gradless.files import replacing, sha256
-from gradless.formats.folder import unbuildable, weight_files
+from gradless.formats.account import Account
+from gradless.formats.checkpoint import mapped, patch, rounded
+from gradless.formats.folder import identity, read_headers, unbuildable, unread
 from gradless.fusing import fuse
+from gradless.readers.tensors import FLOAT_TYPES, TYPES, TensorInfo
 from gradless.spaces import Space, check_finite, parameter_sites, parameters
 from gradless.targets import EVERYTHING, Targets
+
+ACCOUNTED = ("LOAD REPORT", "specifies to tie")
+"""What transformers' warnings say that the account of a load says too."""
 
 
 @dataclass
 class DenseModel:
-    """A dense transformers model, and the folder it came from where it came from one."""
+    """A dense transformers model, and the folder it came from where it came from one.
+
+    Attributes:
+        notes: what a user should know of the load: see `Account.settle`, and what transformers warned of.
+    """
 
     model: Any
     tokenizer: Any = None
     path: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
     output_name = "model"
     quantized = False
@@ -38,20 +54,30 @@ class DenseModel:
         tokenizer: Any = None,
         trust_remote_code: bool = False,
     ) -> DenseModel:
-        """Load a folder; safetensors only, and no Python of the folder's own unless it is trusted."""
+        """Load a folder; safetensors only, and no Python of the folder's own unless it is trusted.
+
+        Raises:
+            GradlessError: the folder cannot be read, or its tensors are not those of the model that config.json describes.
+        """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         path = Path(path)
+        tensors, _ = read_headers(path)
         if not (path / "config.json").is_file():
             raise GradlessError(f"{path} holds no model; a folder needs config.json and *.safetensors.")
-        weight_files(path)
         how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **how)
-        except (ValueError, OSError, KeyError) as error:
+            with _overheard() as heard:
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **how)
+        except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
+            if heard.report is not None:
+                _settled(path, heard, tensors)  # has the better sentence
             raise GradlessError(unbuildable(path, error)) from error
+        if heard.report is None:
+            raise GradlessError(f"this version of transformers does not say what it loaded of {path}; install 5.23.")
+        notes = [*unread(path), *_settled(path, heard, tensors), *(f"transformers: {line}" for line in heard.warnings)]
         fuse(model.requires_grad_(False).eval())
-        return cls(model, tokenizer or AutoTokenizer.from_pretrained(path, **how), path)
+        return cls(model, tokenizer or AutoTokenizer.from_pretrained(path, **how), path, notes)
 
     def fingerprint(self) -> str:
         """One hash of the folder's weights, or of the parameters themselves where the model came from none."""
@@ -62,6 +88,10 @@ class DenseModel:
             return digest.hexdigest()
         parts = "".join(f"{file.name}:{sha256(file)};" for file in sorted(self.path.glob("*.safetensors")))
         return hashlib.sha256(parts.encode()).hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        """The SHA-256 of each file beside the weights that matters, by its name; none if the model came from no folder."""
+        return {} if self.path is None else identity(self.path)
 
     def tunable(self, kind: str, targets: Targets = EVERYTHING) -> list[str]:
         """Names of the parameters that are searched; of other kinds there are none.
@@ -75,19 +105,37 @@ class DenseModel:
         return targets.choose([(name.rpartition(".")[0], name) for name in everything], list(parameter_sites(self.model)))
 
     def spaces(self, kind: str, names: list[str], *, master: bool = False) -> list[Space]:
-        """Spaces over the named parameters."""
+        """Spaces over the named parameters.
+
+        Raises:
+            GradlessError: transformers cannot write the model in the form of its folder.
+        """
         assert kind == "parameters"
+        if self.path is not None:
+            _written(self.model, self.path, read_headers(self.path)[0], values=False)
         wanted = set(names)
         return parameters(self.model, lambda name, _module: name in wanted, master=master)
 
     def save(self, path: Path, spaces: list[Space]) -> None:
-        """Write the tuned folder, whole or not at all.
+        """Write the tuned folder, whole or not at all: a copy of the one that the model came from, in which only the numbers
+        differ that were tuned, each in the file's own type.
 
         Raises:
             GradlessError: what was tuned is not finite, or the disk is full.
         """
         check_finite(spaces)
-        write_folder(self.model, self.tokenizer, path)
+        if self.path is None:
+            write_folder(self.model, self.tokenizer, path)
+            return
+        tensors, _ = read_headers(self.path)
+        before, after = mapped(tensors), _written(self.model, self.path, tensors)
+        with replacing(path) as temporary:
+            shutil.copytree(self.path, temporary)
+            for name, values in after.items():
+                old, info = before[name], tensors[name]
+                moved = old.to(values.dtype) != values
+                if moved.any():
+                    patch(temporary / info.file.name, info, torch.where(moved, rounded(values.float(), old.dtype), old))
 
 
 def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
@@ -99,3 +147,128 @@ def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
             raise OSError(str(error)) from error
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+
+
+@dataclass
+class _Heard:
+    """What transformers said during a load.
+
+    Attributes:
+        model: that it made.
+        report: which names it filled, and which not, before any of them was filled at random, tied or left out of the report.
+        warnings: the first lines of its other warnings.
+    """
+
+    model: Any = None
+    report: Any = None
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def _overheard() -> Iterator[_Heard]:
+    """Read what transformers reports and warns of inside: a class may declare any name as not worth mentioning, and the
+    command line does not show warnings."""
+    import copy
+
+    from transformers import PreTrainedModel
+    from transformers.utils import logging as their_logging
+
+    heard = _Heard()
+    finish = PreTrainedModel.mark_tied_weights_as_initialized
+
+    def overhear(model: Any, report: Any) -> Any:
+        heard.model, heard.report = model, copy.deepcopy(report)
+        return finish(model, report)
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line = record.getMessage().strip().splitlines()[0]
+            counted = any(what in line for what in ACCOUNTED)
+            if record.levelno >= logging.WARNING and not counted and line not in heard.warnings:
+                heard.warnings.append(line)
+
+    logger, ear = logging.getLogger("transformers"), Ear()
+    their_logging.get_logger("transformers")  # sets its own handler up
+    level, handlers = logger.level, list(logger.handlers)
+    logger.setLevel(min(level or logging.WARNING, logging.WARNING))
+    logger.handlers = [ear]
+    PreTrainedModel.mark_tied_weights_as_initialized = overhear
+    try:
+        yield heard
+    finally:
+        PreTrainedModel.mark_tied_weights_as_initialized = finish
+        logger.handlers = handlers
+        logger.setLevel(level)
+
+
+def _places(model: Any, names: list[str]) -> dict[str, tuple[str, bool]]:
+    """What the model calls each of a folder's tensors, and whether it makes something else of it first (fuses experts, say)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model) or []
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    own = model.state_dict()
+    places = {}
+    for name in names:
+        place, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if place not in own and name in own:
+            place, pattern = name, None
+        places[name] = (place, pattern is not None)
+    return places
+
+
+def _settled(path: Path, heard: _Heard, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The account of a dense load: its notes."""
+    model, report, contents = heard.model, heard.report, mapped(tensors)
+    account, own = Account(path, model), model.state_dict()
+    places = _places(model, list(tensors))
+    for name, (place, converted) in places.items():
+        info = tensors[name]
+        if place not in own:
+            account.leave(name, contents[name], place)
+            continue
+        if info.type not in FLOAT_TYPES and (own[place].is_floating_point() or own[place].dtype is not TYPES[info.type]):
+            account.unfit(name, f"{name} in {info.type}, where the model has {own[place].dtype}")
+        if not converted:
+            account.place(name, place)
+    for place in own.keys() - report.missing_keys - account.placed.keys():
+        account.place(place, place)
+    for place, held, wanted in report.mismatched_keys:
+        account.unfit(place, f"{place} of {tuple(held)}, where config.json says {tuple(wanted)}")
+    for place, why in report.conversion_errors.items():
+        account.unfit(place, f"{place}: {str(why).strip().splitlines()[-1]}")
+    for place in report.unexpected_keys - {place for place, _ in places.values()}:
+        account.leave(place)
+    return account.settle(model)
+
+
+def _written(model: Any, path: Path, tensors: Mapping[str, TensorInfo], *, values: bool = True) -> dict[str, Tensor]:
+    """The model's parameters as its folder holds them, by the folder's names; without their values if only the form counts.
+
+    Raises:
+        GradlessError: transformers cannot write them in that form.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    places = _places(model, list(tensors))
+    own = {name: x.detach() if values else x.detach().to("meta") for name, x in model.state_dict().items()}
+    reverted = dict(own)
+    if any(converted for _, converted in places.values()):
+        reverted |= revert_weight_conversion(model, own)
+    found, prefix = {}, f"{model.base_model_prefix}."
+    for name, (place, converted) in _places(model, list(tensors)).items():
+        if not converted:
+            written = own.get(place)
+        else:
+            written = next((reverted[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in reverted), None)
+        if written is None:
+            continue  # a tensor that was noted, and stays as it is
+        if written.shape != tensors[name].shape:
+            raise GradlessError(
+                f"{path}: transformers writes {name} as {tuple(written.shape)}, not as it was; it cannot be tuned."
+            )
+        if tensors[name].type in FLOAT_TYPES:
+            found[name] = written.contiguous()
+    return found

@@ -32,10 +32,21 @@ LAYOUTS: dict[str, Callable[[dict[str, Any]], Layout]] = {
     "bitsandbytes": bitsandbytes.from_config,
 }
 """Layouts by quant_method; each is made from config.json's `quantization_config`."""
+SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files of settings that older tools write beside config.json, or instead of its `quantization_config`, and whose they are."""
+FOREIGN = {"hf_quant_config.json": "modelopt", "quanto_qmap.json": "quanto", "quantization_map.json": "quanto"}
+"""Files that other tools write, whose formats gradless does not read."""
+SAME = ("bits", "group_size", "sym", "desc_act", "w_bit", "q_group_size", "zero_point", "version")
+"""Settings that must not differ where they stand in two files."""
+MATTERS = (
+    *("config.json", *SETTINGS, "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "*.py"),
+)
+"""Which files beside the weights change what a folder's model computes, or which tokens it reads."""
 FORMAT = "gradless-packed"
 """Where the metadata of our own packed folders name the block types: JSON, weight name -> block type."""
 ROWS = ("group_size", "q_group_size")
-SETTINGS = dict.fromkeys(ROWS, (1, 1 << 20)) | {
+LIMITS = dict.fromkeys(ROWS, (1, 1 << 20)) | {
     "bits": (1, 32),
     "w_bit": (1, 32),
     "num_codebooks": (1, 256),
@@ -46,6 +57,10 @@ SETTINGS = dict.fromkeys(ROWS, (1, 1 << 20)) | {
 """What numbers of a `quantization_config` can be; those of `ROWS` also -1, for a group a row."""
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
+ADAPTER = "adapter_config.json"
+"""What PEFT's folders hold."""
+BLOBS = "blobs"
+"""Where the Hub's cache holds a repository's files, beside its snapshots of links."""
 
 
 @dataclass
@@ -63,14 +78,10 @@ class Folder(Checkpoint):
                 each other.
         """
         path = Path(path)
-        tensors: dict[str, TensorInfo] = {}
+        tensors, metadata = read_headers(path)
         types: dict[str, str] = {}
-        for file in weight_files(path):
-            more, metadata = read_header(file)
-            if twice := tensors.keys() & more.keys():
-                raise GradlessError(f"{path} holds the tensor {shown(min(twice))} in two files; download or copy it again.")
-            types |= _packed_types(file, metadata)
-            tensors |= more
+        for file, each in metadata.items():
+            types |= _packed_types(file, each)
         if types:
             return cls(
                 path, {name: _in_blocks(info, types) for name, info in tensors.items()}, Blocks(types, "packed by gradless")
@@ -81,7 +92,17 @@ class Folder(Checkpoint):
         method = str(config.get("quant_method"))
         if method not in LAYOUTS:
             raise GradlessError(f"{path} is quantized by {method}; supported are GGUF files and {', '.join(LAYOUTS)}.")
-        return cls(path, tensors, LAYOUTS[method](config))
+        try:
+            layout = LAYOUTS[method](config)
+        except GradlessError as error:
+            raise GradlessError(f"{path}: {error}") from error
+        found = cls(path, tensors, layout)
+        if not found.quantized:
+            raise GradlessError(
+                f"{path} is quantized by {method}, as its settings say, but no tensor of it is; "
+                "take the settings away if it is a dense model, or download it again."
+            )
+        return found
 
     @property
     def architecture(self) -> str:
@@ -100,6 +121,9 @@ class Folder(Checkpoint):
         hashes = [sha256(file) for file in self.files]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
+    def identity(self) -> dict[str, str]:
+        return identity(self.path)
+
     def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
         with replacing(path) as temporary:
             shutil.copytree(self.path, temporary)
@@ -115,24 +139,53 @@ def is_quantized(path: Path) -> bool:
 
 
 def quantization(path: Path) -> dict[str, Any] | None:
-    """config.json's `quantization_config`, or None.
+    """A quantizer's settings with their `quant_method`: config.json's `quantization_config`, or another tool's file; or None.
 
     Raises:
-        GradlessError: it is no object, or a setting that layouts read is not what it must be.
+        GradlessError: they are no mapping, or two files contradict each other.
     """
-    if not (path / "config.json").is_file():
-        return None
-    settings = mapping(read_config(path), "quantization_config", str(path / "config.json"))
-    for name, (least, most) in SETTINGS.items():
+    file = path / "config.json"
+    config = read_config(path) if file.is_file() else {}
+    inner = mapping(config, "text_config", str(file))
+    found = mapping(config, "quantization_config", str(file)) or mapping(inner, "quantization_config", str(file))
+    beside = {name: read_object(path / name) for name in SETTINGS if (path / name).is_file()}
+    for name, settings in {file.name: found, **beside}.items():
+        _check_settings(settings, path / name)
+    if found:
+        for name, settings in beside.items():
+            for key in SAME:
+                if key in found and key in settings and found[key] != settings[key]:
+                    raise GradlessError(
+                        f"{path}: {key} is {found[key]!r} in config.json, but {settings[key]!r} in {name}; "
+                        "take the wrong one away."
+                    )
+        return found
+    for name, settings in beside.items():
+        return {"quant_method": SETTINGS[name]} | settings
+    if config.get("compression_config"):
+        return {"quant_method": "compressed-tensors"}
+    if config.get("quantization"):
+        return {"quant_method": "mlx"}
+    return next(({"quant_method": tool} for name, tool in FOREIGN.items() if (path / name).is_file()), None)
+
+
+def identity(path: Path) -> dict[str, str]:
+    """The SHA-256 of each file beside a folder's weights that matters to its model, by its name: configuration, tokenizer."""
+    files = {file for pattern in MATTERS for file in path.glob(pattern) if file.is_file()}
+    return {file.name: sha256(file) for file in sorted(files)}
+
+
+def _check_settings(settings: dict[str, Any], file: Path) -> None:
+    """Raise if a setting that layouts read is not what it must be."""
+    for name, (least, most) in LIMITS.items():
         value = settings.get(name, least)
         if type(value) is not int or not (least <= value <= most or (value == -1 and name in ROWS)):
             raise GradlessError(
-                f"{path / 'config.json'}: {name} is {shown_value(value)}; it is a whole number from {least} to {most}"
+                f"{file}: {name} is {shown_value(value)}; it is a whole number from {least} to {most}"
                 f"{', or -1 for whole rows' * (name in ROWS)}."
             )
     for name in ("dynamic", "extra_config"):
-        mapping(settings, name, str(path / "config.json"), of=lambda own: isinstance(own, dict), what="an object")
-    return settings or None
+        mapping(settings, name, str(file), of=lambda own: isinstance(own, dict), what="an object")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -145,21 +198,29 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """A folder's safetensors: one file, or the shards that its index names.
+    """A folder's safetensors: the shards that its index names, or model.safetensors, or all that there are.
 
     Raises:
-        GradlessError: a file is missing, or all there is are pickles.
+        GradlessError: a file is missing or lies elsewhere, all there is are pickles, or an adapter is there.
     """
-    if (path / INDEX).is_file():
-        index = mapping(read_object(path / INDEX), "weight_map", str(path / INDEX), of=_is_name, what="the name of a file")
-        if not index:
-            raise GradlessError(f"{path / INDEX} names no weights; download or copy it again.")
-        shards = sorted({path / name for name in index.values()})
-        for shard in shards:
-            if not shard.is_file():
-                raise GradlessError(f"{shard} is missing, though {INDEX} names it; download or copy it again.")
-        return shards
-    files = sorted(path.glob("*.safetensors"))
+    if (path / ADAPTER).is_file():
+        raise GradlessError(
+            f"{path} holds an adapter ({ADAPTER}); give the model that it is for, and the adapter's own folder to "
+            "gradless eval --adapter, or merge it."
+        )
+    index = path / INDEX
+    if index.is_file():
+        names = set(_weight_map(path).values())
+        if (path / WEIGHTS).is_file() and WEIGHTS not in names:
+            raise GradlessError(f"{path} holds {WEIGHTS} and an index that does not name it; take the wrong one away.")
+        files = [_inside(path, name) for name in sorted(names)]
+        for file in files:
+            if not file.is_file():
+                raise GradlessError(f"{file} is missing, though {INDEX} names it; download or copy it again.")
+        return files
+    if (path / WEIGHTS).is_file():
+        return [_inside(path, WEIGHTS)]
+    files = [_inside(path, file.name) for file in sorted(path.glob("*.safetensors"))]
     if not files:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         if pickles:
@@ -171,6 +232,26 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
+def unread(path: Path) -> list[str]:
+    """What a user should know of safetensors in a folder that are no part of its model, in sentences."""
+    names = sorted({file.name for file in path.glob("*.safetensors")} - {file.name for file in weight_files(path)})
+    return [f"{path / name} holds tensors, but the model's are in other files; it is not read" for name in names]
+
+
+def _inside(path: Path, name: str) -> Path:
+    """A file of a folder, by its plain name.
+
+    Raises:
+        GradlessError: the name leads, or the file is a link, out of the folder; the Hub's cache links to its blobs.
+    """
+    if Path(name).name != name or name in (".", ".."):
+        raise GradlessError(f"{path} names weights in {name!r}, which is no file of that folder; copy them into it.")
+    place, home = (path / name).resolve(), path.resolve()
+    if place.parent not in (home, home.parent.parent / BLOBS):
+        raise GradlessError(f"{path / name} is a link out of its folder, to {place}; copy the file into the folder.")
+    return path / name
+
+
 def unbuildable(path: str | Path, error: Exception) -> str:
     """Why transformers cannot build a folder's model, in a sentence."""
     if "trust_remote_code" in str(error):
@@ -178,8 +259,41 @@ def unbuildable(path: str | Path, error: Exception) -> str:
     return f"transformers cannot build the model in {path}: {error}"
 
 
+def _weight_map(path: Path) -> dict[str, str]:
+    """What the index of a folder names: tensor -> file."""
+    index = path / INDEX
+    shards = mapping(read_object(index), "weight_map", str(index), of=_is_name, what="the name of a file")
+    if not shards:
+        raise GradlessError(f"{index} names no weights; download or copy it again.")
+    return shards
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable() and value != ""
+
+
+def read_headers(path: Path) -> tuple[dict[str, TensorInfo], dict[Path, dict[str, str]]]:
+    """The tensors of a folder, and the metadata of each file of them.
+
+    Raises:
+        GradlessError: a file cannot be read, a tensor is in two files, or one that the index names is in none.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    metadata = {}
+    for file in weight_files(path):
+        more, about = read_header(file)
+        if twice := tensors.keys() & more.keys():
+            name = min(twice)
+            raise GradlessError(
+                f"{path} holds {shown(name)} twice, in {tensors[name].file.name} and in {file.name}; take one away."
+            )
+        tensors |= more
+        metadata[file] = about
+    if (path / INDEX).is_file() and (lacking := _weight_map(path).keys() - tensors.keys()):
+        raise GradlessError(
+            f"{path} lacks {len(lacking)} tensors that {INDEX} names ({shown(min(lacking))}); download it again."
+        )
+    return tensors, metadata
 
 
 def _packed_types(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:

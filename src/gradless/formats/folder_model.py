@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from gradless.errors import GradlessError
-from gradless.formats.folder import Folder, unbuildable
-from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer, place_float, restore_buffers
+from gradless.formats.account import Account
+from gradless.formats.folder import Folder, unbuildable, unread
+from gradless.formats.quantized import (
+    QuantizedModel,
+    ShownFloat,
+    kept_dtype,
+    packed_layer,
+    place_float,
+    restore_buffers,
+    tie,
+)
 from gradless.fusing import fuse
+from gradless.layers import QuantLinear
 
 
 def load_folder(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False) -> QuantizedModel:
@@ -31,22 +43,57 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, trust_
         config = AutoConfig.from_pretrained(path, local_files_only=True, **trusted)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trusted)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, ImportError) as error:
         raise GradlessError(unbuildable(path, error)) from error
+    account = Account(file.path, model)
     restore_buffers(model)
-    floats = {name: ShownFloat(values) for name, values in file.floats.items()}
-    try:
-        for name, tensor in file.quantized.items():
-            module = name.removesuffix(".weight")
-            model.set_submodule(module, packed_layer(model.get_submodule(module), tensor, dtype))
-        for name, shown in floats.items():
-            module, _, attribute = name.rpartition(".")
-            place_float(shown, model.get_submodule(module), attribute, dtype)
-    except AttributeError as error:
-        raise GradlessError(f"{path} has a tensor {name}, for which its config.json has no place: {error}.") from error
-    model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise GradlessError(f"{path} has no tensor for {missing[0]}; it does not fit its config.json.")
+    floats = _place(file, model, account, dtype)
+    if account.own_head():
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    elif account.tied:
+        tie(model, floats, dtype)
+    notes = [*unread(file.path), *account.settle(model)]
     fuse(model.requires_grad_(False).eval())
-    return QuantizedModel(file, model, AutoTokenizer.from_pretrained(path, local_files_only=True, **trusted), floats)
+    return QuantizedModel(file, model, AutoTokenizer.from_pretrained(path, local_files_only=True, **trusted), floats, notes)
+
+
+def _place(file: Folder, model: Any, account: Account, dtype: torch.dtype) -> dict[str, ShownFloat]:
+    """Put every tensor of the folder where it belongs in the model."""
+    modules = dict(model.named_modules())
+    packed = set()
+    for name, tensor in file.quantized.items():
+        path = name.removesuffix(".weight")
+        packed |= {info.name for info in file.parts(name).values()}
+        if isinstance(module := modules.get(path), nn.Linear | nn.Embedding):
+            account.place(name, name)
+            modules[path] = packed_layer(module, tensor, dtype)
+            model.set_submodule(path, modules[path])
+        else:
+            account.leave(name)
+    floats = {}
+    for name, values in file.contents.items():
+        path, _, attribute = name.rpartition(".")
+        module = modules.get(path)
+        own = getattr(module, attribute, None)
+        if name in packed:
+            continue
+        expected = isinstance(own, Tensor) and name in account.expected
+        if module is None or not (expected or _is_a_bias(module, attribute, values)):
+            account.leave(name, values)
+        elif own is not None and (own.shape != values.shape or own.is_floating_point() != values.is_floating_point()):
+            what = f"{values.dtype} {tuple(values.shape)}, where the model has {own.dtype} {tuple(own.shape)}"
+            account.unfit(name, f"{name} in {what}")
+        elif attribute in module._buffers:
+            module._buffers[attribute] = values.to(module._buffers[attribute].dtype, copy=True)
+            account.place(name, name)
+        else:
+            floats[name] = ShownFloat(values)
+            place_float(floats[name], module, attribute, kept_dtype(model, name, dtype))
+            account.place(name, name)
+    return floats
+
+
+def _is_a_bias(module: nn.Module, attribute: str, values: Tensor) -> bool:
+    """Whether values are a bias that counts, of a packed layer that the architecture gives none."""
+    fits = attribute == "bias" and isinstance(module, QuantLinear) and values.shape == (module.out_features,)
+    return fits and values.is_floating_point() and bool(values.any())

@@ -66,6 +66,9 @@ class GGUFFile(Checkpoint):
     def fingerprint(self) -> str:
         return sha256(self.path)
 
+    def identity(self) -> dict[str, str]:
+        return {}  # all that matters lies in the one file
+
     def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
         with replacing(path) as temporary:
             shutil.copyfile(self.path, temporary)

@@ -6,6 +6,7 @@ less one: the subtraction is done on whole words, but for 3 bits, whose codes cr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from gradless.errors import GradlessError
-from gradless.formats.words import Words, pack_words, unpack_words
+from gradless.formats.words import Words, check_settings, formats_named, pack_words, unpack_words
+from gradless.tensor import QuantTensor
 
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
+USED = ("desc_act", "is_marlin_format")
 
 
 @dataclass(frozen=True)
@@ -25,36 +28,69 @@ class GPTQ(Words):
 
     Attributes:
         less_one: whether zero points are held less one.
+        symmetric: whether every zero point is the middle of the codes; None where the settings do not say.
+        act_order: whether a layer must say which group each column is of.
     """
 
     less_one: bool = True
+    symmetric: bool | None = None
+    act_order: bool = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """From `quantization_config`.
 
         Raises:
-            GradlessError: it has other bits or another format than are supported, or bits that differ between layers.
+            GradlessError: it has other bits or another format than are supported, or bits that differ between layers, or a
+                setting that gradless does not know.
         """
-        bits, group, form = config.get("bits"), config.get("group_size", 128), config.get("checkpoint_format", "gptq")
-        if form not in FORMATS:
-            raise GradlessError(f"GPTQ in the format {form}; supported are {', '.join(FORMATS)}.")
-        if any(not pattern.startswith("-:") for pattern in config.get("dynamic") or {}):
-            raise GradlessError("GPTQ with settings that differ between layers (`dynamic`) is not supported.")
+        check_settings(config, "GPTQ", USED)
+        bits, group = config.get("bits"), config.get("group_size", 128)
+        forms = formats_named(config, "checkpoint_format", "format") or {"gptq"}
+        if config.get("is_marlin_format"):
+            forms = {"marlin"}
+        if len(forms) > 1 or not forms <= set(FORMATS):
+            raise GradlessError(f"GPTQ in the format {' and '.join(sorted(forms))}; supported are {', '.join(FORMATS)}.")
         if bits not in BITS:
             raise GradlessError(f"GPTQ of {bits} bits; supported are {', '.join(map(str, BITS))}.")
-        return cls(bits, None if group == -1 else group, form == "gptq")
+        symmetric = config.get("sym")
+        return cls(
+            bits,
+            None if group == -1 else group,
+            less_one=forms == {"gptq"},
+            symmetric=None if symmetric is None else bool(symmetric),
+            act_order=bool(config.get("desc_act")),
+        )
+
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+        if self.act_order and "g_idx" not in parts:
+            raise GradlessError(f"{name} is in act-order (desc_act), but has no g_idx, which would say what that order is.")
+        return super().read(name, parts)
 
     def codes(self, words: Tensor) -> Tensor:
         return unpack_words(words, self.bits)
 
     def zeros(self, words: Tensor) -> Tensor:
-        if self.less_one and self.bits != 3:
-            words = words + pack_words(torch.ones(32 // self.bits, 1, dtype=torch.uint8), self.bits)
-        zeros = unpack_words(words.T.contiguous(), self.bits).to(torch.int16)
-        if self.less_one and self.bits == 3:
-            zeros = (zeros + 1) % 8
-        return zeros.T
+        """A symmetric file's are all the middle of the codes, held either as that or less one, whatever its format says.
+
+        Raises:
+            GradlessError: a symmetric file's are something else.
+        """
+        middle = 1 << (self.bits - 1)
+        stored = unpack_words(words.T.contiguous(), self.bits).to(torch.int16).T
+        if self.symmetric is not False and any((stored == value).all() for value in (middle, middle - 1)):
+            return torch.full_like(stored, middle)
+        if self.symmetric:
+            raise GradlessError(
+                f"symmetric GPTQ (sym) with zero points of {int(stored.min())} to {int(stored.max())}, "
+                f"where all should be {middle}, or {middle - 1}; its settings and its tensors contradict each other."
+            )
+        if not self.less_one:
+            return stored
+        if self.bits == 3:
+            return (stored + 1) % 8
+        words = words + pack_words(torch.ones(32 // self.bits, 1, dtype=torch.uint8), self.bits)
+        return unpack_words(words.T.contiguous(), self.bits).to(torch.int16).T
 
     def words(self, codes: Tensor) -> Tensor:
         return pack_words(codes, self.bits)

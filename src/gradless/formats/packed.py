@@ -21,6 +21,7 @@ from gradless.blocks import assemble, dividing_size, grid_block
 from gradless.errors import GradlessError
 from gradless.files import replacing
 from gradless.formats.folder import FORMAT, WEIGHTS
+from gradless.formats.quantized import kept_dtype
 from gradless.grids import GRIDS, scale_and_offset
 from gradless.spaces import linear_layers
 
@@ -48,13 +49,14 @@ def quantize(model: Any, tokenizer: Any, grid: str, group_size: int | None, outp
     tensors: dict[str, Tensor] = {}
     types: dict[str, str] = {}
     shared = set()
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict(keep_vars=True).items():
         path, _, attribute = name.rpartition(".")
         if attribute == "weight" and isinstance(module := model.get_submodule(path), nn.Linear) and chosen(name, module):
             types[name], tensors[name] = packed_rows(parameter.detach().float(), name, grid, group_size, search=search)
         elif parameter.data_ptr() not in shared:
             shared.add(parameter.data_ptr())
-            tensors[name] = parameter.detach().to(torch.bfloat16).contiguous()
+            dtype = kept_dtype(model, name, torch.bfloat16) if parameter.is_floating_point() else parameter.dtype
+            tensors[name] = parameter.detach().to(dtype).contiguous()
     if not types:
         raise GradlessError(f"{type(model).__name__} has no linear layer to quantize.")
     with replacing(output) as temporary:

@@ -7,6 +7,7 @@ float tensors get memory of their own.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 
 from gradless import kernels
 from gradless.errors import GradlessError
+from gradless.formats.account import Account
 from gradless.formats.checkpoint import Checkpoint
 from gradless.layers import QuantEmbedding, QuantLinear
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space, check_finite
 from gradless.targets import EVERYTHING, Targets
 from gradless.tensor import CodebookTensor, QuantTensor
 
-NOT_SET = (0, float("nan"))
+BIAS_SWITCHES = ("attention_bias", "mlp_bias")
+"""Settings of transformers' configurations that give linear layers biases."""
 
 
 @dataclass
@@ -71,6 +74,10 @@ class QuantizedModel:
     def fingerprint(self) -> str:
         """One hash of all weights."""
         return self.file.fingerprint()
+
+    def identity(self) -> dict[str, str]:
+        """The SHA-256 of each file that matters, by its name."""
+        return self.file.identity()
 
     @property
     def tuned(self) -> list[QuantTensor]:
@@ -146,17 +153,30 @@ class QuantizedModel:
 
 
 def restore_buffers(model: Any) -> None:
-    """Give the buffers memory and their computed values (rotary frequencies, embedding factors)."""
+    """Give the buffers memory and their computed values (rotary frequencies, embedding factors).
+
+    Raises:
+        GradlessError: transformers does not compute one of them, and no file holds it either, since it is not persistent.
+    """
     for module in model.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            for name, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(
-                    name, torch.full_like(buffer, NOT_SET[buffer.is_floating_point()], device="cpu"), persistent=False
-                )
+        before = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        if not before:
+            continue
+        computed = []
+        for filling in (0, 1):  # what differs by what was there before was not computed
+            for name, buffer in before.items():
+                module._buffers[name] = torch.full_like(buffer, filling, device="cpu")
             model._init_weights(module)
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_floating_point() and buffer.isnan().any():
-                    raise GradlessError(f"transformers does not initialize the buffer {name} of {type(module).__name__}.")
+            computed.append([module._buffers[name] for name in before])
+        for name, one, other in zip(before, *computed, strict=True):
+            if not torch.equal(one, other) and name in module._non_persistent_buffers_set:
+                raise GradlessError(f"transformers does not initialize the buffer {name} of {type(module).__name__}.")
+
+
+def kept_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a model computes with a parameter: `dtype`, but for those that its class always keeps in fp32."""
+    kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    return next((own for pattern, own in kept.items() if re.search(pattern.replace("*", ".*"), name)), dtype)
 
 
 def packed_layer(module: nn.Linear | nn.Embedding, tensor: QuantTensor, dtype: torch.dtype) -> nn.Module:
@@ -177,7 +197,7 @@ def place_float(shown: ShownFloat, module: nn.Module, attribute: str, dtype: tor
     """Make a module's parameter show a float tensor."""
     values = (shown.show(shown.values) if shown.show else shown.values).to(dtype)
     parameter = getattr(module, attribute)
-    if parameter.shape != values.shape:
+    if parameter is not None and parameter.shape != values.shape:
         raise GradlessError(f"tensor shape {tuple(values.shape)} does not fit {attribute} {tuple(parameter.shape)}.")
     setattr(module, attribute, nn.Parameter(values, requires_grad=False))
     shown.sites.append((module, attribute))
@@ -186,6 +206,8 @@ def place_float(shown: ShownFloat, module: nn.Module, attribute: str, dtype: tor
 def tie(model: Any, floats: dict[str, ShownFloat], dtype: torch.dtype) -> None:
     """Let the head read the embedding's tensor."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None:
+        return
     if isinstance(embedding, QuantEmbedding):
         model.set_output_embeddings(QuantLinear(embedding.packed, head.bias, dtype))
     elif isinstance(head.weight, nn.Parameter) and head.weight.is_meta:
@@ -196,18 +218,49 @@ def tie(model: Any, floats: dict[str, ShownFloat], dtype: torch.dtype) -> None:
 
 
 def dequantized(loaded: QuantizedModel) -> Any:
-    """A dense bf16 model with the values of a packed one."""
-    from transformers import AutoModelForCausalLM
+    """A dense bf16 model with the values of a packed one.
 
-    config = copy.deepcopy(loaded.model.config)  # from_config writes into it
-    dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    Raises:
+        GradlessError: a layer has a bias, and the architecture has none there.
+    """
+    dense = _dense_twin(loaded)
+    account = Account(loaded.path, dense)
     for path, module in loaded.model.named_modules():
         target = dense.get_submodule(path)
         if isinstance(module, QuantLinear | QuantEmbedding):
             weight = kernels.dequantize(module.packed, module.packed.file_rows, torch.bfloat16)[0]
             order = module.packed.column_order
             target.weight.data = weight if order is None else torch.empty_like(weight).index_copy_(1, order, weight)
-        for name, parameter in module.named_parameters(recurse=False):
-            getattr(target, name).data = parameter.data.to(torch.bfloat16, copy=True)
+            account.place(f"{path}.weight", f"{path}.weight")
+        persistent = {name: x for name, x in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for attribute, values in {**module._parameters, **persistent}.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if values is not None and name in account.expected:
+                dtype = kept_dtype(dense, name, torch.bfloat16) if values.is_floating_point() else values.dtype
+                getattr(target, attribute).data = values.data.to(dtype, copy=True)
+                account.place(name, name)
+    for name in account.expected:
+        if name.endswith(".bias") and name not in account.placed:  # the file's are zeros, or there are none
+            dense.get_parameter(name).data.zero_()
+            account.place(name, name)
     dense.tie_weights()
+    account.settle(dense)
     return dense.requires_grad_(False).eval()
+
+
+def _dense_twin(loaded: QuantizedModel) -> Any:
+    """A model of the same class, dense and in bf16, with a place for every bias of the packed one."""
+    biased = {f"{path}.bias" for path, m in loaded.model.named_modules() if isinstance(m, QuantLinear) and m.bias is not None}
+    config = copy.deepcopy(loaded.model.config)  # the class writes into it
+    config._attn_implementation = None  # what the class supports
+    vars(config).pop("quantization_config", None)
+    for switch in (None, *BIAS_SWITCHES):
+        if switch is not None and getattr(config, switch, None) is not False:
+            continue
+        if switch is not None:
+            setattr(config, switch, True)
+        dense = type(loaded.model)._from_config(config, dtype=torch.bfloat16)
+        lacking = biased - dense.state_dict().keys()
+        if not lacking:
+            return dense
+    raise GradlessError(f"{loaded.path} has a bias {min(lacking)}, for which a dense {type(dense).__name__} has no place.")

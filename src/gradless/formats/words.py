@@ -9,16 +9,68 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gradless.blocks import assemble, dividing_size, grid_block
 from gradless.errors import GradlessError
+from gradless.formats.account import understood
 from gradless.formats.checkpoint import Layout, finite, rounded
 from gradless.grids import integers
 from gradless.tensor import Part, QuantTensor
+
+USED = ("bits", "group_size", "sym", "format", "checkpoint_format", "dynamic", "pack_dtype", "method", "data_type", "act_bits")
+NEUTRAL = (
+    # How codes were found, by GPTQModel, AutoGPTQ, optimum and AutoRound: all that came of it is in the tensors.
+    *(
+        "damp_percent",
+        "damp_auto_increment",
+        "act_group_aware",
+        "hyb_act",
+        "true_sequential",
+        "static_groups",
+        "mse",
+        "dataset",
+    ),
+    *(
+        "batch_size",
+        "model_seqlen",
+        "max_input_length",
+        "pad_token_id",
+        "cache_block_outputs",
+        "meta",
+        "tokenizer",
+        "v2",
+        "v2_alpha",
+    ),
+    *(
+        "block_name_to_quantize",
+        "to_quant_block_names",
+        "module_name_preceding_first_block",
+        "quant_block_list",
+        "supported_types",
+    ),
+    *(
+        "amp",
+        "enable_minmax_tuning",
+        "enable_norm_bias_tuning",
+        "enable_quanted_input",
+        "gradient_accumulate_steps",
+        "iters",
+        "lr",
+    ),
+    *("low_gpu_mem_usage", "minmax_lr", "nsamples", "seqlen", "scale_dtype", "autoround_version", "provider", "zero_point"),
+    *("act_group_size", "act_sym", "act_dynamic", "act_data_type", "static_kv_granularity", "static_attention_granularity"),
+    # Which layers are packed: the tensors' names say so.
+    *("lm_head", "quant_lm_head", "modules_in_block_to_quantize", "modules_to_not_convert", "regex_config"),
+    # Whose kernel would run it.
+    *("backend", "use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config", "do_fuse", "fuse_max_seq_len"),
+    *("modules_to_fuse", "model_name_or_path", "model_file_base_name"),
+)
+FLOAT_BITS = 16
+"""From so many on, activations or a layer's weights are as good as not quantized."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +106,9 @@ class Words(Layout):
         """uint8 (columns, rows) -> `qweight` int32."""
 
     def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+        for part in ("qweight", "qzeros"):
+            if parts[part].dtype is not torch.int32:
+                raise GradlessError(f"{name} has its {part} in {parts[part].dtype}; {self.title} lies in 32-bit words.")
         codes, zeros, scales = self.codes(parts["qweight"]), self.zeros(parts["qzeros"]), parts["scales"]
         columns, rows = codes.shape
         group = self.group_size or columns
@@ -90,6 +145,34 @@ class Words(Layout):
 
     def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
         return self.write(tensor, parts)["scales"].T.float()
+
+
+def check_settings(config: Mapping[str, Any], what: str, used: tuple[str, ...]) -> None:
+    """An account of `quantization_config`, of what GPTQ's tools and AWQ's have in common.
+
+    Args:
+        config: the settings.
+        what: the quantizer.
+        used: those that its own layout reads.
+
+    Raises:
+        GradlessError: layers differ from each other, words are not of 32 bits, codes are no integers, activations are quantized
+            too, or a setting is not known.
+    """
+    if any(not pattern.startswith("-:") for pattern in config.get("dynamic") or {}):
+        raise GradlessError(f"{what} with settings that differ between layers (`dynamic`) is not supported.")
+    plain = {"pack_dtype": "int32", "data_type": "int", "method": what.lower()}
+    for name, value in plain.items():
+        if str(config.get(name) or value).removeprefix("torch.") != value:
+            raise GradlessError(f"{what} with {name} = {config[name]!r}; supported is {value}.")
+    if (config.get("act_bits") or FLOAT_BITS) < FLOAT_BITS:
+        raise GradlessError(f"{what} with activations of {config['act_bits']} bits; those of weights alone are supported.")
+    understood(config, what, (*USED, *used), NEUTRAL)
+
+
+def formats_named(config: Mapping[str, Any], *names: str) -> set[str]:
+    """What these settings call the format, in small letters."""
+    return {str(config[name]).lower() for name in names if config.get(name)}
 
 
 def column_order(name: str, g_idx: Tensor, columns: int, group: int) -> Tensor | None:
