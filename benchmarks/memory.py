@@ -67,7 +67,7 @@ def tokenizer_of(path: Path):
     importlib.import_module("transformers").Trainer  # noqa: B018  transformers imports its parts on first use
     from transformers import AutoTokenizer
 
-    from gradless.formats.gguf_model import load_tokenizer
+    from gradless.formats.gguf_tokenizer import load_tokenizer
 
     return AutoTokenizer.from_pretrained(path, local_files_only=True) if path.is_dir() else load_tokenizer(path)
 

@@ -93,7 +93,7 @@ class LlamaCpp:
 
 
 def test_llama_cpp_runs_the_tuned_file_and_measures_our_accuracy(base, run, shared_data, capsys):
-    from gradless.formats.gguf_model import load_tokenizer
+    from gradless.formats.gguf_tokenizer import load_tokenizer
 
     dev = shared_data / "sst2" / "dev.tsv"
     assert main(["eval", str(run / "model.gguf"), str(dev), "--task", "sst2", "--json"]) == 0
@@ -106,7 +106,7 @@ def test_llama_cpp_runs_the_tuned_file_and_measures_our_accuracy(base, run, shar
 
 
 def test_llama_cpp_applies_an_adapter_and_measures_our_accuracy(smollm2, shared_data, tmp_path, capsys):
-    from gradless.formats.gguf_model import load_tokenizer
+    from gradless.formats.gguf_tokenizer import load_tokenizer
 
     train, dev = (str(shared_data / "sst2" / f"{split}.tsv") for split in ("train", "dev"))
     options = ["--method", "zoqo", "--lora", "8", "--steps", str(STEPS), "--schedule", "constant", "--lr", "10"]

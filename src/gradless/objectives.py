@@ -123,12 +123,11 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
     if limit < SHORTEST:
         raise GradlessError(f"a limit of {limit} tokens leaves no room for a prompt and an answer; give at least {SHORTEST}.")
     joint = "" if example.verbatim or example.prompt.endswith(("\n", " ")) else " "
-    # A chat template writes the beginning-of-sequence token out; the tokenizer must not add a second one.
-    special = not (tokenizer.bos_token and example.prompt.startswith(tokenizer.bos_token))
-    prompt = list(tokenizer(example.prompt, add_special_tokens=special).input_ids)
+    head = _head(example.prompt, tokenizer)
+    prompt = [*head, *_bare(example.prompt, tokenizer)]
     prompts, completions, shortened = [], [], False
     for candidate in example.candidates:
-        whole = list(tokenizer(example.prompt + joint + candidate, add_special_tokens=special).input_ids)
+        whole = [*head, *_bare(example.prompt + joint + candidate, tokenizer)]
         shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
         if shared == len(whole) or shared == 0:
             what = "an answer" if shared else "a prompt"
@@ -139,7 +138,7 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
                 f"{example.prompt[:60]!r}...; shorten it, or give --max-length to keep only the end of long prompts."
             )
         if example.gaps:
-            gaps = _token_gaps(example, whole, tokenizer, special)
+            gaps = _token_gaps(example, whole, tokenizer, head)
             return _excerpts(whole, shared, gaps, limit, keeps_first=whole[0] == tokenizer.bos_token_id)
         completion = whole[shared:][: limit - 2]
         shortened |= len(whole) - shared > len(completion)
@@ -149,19 +148,42 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
     return TokenizedExample(tuple(prompts), tuple(completions), example.label, example.answers, shortened=shortened)
 
 
-def _token_gaps(example: Example, whole: list[int], tokenizer: Any, special: bool) -> list[range]:
+def _bare(text: str, tokenizer: Any) -> list[int]:
+    """A text's own tokens, those included that it writes out by name."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _head(prompt: str, tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer begins a sequence with, none where the prompt, as chat templates do, begins with one itself.
+
+    White space before it does not count. What a tokenizer would put at a sequence's end is left out: an answer ends where its
+    text does.
+    """
+    bare, around = _bare(prompt, tokenizer), list(tokenizer(prompt, add_special_tokens=True).input_ids)
+    spare = len(around) - len(bare)
+    at = next((n for n in range(spare + 1) if around[n : n + len(bare)] == bare), None)
+    if at is None:
+        raise GradlessError(
+            f"the tokenizer reads {prompt[:60]!r} otherwise where it adds tokens of its own; it is not supported."
+        )
+    first = next((token for token in bare if tokenizer.decode([token]).strip()), None)
+    return [] if first in around[:at] else around[:at]
+
+
+def _token_gaps(example: Example, whole: list[int], tokenizer: Any, head: list[int]) -> list[range]:
     """The tokens of `whole` that lie in the gaps of an example's lone candidate; one that reaches out of a gap does not."""
     text, before = example.prompt + example.candidates[0], len(example.prompt)
     edges = [(before + start, before + end) for start, end in example.gaps]
     if not getattr(tokenizer, "is_fast", False):  # such a tokenizer does not say where its tokens lie
         shared = {}
         for edge in {edge for pair in edges for edge in pair}:
-            ids = list(tokenizer(text[:edge], add_special_tokens=special).input_ids)
+            ids = [*head, *_bare(text[:edge], tokenizer)]
             n = next((i for i, (a, b) in enumerate(zip(ids, whole, strict=False)) if a != b), min(len(ids), len(whole)))
             shared[edge] = n, n + (n < len(ids))
         return [range(shared[start][1], shared[end][0]) for start, end in edges]
-    places = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True).offset_mapping
-    ends = list(accumulate((end for _, end in places), max))  # a special token that is added has the place (0, 0)
+    own = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    places = [*((0, 0) for _ in head), *own]
+    ends = list(accumulate((end for _, end in places), max))
 
     def first_from(edge: int) -> int:
         inside = bisect_right(ends, edge)

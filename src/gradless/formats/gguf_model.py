@@ -17,19 +17,12 @@ from torch import Tensor, nn
 from gradless.formats.account import Account
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_config import Architecture, Statement, architecture
+from gradless.formats.gguf_tokenizer import build_tokenizer
 from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer, place_float, restore_buffers, tie
 from gradless.fusing import fuse
 
 MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 """The modules outside of layers by their tensors' names."""
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer that a GGUF file holds."""
-    from transformers import AutoTokenizer
-
-    path = Path(path)
-    return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
 
 
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> QuantizedModel:
@@ -59,7 +52,7 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenize
         tie(model, floats, dtype)
     notes = account.settle(model)
     fuse(model.requires_grad_(False).eval())
-    return QuantizedModel(file, model, tokenizer or load_tokenizer(path), floats, notes)
+    return QuantizedModel(file, model, tokenizer or build_tokenizer(file.metadata, str(file.path)), floats, notes)
 
 
 def _place(known: Architecture, name: str) -> str:
