@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -93,17 +94,20 @@ def disturb(trial: Trial, ways: list[Way], every: int, seed: int) -> int:
 
 
 def kill(materials: Materials, kills: int, rng: random.Random) -> int:
-    """Kill runs of every method at random moments, and resume them; how many were lost."""
+    """Kill runs of every method at random moments, half of them again while they are resumed, and a few by the signals of a
+    terminal; resume them. How many were lost."""
     lost = 0
     for number, method in enumerate(METHODS if kills else ()):
         trial = Trial(materials.run(method), materials.server)
         killed, wanted = 0, kills // len(METHODS) + (number < kills % len(METHODS))
-        while killed < wanted:
-            moment = rng.uniform(0.2, 1.1) * trial.seconds  # before a fifth of its time it only loads
+        signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        while killed < wanted or signals:
+            sent = signal.SIGKILL if killed < wanted else signals.pop()
+            moments = [rng.uniform(0.1, 1.1) * trial.seconds for _ in range(rng.choice([1, 2]))]
             try:
-                killed += trial.kill(moment)
+                killed += trial.kill(*moments, number=sent)
             except Lost as error:
-                print(f"  killed after {moment:.3f} s: {error}", flush=True)
+                print(f"  {sent.name} after {moments} s: {error}", flush=True)
                 lost, killed = lost + 1, killed + 1
         print(f"{trial.scenario.name}: killed {killed} times; {trial.states} different folders resumed", flush=True)
     return lost

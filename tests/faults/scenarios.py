@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from gradless.files import ASIDE, LOCK, WRITING
 from tests.faults.server import Outcome, Server, Way
 from tests.tiny import tiny_data, tiny_gguf
 
@@ -27,12 +31,14 @@ weight = np.load("weight.npy")
 def predict(batch):
     return batch.numpy().reshape(len(batch), -1) @ weight.T
 """
+STOPPED = 130
+"""The exit status of a run that was told to stop."""
 SPACE, WRITES = ("create", "mkdir", "write"), ("write",)
 STILL = ("lock", "flush", "map", "open")
 """Calls after which the folder is as it was before them."""
 
 Tree = dict[str, Any]
-"""The files under a folder by their names, each as what it says: without times, and without where SQLite put it."""
+"""The files and folders under a folder by their names, each as what it says: without times, and without where SQLite put it."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +131,22 @@ class Trial:
         removing = way == Way.GONE or (way == Way.ONCE and outcome.calls[at : at + 1] and outcome.calls[at][0] == "unlink")
         self._judge(outcome, may_leave_temporaries=outcome.killed or bool(removing))
 
-    def kill(self, after: float) -> bool:
-        """Kill the command after so many seconds, and recover; whether it lived that long.
+    def kill(self, *moments: float, number: signal.Signals = signal.SIGKILL) -> int:
+        """Kill the command after so many seconds, then its resumption, and so on; recover. How many were killed.
 
         Raises:
             Lost: see there.
         """
         self.scenario.set_up()
-        outcome = self.server.run(self.scenario.command, killed_after=after)
+        killed, command = 0, self.scenario.command
+        for moment in moments:
+            outcome = self.server.kill(command, moment, number)
+            killed += outcome.killed or outcome.status == STOPPED
+            if not outcome.killed and "leave --resume out" not in outcome.said:
+                break
+            command = [*self.scenario.command, "--resume"]
         self._judge(outcome, may_leave_temporaries=True)
-        return outcome.killed
+        return killed
 
     def _undisturbed(self, command: list[str]) -> Outcome:
         outcome = self.server.run(command, self.scenario.folder)
@@ -161,6 +173,7 @@ class Trial:
     def _recover(self) -> None:
         """Do what the messages say until the command has done its work; compare what is there then."""
         one = self.scenario
+        _grow_old(one.folder)
         if one.replaces and self.begun:
             with _copied(one.folder):
                 self._old_or_new()
@@ -181,6 +194,8 @@ class Trial:
         outcome = self.server.run([*command, "--resume"] if command[0] in ("tune", "attack") else command)
         expected = self.ended if outcome.status == 0 else self.begun
         found = tree(self.scenario.folder)
+        if outcome.status != 0:  # a command that is refused need not clean up
+            found = {name: content for name, content in found.items() if not _temporary(name)}
         if found != expected and command[0] not in ("tune", "attack"):
             expected = self.ended
         _same(found, expected, f"after an --overwrite and then the command without it ({outcome.said.strip()})")
@@ -189,16 +204,23 @@ class Trial:
 def _check_sentence(outcome: Outcome) -> None:
     """A failure is one sentence, and exit status 1."""
     said = outcome.said.strip()
-    if outcome.status not in (0, 1) or "Traceback" in said:
+    if outcome.status not in (0, 1, STOPPED) or "Traceback" in said:
         raise Lost(f"exit status {outcome.status}: {said[-2000:]}")
     if outcome.status == 1 and (not said.startswith("gradless: ") or len(said.splitlines()) != 1):
         raise Lost(f"not one sentence: {said}")
-    if "gradless-error.log" in said:
+    if "please report" in said:
         raise Lost(f"nobody thought of it: {said}")
 
 
 def _temporary(name: str) -> bool:
-    return any(part.startswith(".") and part.endswith((".tmp", ".aside")) for part in Path(name).parts)
+    return any(part == LOCK or (part.startswith(".") and part.endswith((WRITING, ASIDE))) for part in Path(name).parts)
+
+
+def _grow_old(folder: Path) -> None:
+    """Let an hour pass: what a killed process was writing is left for a minute, in case that it lives."""
+    for path in folder.rglob(".*"):
+        if path.is_dir():
+            os.utime(path, (time.time() - 3600,) * 2)
 
 
 def _same(found: Tree, expected: Tree, when: str) -> None:
@@ -212,14 +234,14 @@ def _same(found: Tree, expected: Tree, when: str) -> None:
 
 
 def tree(folder: Path) -> Tree:
-    """A folder's files; see `Tree`."""
+    """What a folder holds; see `Tree`."""
     found: Tree = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
             found[name] = path.readlink()
-        elif path.is_file():
-            found[name] = _content(path)
+        else:
+            found[name] = _content(path) if path.is_file() else "a folder"
     for name in [name for name in found if name.endswith((".db-wal", ".db-shm", ".db-journal"))]:
         if name.rpartition("-")[0] in found:
             del found[name]  # its database was read with it
@@ -229,6 +251,8 @@ def tree(folder: Path) -> Tree:
 def _content(path: Path) -> Any:
     if path.suffix == ".db":
         return _rows(path)
+    if path.name == LOCK:
+        return "a lock"
     raw = path.read_bytes()
     if path.name.endswith((".db-wal", ".db-shm", ".db-journal")):
         return len(raw)
@@ -285,7 +309,7 @@ def _state(folder: Path, left: Tree) -> str:
         for path in sorted(folder.rglob("*"))
         if ".db" in path.name and path.is_file()
     ]
-    return re.sub(r"\.\d+[^/']*\.(tmp|aside)", r".\1", repr((sizes, left)))
+    return re.sub(r"\.[^./']+\.(tmp|aside)", r".\1", repr((sizes, left)))
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class Outcome:
     """What became of a command.
 
     Attributes:
-        status: its exit status; minus a signal's number.
+        status: its exit status; minus the number of the signal that ended it.
         said: what it wrote on standard error.
         calls: (kind, path) of every call that would change a file in the folder watched.
         seconds: it took.
@@ -55,7 +55,7 @@ class Outcome:
 
     @property
     def killed(self) -> bool:
-        return self.status == -signal.SIGKILL
+        return self.status < 0
 
 
 def compiled(folder: Path) -> Path | None:
@@ -94,9 +94,7 @@ class Server:
         """Run a command in the process itself, so that its children find in memory what every run makes first."""
         self._ask(warm=arguments)
 
-    def run(
-        self, arguments: list[str], watched: Path | None = None, way: Way = Way.COUNT, at: int = 0, killed_after: float = 0
-    ) -> Outcome:
+    def run(self, arguments: list[str], watched: Path | None = None, way: Way = Way.COUNT, at: int = 0) -> Outcome:
         """Run a command in a child.
 
         Args:
@@ -104,11 +102,19 @@ class Server:
             watched: the folder in which a call goes wrong; None for none.
             way: what goes wrong.
             at: which call does, from 0.
-            killed_after: so many seconds; 0 for never.
         """
-        return Outcome(
-            **self._ask(arguments=arguments, watched=str(watched or ""), way=int(way), at=at, killed_after=killed_after)
-        )
+        return self._outcome(arguments=arguments, watched=str(watched or ""), way=int(way), at=at)
+
+    def kill(self, arguments: list[str], after: float, number: signal.Signals = signal.SIGKILL) -> Outcome:
+        """Run a command in a child, and send it a signal after so many seconds."""
+        return self._outcome(arguments=arguments, after=after, signal=int(number))
+
+    def _outcome(self, **request: Any) -> Outcome:
+        answer = self._ask(**request)
+        outcome = Outcome(answer["status"], answer["said"], [(kind, path) for kind, path in answer["calls"]], answer["seconds"])
+        if outcome.status == -signal.SIGALRM:
+            raise TimeoutError(f"{request} hangs")
+        return outcome
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -149,31 +155,30 @@ def serve() -> None:
             if child == 0:
                 os.dup2(said.fileno(), 2)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                shim.faults_arm(request["watched"].encode(), request["way"], request["at"])
+                shim.faults_arm(request.get("watched", "").encode(), request.get("way", 0), request.get("at", 0))
                 status = 99
                 with contextlib.suppress(SystemExit):
                     status = _command(request["arguments"])
                 sys.stderr.flush()
                 os._exit(status)
-            status = _waited(child, began, request["killed_after"])
+            if "after" in request and not _ended(child, began + request["after"]):
+                os.kill(child, request["signal"])
+            if not _ended(child, began + PATIENCE):
+                os.kill(child, signal.SIGALRM)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             calls = [line.split(" ", 1) for line in shim.faults_trace().decode().splitlines()]
             said.seek(0)
             answer = {"status": status, "said": said.read().decode(), "calls": calls, "seconds": time.monotonic() - began}
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _waited(child: int, began: float, killed_after: float) -> int:
-    """The exit status of a child, which is killed when its time is up."""
-    limit = killed_after or PATIENCE
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() - began > limit:
-            os.kill(child, signal.SIGKILL)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            return status if killed_after else -signal.SIGALRM
+def _ended(child: int, deadline: float) -> bool:
+    """Wait for a child until a moment of the monotonic clock; whether it has ended."""
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return True
         time.sleep(0.002)
+    return False
 
 
 def _command(arguments: list[str]) -> int:
