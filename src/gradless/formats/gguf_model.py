@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradless.formats.account import Account
+from gradless.formats.bounded import bounded
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_config import Architecture, Statement, architecture
 from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer, place_float, restore_buffers, tie
@@ -32,6 +33,7 @@ def load_tokenizer(path: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
 
 
+@bounded(values_a_byte=4)
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> QuantizedModel:
     """Load a GGUF file as a transformers model that keeps it packed.
 
