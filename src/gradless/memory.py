@@ -280,7 +280,7 @@ def _config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise GradlessError(unbuildable(file, error)) from error
+        raise GradlessError(unbuildable(file, error, "{} is no configuration that transformers can read")) from error
 
 
 def _skeleton(config: Any) -> Any:

@@ -126,9 +126,19 @@ class Folder(Checkpoint):
 
     def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
         with replacing(path) as temporary:
-            shutil.copytree(self.path, temporary)
+            copy_folder(self.path, temporary)
             for info, content in self.changes(floats or {}):
                 patch(temporary / info.file.name, info, content)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder with all that is in it, but for the copy itself where that lies inside."""
+    around = {target.resolve(), *target.resolve().parents}
+
+    def skipped(folder: str, names: list[str]) -> set[str]:
+        return {name for name in names if Path(folder, name).resolve() in around}
+
+    shutil.copytree(source, target, ignore=skipped)
 
 
 def is_quantized(path: Path) -> bool:
@@ -252,11 +262,11 @@ def _inside(path: Path, name: str) -> Path:
     return path / name
 
 
-def unbuildable(path: str | Path, error: Exception) -> str:
-    """Why transformers cannot build a folder's model, in a sentence."""
+def unbuildable(path: str | Path, error: Exception, otherwise: str = "transformers cannot build the model in {}") -> str:
+    """Why transformers cannot use a folder or a file, in a sentence: it brings Python of its own, or `otherwise`."""
     if "trust_remote_code" in str(error):
         return f"{path} brings Python of its own, which is not run unless you trust it (--trust-remote-code)."
-    return f"transformers cannot build the model in {path}: {error}"
+    return f"{otherwise.format(path)}: {error}"
 
 
 def _weight_map(path: Path) -> dict[str, str]:
