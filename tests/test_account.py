@@ -71,7 +71,7 @@ FOREIGN = {
     "a layer for later tokens": (added(model__layers__2__eh_proj__weight=torch.ones(4, 4)), {}, "holds model.layers.2.eh_proj"),
     "integers": (lambda t: t | {f"{Q}.weight": t[f"{Q}.weight"].to(torch.int8)}, {}, f"{Q}.weight in I8, where the model has"),
     "another shape": (lambda t: t | {f"{Q}.weight": t[f"{Q}.weight"][:64]}, {}, r"of \(64, 256\), where config.json"),
-    "floats of 8 bits": (lambda t: t | {f"{Q}.weight": t[f"{Q}.weight"].to(torch.float8_e4m3fn)}, {}, "q_proj.weight in F8_E4M3, where the model has"),
+    "floats of 8 bits": (lambda t: t | {f"{Q}.weight": t[f"{Q}.weight"].to(torch.float8_e4m3fn)}, {}, "in F8_E4M3, where"),
     "a name with and without its prefix": (
         lambda t: t | {"layers.0.mlp.up_proj.weight": t["model.layers.0.mlp.up_proj.weight"] + 1}, {}, "which are both model."
     ),
