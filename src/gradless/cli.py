@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -396,7 +397,8 @@ LOST_PAGE = (
 
 
 def _prepare_libraries() -> None:
-    """Keep the libraries quiet, and have a file that becomes shorter while it is mapped end in a sentence."""
+    """Keep the libraries quiet and quick, and have a file that becomes shorter while it is mapped end in a sentence."""
+    gc.set_threshold(100_000)  # importing them makes a million objects that stay: looking for garbage among them takes a second
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
