@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 from gradless import __version__
 from gradless.attacks.options import AttackOptions
 from gradless.errors import GradlessError
-from gradless.files import covers
+from gradless.files import cache_folder, covers
 from gradless.flags import add_flags
 from gradless.training.options import RunOptions
 
@@ -252,7 +253,7 @@ def _last_resort(error: Exception, output: str | None) -> str:
     """A sentence for what should have had one of its own; the traceback goes to a log in the output folder, or in the cache."""
     first_line = (str(error).splitlines() or [""])[0][:200]
     what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradless"
+    cache = cache_folder()
     for folder in ([Path(output)] if output else []) + [cache]:
         if folder != cache and not folder.is_dir():
             continue
@@ -396,7 +397,8 @@ LOST_PAGE = (
 
 
 def _prepare_libraries() -> None:
-    """Keep the libraries quiet, and have a file that becomes shorter while it is mapped end in a sentence."""
+    """Keep the libraries quiet and quick, and have a file that becomes shorter while it is mapped end in a sentence."""
+    gc.set_threshold(100_000)  # importing them makes a million objects that stay: looking for garbage among them takes a second
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

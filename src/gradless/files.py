@@ -243,6 +243,11 @@ def covers(target: Path, source: Path) -> bool:
     return target.resolve() in (source.resolve(), *source.resolve().parents)
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can make again; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradless"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file whole."""
     with replacing(path) as temporary:

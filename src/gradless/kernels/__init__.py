@@ -20,7 +20,7 @@ from torch import Tensor
 from gradless import noise
 from gradless.blocks import BLOCK_TYPES, block_type
 from gradless.errors import GradlessError
-from gradless.kernels import codebooks, reference
+from gradless.kernels import codebooks, reference, remembered
 from gradless.kernels.reference import exported_offset
 from gradless.noise import Direction, Signs
 from gradless.tensor import CodebookTensor, Move, Part, QuantTensor
@@ -210,6 +210,8 @@ def _own(device: str) -> tuple[ModuleType | None, str | None]:
         ops = import_module(f"gradless.kernels.{'cpu' if device == 'cpu' else 'triton'}")
     except (ImportError, OSError) as error:
         return None, str(error)
+    if device == "cpu" and remembered.passed(ops.LIBRARY):
+        return ops, None
     if device == "cuda":
         _log.warning("gradless: trying the GPU's kernels; the first time, they are compiled, which takes up to a minute")
     try:
@@ -219,6 +221,8 @@ def _own(device: str) -> tuple[ModuleType | None, str | None]:
     if failed:
         _log.warning("gradless: the %s kernels differ from the reference (%s); running on plain torch", ops.NAME, failed)
         return None, f"self-test failed: {failed}"
+    if device == "cpu":
+        remembered.remember(ops.LIBRARY)
     return ops, None
 
 

@@ -107,6 +107,8 @@ def _load() -> ctypes.CDLL:
 
 
 _library = _load()
+LIBRARY = Path(_library._name)
+"""The compiled file."""
 
 
 def end_on_lost_page(sentence: str) -> None:
