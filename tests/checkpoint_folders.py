@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -134,14 +135,26 @@ CODED = [name for name in FORMATS if not name.startswith("aqlm")]
 """Those whose codes are on a grid."""
 
 
-def quantized_folder(dense: Path, folder: Path, name: str, *, shards: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Write a dense folder's shapes in a format, with random weights; returns the weights by name."""
+def _projection(key: str, _tensor: torch.Tensor) -> bool:
+    return key.endswith("_proj.weight")
+
+
+def quantized_folder(
+    dense: Path,
+    folder: Path,
+    name: str,
+    *,
+    shards: int = 1,
+    seed: int = 0,
+    chosen: Callable[[str, torch.Tensor], bool] = _projection,
+) -> dict[str, torch.Tensor]:
+    """Write a dense folder's shapes in a format, with random weights for the chosen matrices; returns these by name."""
     make, options, config = FORMATS[name]
     rng = np.random.default_rng(seed)
     shutil.copytree(dense, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     stored, weights = {}, {}
     for key, tensor in load_file(dense / "model.safetensors").items():
-        if key.endswith("_proj.weight"):
+        if chosen(key, tensor):
             parts, weights[key] = make(rng, *tensor.shape, **options)
             stored |= {key.removesuffix("weight") + part: value.contiguous() for part, value in parts.items()}
         else:

@@ -132,7 +132,8 @@ def _filled_scores(model: Any, sequences: list[tuple[int, ...]]) -> list[Tensor]
 
 
 def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[Tensor], bool]:
-    """The scores of a packed batch with a copy behind it, and whether every packed layer saw both as halves of its tokens."""
+    """The scores of a packed batch with a copy behind it, and whether every packed layer saw both as halves of its tokens, and
+    none lent its weight."""
     batch = objectives.doubled(_batch(sequences, Rows.PACKED))
     layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
     seen: list[bool] = []
@@ -147,7 +148,7 @@ def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[T
         for layer in layers:
             hooks.callback(layer.register_forward_pre_hook(look).remove)
         scores = _scores_of(model, batch)
-    return scores[: len(sequences)], all(seen)
+    return scores[: len(sequences)], all(seen) and not any(layer.lent for layer in layers)
 
 
 def _kept(scores: Tensor, others: Tensor, rounding: float) -> bool:

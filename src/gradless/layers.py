@@ -27,18 +27,37 @@ small launches cost more than their work, every layer of a 7B model but its wide
 
 
 class _Packed(nn.Module):
-    """A module that holds a packed tensor, which follows the module from device to device."""
+    """A module that holds a packed tensor, which follows the module from device to device.
+
+    Attributes:
+        packed: the tensor.
+        dtype: of what it is unpacked to.
+        lent: whether a model has read `weight`, to multiply it without calling this module.
+    """
 
     packed: QuantTensor
+    dtype: torch.dtype
+    lent = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight unpacked, as the packed tensor's view has it: `dtype`, (rows, columns). Some models multiply a
+        layer's weight themselves (Mamba its time steps').
+
+        Raises:
+            GradlessError: it has several views, and whose tokens read which is not known here.
+        """
+        self.lent = True
+        if len(self.packed.views) > 1 or self.packed.owners is not None:
+            raise GradlessError(f"the model multiplies {self.packed.name} itself, so that one forward cannot read two of it.")
+        weight = kernels.dequantize(self.packed, self.packed.file_rows, self.dtype)[0]
+        order = self.packed.column_order
+        return weight if order is None else torch.empty_like(weight).index_copy_(1, order, weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.packed.to(fn(torch.empty(0, device=self.packed.packed.device)).device)
         return self
-
-
-class PackedWeight(GradlessError, AttributeError):
-    """A model's own code asks a packed layer for a weight that it does not hold as such."""
 
 
 class QuantLinear(_Packed):
@@ -58,14 +77,6 @@ class QuantLinear(_Packed):
         self.dtype = dtype
         self.only: Tensor | None = None
         self.activations = "bf16"
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise PackedWeight(
-                f"the forward of this model reads {self.packed.name} itself, which gradless keeps packed; "
-                "such a model cannot be run from this file (gradless dequantize writes a dense one)."
-            )
-        return super().__getattr__(name)
 
     @property
     def in_features(self) -> int:

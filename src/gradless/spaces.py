@@ -358,8 +358,9 @@ class ImageSpace(Space):
 class DenseSpace(Space):
     """A plain tensor that a model's modules show as a parameter.
 
-    A linear layer or an embedding sees its moved weight only while its own forward runs, so one layer's copy exists at a
-    time; other parameters (norms, biases) are swapped for as long as the view lasts. The parameter itself is never
+    A linear layer or an embedding that models call sees its moved weight only while its own forward runs, so one layer's copy
+    exists at a time. Other parameters (norms, biases) are swapped for as long as the view lasts, and so are layers that no
+    forward has called: a model may multiply their weights itself, as Mamba its time steps'. The parameter itself is never
     written by a view, so nothing drifts, whatever its type.
 
     Args:
@@ -382,6 +383,7 @@ class DenseSpace(Space):
         self.sites = list(sites)
         self.parameters: dict[tuple[nn.Module, str], nn.Parameter] = {site: getattr(*site) for site in self.sites}
         self._view: Move | None = None
+        self._called: set[tuple[nn.Module, str]] = set()
         for site in self.sites:
             if type(site[0]) in (nn.Linear, nn.Embedding):
                 site[0].register_forward_pre_hook(self._enter(site))
@@ -390,7 +392,7 @@ class DenseSpace(Space):
     def view(self, *moves: Move) -> None:
         (self._view,) = moves or (None,)
         for site in self.sites:
-            if type(site[0]) not in (nn.Linear, nn.Embedding):
+            if site not in self._called:
                 self._swap(site)
 
     def move(self, moves: Sequence[Move]) -> int:
@@ -414,7 +416,12 @@ class DenseSpace(Space):
         module._parameters[attribute] = parameter
 
     def _enter(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, Any], None]:
-        return lambda _module, _inputs: self._swap(site) if self._view is not None else None
+        def enter(_module: nn.Module, _inputs: Any) -> None:
+            self._called.add(site)
+            if self._view is not None:
+                self._swap(site)
+
+        return enter
 
     def _leave(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, Any, Any], None]:
         def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -462,7 +469,17 @@ def parameter_sites(
 
 
 def linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """Chooses what gradless trains by default: linear layers, but not the head that shares or mirrors an embedding."""
+    """Chooses what gradless trains by default: linear layers of the part that reads text, but not the head that shares or
+    mirrors an embedding."""
     get_head: Callable[[], nn.Module] | None = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    return lambda _name, module: isinstance(module, nn.Linear) and module is not head
+    head, reads = get_head() if get_head is not None else None, reads_text(model)
+    return lambda _name, module: isinstance(module, nn.Linear) and module is not head and module in reads
+
+
+def reads_text(model: Any) -> set[nn.Module]:
+    """The modules that text goes through: all but the encoders of images and sounds, and what brings these into the stream.
+    No loss depends on those here, so that a search would only move them about."""
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config(decoder=True) is config:
+        return set(model.modules())
+    return {*model.get_decoder().modules(), model.get_output_embeddings()}

@@ -21,7 +21,7 @@ from gradless.errors import GradlessError
 from gradless.formats.account import Account
 from gradless.formats.checkpoint import Checkpoint
 from gradless.layers import QuantEmbedding, QuantLinear
-from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space, check_finite
+from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space, check_finite, reads_text
 from gradless.targets import EVERYTHING, Targets
 from gradless.tensor import CodebookTensor, QuantTensor
 
@@ -90,15 +90,21 @@ class QuantizedModel:
         Raises:
             GradlessError: the targets leave nothing.
         """
-        modules = dict(self.model.named_modules())
+        modules, reads = dict(self.model.named_modules()), reads_text(self.model)
         if kind in ("blocks", "codes"):
             packed = {path: m.packed for path, m in modules.items() if isinstance(m, QuantLinear | QuantEmbedding)}
             if kind == "codes":
                 packed = {path: tensor for path, tensor in packed.items() if not isinstance(tensor, CodebookTensor)}
-            return targets.choose([(path, tensor.name) for path, tensor in packed.items()], self.file.linear_layers())
+            of_text = {tensor.name for path, tensor in packed.items() if modules[path] in reads}
+            default = [name for name in self.file.linear_layers() if name in of_text]
+            return targets.choose([(path, tensor.name) for path, tensor in packed.items()], default)
         places, head = {module: path for path, module in modules.items()}, self.model.get_output_embeddings()
         shown = {name: [module for module, _ in shown.sites] for name, shown in self.floats.items()}
-        default = [name for name, sites in shown.items() if not any(isinstance(m, nn.Embedding) or m is head for m in sites)]
+        default = [
+            name
+            for name, sites in shown.items()
+            if all(m in reads and m is not head and not isinstance(m, nn.Embedding) for m in sites)
+        ]
         chosen = targets.choose([(places[m], name) for name, sites in shown.items() for m in sites], default)
         return [name for name in chosen if kind == "floats" or self.floats[name].values.ndim == 1]
 

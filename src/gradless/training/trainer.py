@@ -272,7 +272,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 "copies of a token apart; use --method ezo or qzo."
             )
         missing = "nzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
-        target = _last_layers(self.model.config.num_hidden_layers) if self.checkpoint.quantized else None
+        target = _last_layers(self.model.config.get_text_config().num_hidden_layers) if self.checkpoint.quantized else None
         group = {**self._group("blocks", "nzo", missing, target=target), "part": args.part or "both", "relative": True}
         spaces = self.checkpoint.spaces(**{name: group[name] for name in ("kind", "names", "part", "relative")})
         rows, asked = self._first_rows(LOOKED_AT), []
@@ -470,6 +470,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """Run, or resume the journal in `output_dir` (or in the folder that `resume_from_checkpoint` names)."""
         if self.args.world_size > 1:
             raise GradlessError("ZOTrainer runs in one process; there are no gradients to share between several.")
+        if _tokenized(self.train_dataset):
+            independence(self.model)  # tried on the weights that the run began with, a resumed one's too
         self._began = time.perf_counter()
         self._resuming = bool(resume_from_checkpoint)
         folder = Path(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else self.args.output_dir)

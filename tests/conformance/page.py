@@ -1,0 +1,62 @@
+"""docs/models.md, from the cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import transformers
+
+from tests.conformance import folders
+from tests.conformance.cells import METHODS, Cell
+
+HEAD = """\
+# Which models work
+
+Tiny random models of every causal architecture that transformers {transformers} knows, each in every format that can hold it
+(torch {torch}, on a CPU). The suite writes this page: `python -m tests.conformance.write`.
+
+**works**: the logits are those of transformers' own fp32 model of the same weights; each row of a batch has the loss that it
+has alone; `gradless dequantize` gives the same model; and three steps of every method are saved, read again with the same
+loss, and replayed to the byte. *not nzo [3]*: all of that, but this method is refused with sentence 3.
+**refused**: with the sentence below, before anything is computed. **-**: the format has no layer of it to hold.
+
+*rows*: how a batch is laid out ([architecture.md](architecture.md)): packed end to end, padded, or a forward each (alone).
+"""
+TUNED = """\
+What is tuned: qzo and nzo the blocks' scales (nzo offsets too, where the format has them; AQLM: a row's scales, with `--part
+codebook` the vectors), ezo offsets or, without them, scales, quzo and zoqo integer codes, mezo all floats of a quantized model
+(norms, biases, what the format leaves out) and the linear layers of a dense one. Numbers of values, of the llama row:
+"""
+
+
+def written(cells: Iterable[Cell]) -> str:
+    """The page: architectures whose cells are all filled, a footnote for each sentence."""
+    by_place = {(cell.architecture, cell.format): cell for cell in cells}
+    kinds = sorted({kind for kind, _ in by_place if all((kind, form) in by_place for form in folders.ALL)})
+    notes: dict[str, int] = {}
+    lines = [HEAD.format(transformers=transformers.__version__, torch=torch.__version__.partition("+")[0])]
+    lines += ["| architecture | rows | " + " | ".join(folders.ALL) + " |", "|---" * (2 + len(folders.ALL)) + "|"]
+    for kind in kinds:
+        row = [by_place[kind, form] for form in folders.ALL]
+        lines.append(f"| {kind} | {row[0].rows or '-'} | " + " | ".join(_shown(cell, notes) for cell in row) + " |")
+    lines += ["", *(f"{number}. {sentence}" for sentence, number in notes.items()), ""]
+    example = [by_place["llama", form] for form in folders.ALL if ("llama", form) in by_place]
+    lines += [TUNED, "| format | " + " | ".join(METHODS[True]) + " |", "|---" * (1 + len(METHODS[True])) + "|"]
+    for cell in example:
+        lines.append(f"| {cell.format} | " + " | ".join(str(cell.tuned.get(method, "-")) for method in METHODS[True]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(cell: Cell, notes: dict[str, int]) -> str:
+    if cell.state != "works":
+        return {"absent": "-", "open": "**open**"}.get(cell.state) or f"refused {_note(cell.refused, notes)}"
+    refused: dict[str, list[str]] = {}
+    for method, sentence in cell.methods.items():
+        if sentence:
+            refused.setdefault(_note(sentence, notes), []).append(method)
+    return "works" + "".join(f", not {', '.join(methods)} {note}" for note, methods in refused.items())
+
+
+def _note(sentence: str, notes: dict[str, int]) -> str:
+    return f"[{notes.setdefault(sentence, len(notes) + 1)}]"

@@ -1,0 +1,104 @@
+"""The conformance suite: a small part of it, whether docs/models.md is all of it, and, slow, every cell."""
+
+import re
+
+import pytest
+import torch
+import transformers
+
+from gradless import run
+from gradless.errors import GradlessError
+from gradless.independence import independence
+from gradless.noise import Direction
+from gradless.spaces import parameters, reads_text
+from gradless.tensor import Move
+from tests.conformance import folders
+from tests.conformance.architectures import KINDS, tiny_model
+from tests.conformance.cells import IDS, METHODS, check, logits
+from tests.conformance.write import PAGE
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "methods"),
+    [
+        ("llama", "GPTQ", ("qzo",)),  # dense, as most are
+        ("mixtral", "gradless int4", ("zoqo",)),  # experts
+        ("falcon_mamba", "dense", ("mezo",)),  # recurrent, and multiplies a layer's weight itself
+        ("lfm2", "gradless nf4", ("ezo",)),  # hybrid
+    ],
+)
+def test_a_small_part(kind, form, methods, tmp_path):
+    cell = check(kind, form, tmp_path, methods)
+    assert cell.state == "works", cell.faults or cell.refused
+    assert set(cell.methods) == set(methods)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", folders.ALL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_cell(kind, form, tmp_path):
+    cell = check(kind, form, tmp_path)
+    assert cell.state != "open", cell.faults
+
+
+def test_the_page_has_a_row_for_every_architecture_and_no_open_cell():
+    rows = [line.split("|")[1:-1] for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    folder_rows = {row[0].strip(): [each.strip() for each in row[2:]] for row in rows if len(row) == 2 + len(folders.ALL)}
+    folder_rows.pop("architecture")
+    assert len(folder_rows) >= 30
+    if transformers.__version__ in PAGE.read_text():
+        assert folder_rows.keys() == set(KINDS)
+    state = re.compile(r"-|refused \[\d+\]|works(, not [\w, ]+ \[\d+\])*")
+    for kind, cells in folder_rows.items():
+        assert all(state.fullmatch(cell) for cell in cells), kind
+
+
+# -- what the suite found ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def falcon_mamba(tmp_path_factory):
+    """A packed model that multiplies the weight of a layer, dt_proj, itself."""
+    base, _ = folders.write("falcon_mamba", "gradless int4", tmp_path_factory.mktemp("mamba"))
+    return base
+
+
+def test_a_packed_weight_that_a_model_multiplies_itself_follows_its_view(falcon_mamba):
+    loaded = run.load_model(falcon_mamba)
+    name, before = next(name for name in loaded.file.quantized if "dt_proj" in name), logits(loaded.model)
+    (space,) = loaded.spaces("blocks", [name])
+    with torch.inference_mode():
+        space.view(Move(Direction(0, 0), 0.5))
+        moved = logits(loaded.model)
+        space.view()
+    assert not torch.equal(before, moved)
+    assert torch.equal(before, logits(loaded.model))
+    assert not independence(loaded.model).halves
+    space.view(Move(Direction(0, 0), 0.5), Move(Direction(0, 0), -0.5))
+    with pytest.raises(GradlessError, match="the model multiplies .*dt_proj.weight itself"):
+        logits(loaded.model)
+
+
+def test_a_dense_weight_that_a_model_multiplies_itself_follows_its_view():
+    model = tiny_model("falcon_mamba")
+    (space,) = parameters(model, lambda name, _: name.endswith("layers.1.mixer.dt_proj.weight"))
+    before = logits(model)
+    for _ in range(2):  # before and after a first forward
+        space.view(Move(Direction(0, 0), 0.5))
+        moved = logits(model)
+        space.view()
+        assert not torch.equal(before, moved)
+        assert torch.equal(before, logits(model))
+    space.move([Move(Direction(0, 0), 0.5)])
+    assert torch.equal(moved, logits(model))
+
+
+def test_only_the_part_that_reads_text_is_tuned_by_default():
+    model = tiny_model("gemma3")
+    paths = {path for path, module in model.named_modules() if module in reads_text(model)}
+    assert {"lm_head", "model.language_model.layers.1.mlp.up_proj"} <= paths
+    assert not any("vision" in path for path in paths)
+    named = [name for name in (space.name for space in parameters(model)) if "language_model" not in name]
+    assert named == []
+    assert IDS.max() < model.config.get_text_config().vocab_size
+    assert set(METHODS[True]) == {"qzo", "nzo", "ezo", "quzo", "zoqo", "mezo"}
