@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradless.errors import GradlessError
 from gradless.formats.account import Account
-from gradless.formats.bounded import bounded, unbuildable
+from gradless.formats.bounded import bounded
 from gradless.formats.folder import Folder, unread
 from gradless.formats.quantized import (
     QuantizedModel,
@@ -41,12 +40,9 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, trust_
 
     file = Folder.open(path)
     trusted = {"trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, **trusted)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trusted)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise GradlessError(unbuildable(path, error)) from error
+    config = AutoConfig.from_pretrained(path, local_files_only=True, **trusted)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trusted)
     account = Account(file.path, model)
     restore_buffers(model)
     floats = _place(file, model, account, dtype)
