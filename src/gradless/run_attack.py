@@ -26,7 +26,7 @@ from gradless.attacks.trial import Trial
 from gradless.attacks.zo_sign_sgd import ZOSignSGDAttack
 from gradless.attacks.zoqo import SignHunter, ZOQOAttack
 from gradless.errors import GradlessError
-from gradless.files import claim, set_aside, write_text
+from gradless.files import claim, locked, set_aside, write_text
 from gradless.readers.npz import read_arrays
 from gradless.report.attack import write_report
 
@@ -55,6 +55,11 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
     """
     options.check()
     pixels, labels = read_images(Path(images))
+    with locked(Path(str(options.output)), "an attack"):
+        return _attack(model, pixels, labels, options, quiet=quiet)
+
+
+def _attack(model: str, pixels: torch.Tensor, labels: Any, options: AttackOptions, *, quiet: bool) -> dict[str, Any]:
     output, method = Path(str(options.output)), make(options)
     held = (output / "queries.db").is_file()
     claim(output, "an attack", held=held, resume=options.resume, overwrite=options.overwrite)
