@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from gradless.files import replacing, sha256
 from gradless.formats.account import Account
 from gradless.formats.bounded import bounded, unbuildable
 from gradless.formats.checkpoint import mapped, patch, rounded
-from gradless.formats.folder import identity, read_headers, unread
+from gradless.formats.folder import copy_folder, identity, read_headers, unread
 from gradless.fusing import fuse
 from gradless.readers.tensors import FLOAT_TYPES, TYPES, TensorInfo
 from gradless.spaces import Space, check_finite, parameter_sites, parameters
@@ -132,7 +131,7 @@ class DenseModel:
         tensors, _ = read_headers(self.path)
         before, after = mapped(tensors), _written(self.model, self.path, tensors)
         with replacing(path) as temporary:
-            shutil.copytree(self.path, temporary)
+            copy_folder(self.path, temporary)
             for name, values in after.items():
                 old, info = before[name], tensors[name]
                 moved = old.to(values.dtype) != values

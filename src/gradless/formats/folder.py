@@ -126,9 +126,19 @@ class Folder(Checkpoint):
 
     def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
         with replacing(path) as temporary:
-            shutil.copytree(self.path, temporary)
+            copy_folder(self.path, temporary)
             for info, content in self.changes(floats or {}):
                 patch(temporary / info.file.name, info, content)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder with all that is in it, but for the copy itself where that lies inside."""
+    around = {target.resolve(), *target.resolve().parents}
+
+    def skipped(folder: str, names: list[str]) -> set[str]:
+        return {name for name in names if Path(folder, name).resolve() in around}
+
+    shutil.copytree(source, target, ignore=skipped)
 
 
 def is_quantized(path: Path) -> bool:
