@@ -29,16 +29,8 @@ CLOSE = 2e-6
 """How far, relatively, a derived fp32 buffer may be from the stored one: powers differ by some last bits between machines."""
 QUANTIZED = {
     *("qweight", "qzeros", "g_idx", "scales", "SCB", "absmax", "quant_map", "codes", "codebooks", "weight_format", "biases"),
-    *(
-        "weight_packed",
-        "weight_scale",
-        "weight_scale_inv",
-        "weight_scale_2",
-        "weight_zero_point",
-        "weight_shape",
-        "weight_scales",
-    ),
-    *("input_scale", "input_amax", "W_q", "zero", "scale", "_data", "_scale"),
+    *("weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_shape"),
+    *("weight_scales", "input_scale", "input_amax", "W_q", "zero", "scale", "_data", "_scale"),
 }
 """What names of packed layers' tensors end with in the formats of other tools."""
 ADAPTER = (".base_layer.", ".lora_", ".modules_to_save.", ".original_module.")
@@ -115,8 +107,9 @@ class Account:
         if foreign or missing or self._unfit:
             raise GradlessError(self._refusal(foreign, missing, model))
         notes = [f"{self.path}: {_some(names)} {reason}; not used, and kept as it is" for reason, names in noted.items()]
-        if self.own_head():
-            notes.append(f"{self.path}: {min(self.tied)} is the file's own, though config.json ties it; the file's is read")
+        own = [one for one, other in self.tied.items() if {one, other} <= self.placed.keys() and not _is_one(model, one, other)]
+        if own:
+            notes.append(f"{self.path}: {_some(own)} is the file's own, though its configuration ties it; the file's is read")
         return notes
 
     def _is_tied(self, model: Any, name: str) -> bool:
