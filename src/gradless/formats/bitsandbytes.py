@@ -75,6 +75,8 @@ class FourBit(Layout):
         return f"bitsandbytes, {self.grid.name}"
 
     def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+        if sum(part.startswith(STATE) for part in parts) > 1:
+            raise GradlessError(f"{name} says that it is both of {' and '.join(KINDS)}; download or quantize it again.")
         state = _state(parts[self.state])
         (rows, columns), length = state["shape"], state["blocksize"]
         size = _size(name, columns, length)
