@@ -58,8 +58,9 @@ import torch
 
 from gradless.blocks import dividing_size, grid_block
 from gradless.errors import GradlessError
+from gradless.formats.bounded import building, check_config
 from gradless.formats.checkpoint import Checkpoint
-from gradless.formats.folder import Folder, is_quantized, unbuildable
+from gradless.formats.folder import Folder, is_quantized
 from gradless.formats.gguf import GGUFFile
 from gradless.grids import integers
 from gradless.layers import TILE
@@ -277,20 +278,16 @@ def _config(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise GradlessError(f"there is no {file}; give a GGUF file, a model's folder, or its config.json.")
-    try:
+    check_config(file)
+    with building(file):
         return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise GradlessError(unbuildable(file, error)) from error
 
 
 def _skeleton(config: Any) -> Any:
     """The model that a configuration describes, on the meta device: shapes without memory."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise GradlessError(f"transformers has no causal language model for a {config.model_type}: {error}") from error
-    model.tie_weights()
+    with building(Path(str(config.name_or_path or config.model_type))), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model.tie_weights()
     return model

@@ -530,12 +530,19 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
     for file in _written(source, target):
         _check_free(file, [path, Path(journal_path)], overwrite=overwrite)
     check_base(path, source, journal)
-    optimizer = build_optimizer(source, journal.header["groups"], journal.header["method"])
     began = time.perf_counter()
-    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
-        bar = progress.add_task("replaying", total=journal.steps)
-        for written in optimizer.replay(journal.estimates()):
-            progress.advance(bar, len(written))
+    try:
+        optimizer = build_optimizer(source, journal.header["groups"], journal.header["method"])
+        with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+            bar = progress.add_task("replaying", total=journal.steps)
+            for written in optimizer.replay(journal.estimates()):
+                progress.advance(bar, len(written))
+    except GradlessError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise GradlessError(
+            f"{journal_path} is of no run that can be replayed ({type(error).__name__}: {error}); restore it from a copy."
+        ) from error
     seconds = time.perf_counter() - began
     assert snapshot is not None
     _save(source, target, optimizer.spaces, snapshot, journal)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from gradless.attacks.zo_sign_sgd import ZOSignSGDAttack
 from gradless.attacks.zoqo import SignHunter, ZOQOAttack
 from gradless.errors import GradlessError
 from gradless.files import claim, set_aside, write_text
+from gradless.readers.npz import read_arrays
 from gradless.report.attack import write_report
 
 ATTACKS: dict[str, type[Attack]] = {"zoqo": ZOQOAttack, "signhunter": SignHunter, "zo_signsgd": ZOSignSGDAttack}
@@ -133,11 +133,8 @@ def read_images(path: Path) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
     Raises:
         GradlessError: it cannot be read, lacks one of them, or has images of neither floats nor bytes.
     """
-    try:
-        with np.load(path, allow_pickle=False) as held:
-            images, labels = held["images"], held["labels"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise GradlessError(f"{path} is no .npz with arrays `images` and `labels`: {error}.") from error
+    held = read_arrays(path, ("images", "labels"))
+    images, labels = held["images"], held["labels"]
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise GradlessError(f"{path} is no .npz with arrays `images` of floats in [0, 1] or of bytes: they are {images.dtype}.")
     return torch.from_numpy(images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)), labels

@@ -194,7 +194,7 @@ def of_gguf(file: Gguf, random: Random) -> bytes:
                 at = random.randrange(len(file.tensors))
                 name, shape, kind, offset = file.tensors[at]
                 match random.randrange(6):
-                    case 0:
+                    case 0 if shape:
                         shape[random.randrange(len(shape))] = number
                     case 1:
                         shape = random.choice(([], [0], shape * 2, shape[::-1], [2**32, 2**32], [2**63], [1] * 300))

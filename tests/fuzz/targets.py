@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -233,7 +234,11 @@ def _journal() -> Target:
             header = {name: json.loads(value) for name, value in held.execute("SELECT name, value FROM header")}
         steps = list(Journal.open(source).estimates())
         header.pop("format")
-        journal = Journal.create(path, json.loads(mutate.of_json(header, random)) if random.random() < 0.7 else header)
+        if random.random() < 0.7:
+            with suppress(ValueError, RecursionError):
+                edited = json.loads(mutate.of_json(header, random))
+                header = edited if isinstance(edited, dict) else header
+        journal = Journal.create(path, header)
         for step in steps:
             journal.append(step, 0.0)
         journal.finish()

@@ -18,8 +18,9 @@ from torch import Tensor
 from gradless.errors import GradlessError
 from gradless.files import replacing, sha256
 from gradless.formats.account import Account
+from gradless.formats.bounded import bounded, unbuildable
 from gradless.formats.checkpoint import mapped, patch, rounded
-from gradless.formats.folder import identity, read_headers, unbuildable, unread
+from gradless.formats.folder import identity, read_headers, unread
 from gradless.fusing import fuse
 from gradless.readers.tensors import FLOAT_TYPES, TYPES, TensorInfo
 from gradless.spaces import Space, check_finite, parameter_sites, parameters
@@ -46,6 +47,7 @@ class DenseModel:
     quantized = False
 
     @classmethod
+    @bounded(values_a_byte=1)
     def load(
         cls,
         path: str | Path,

@@ -252,13 +252,6 @@ def _inside(path: Path, name: str) -> Path:
     return path / name
 
 
-def unbuildable(path: str | Path, error: Exception) -> str:
-    """Why transformers cannot build a folder's model, in a sentence."""
-    if "trust_remote_code" in str(error):
-        return f"{path} brings Python of its own, which is not run unless you trust it (--trust-remote-code)."
-    return f"transformers cannot build the model in {path}: {error}"
-
-
 def _weight_map(path: Path) -> dict[str, str]:
     """What the index of a folder names: tensor -> file."""
     index = path / INDEX
@@ -269,7 +262,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable() and value != ""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) < 256
 
 
 def read_headers(path: Path) -> tuple[dict[str, TensorInfo], dict[Path, dict[str, str]]]:

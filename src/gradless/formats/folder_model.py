@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gradless.errors import GradlessError
 from gradless.formats.account import Account
-from gradless.formats.folder import Folder, unbuildable, unread
+from gradless.formats.bounded import bounded, unbuildable
+from gradless.formats.folder import Folder, unread
 from gradless.formats.quantized import (
     QuantizedModel,
     ShownFloat,
@@ -24,6 +25,7 @@ from gradless.fusing import fuse
 from gradless.layers import QuantLinear
 
 
+@bounded(values_a_byte=16)
 def load_folder(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False) -> QuantizedModel:
     """Load a folder of packed weights as a transformers model that keeps them packed.
 

@@ -52,6 +52,9 @@ class GGUFFile(Checkpoint):
             if info.type not in SUPPORTED:
                 raise GradlessError(f"{path}: tensor {shown(name)} has type {info.type}; supported are {', '.join(SUPPORTED)}.")
         _check_vocabulary(path, header.metadata)
+        blocks = header.metadata.get(f"{header.metadata.get('general.architecture')}.block_count", 0)
+        if not isinstance(blocks, int) or blocks > len(header.tensors):
+            raise damaged(path, f"its block_count is {blocks!r}, and it has {len(header.tensors)} tensors")
         types = {name: info.type for name, info in header.tensors.items() if info.type in BLOCK_TYPES}
         return cls(path, header.tensors, Blocks(types, "GGUF"), header.metadata)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradless.formats.account import Account
+from gradless.formats.bounded import bounded
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_config import Architecture, Statement, architecture
 from gradless.formats.gguf_tokenizer import build_tokenizer
@@ -25,6 +26,7 @@ MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "outpu
 """The modules outside of layers by their tensors' names."""
 
 
+@bounded(values_a_byte=4)
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> QuantizedModel:
     """Load a GGUF file as a transformers model that keeps it packed.
 

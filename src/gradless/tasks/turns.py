@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gradless.errors import GradlessError
+from gradless.readers.templates import bounded_rendering
 
 T = TypeVar("T")
 Message = dict[str, Any]
@@ -28,13 +29,14 @@ MARKS = range(0x100000, 0x10FFFE)
 
 
 def render(run: Callable[[], T]) -> T:
-    """Run a chat template: all of them run in here. transformers keeps them in a sandbox.
+    """Run a chat template: all of them run in here. transformers keeps them in a sandbox, and time and memory are bounded.
 
     Raises:
         GradlessError: the template fails, or refuses what it is given.
     """
     try:
-        return run()
+        with bounded_rendering():
+            return run()
     except Exception as error:  # a template is a program that may raise anything
         text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise GradlessError(f"its messages do not fit the model's chat template: {text.rstrip('.')}.") from error

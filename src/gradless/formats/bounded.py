@@ -1,0 +1,131 @@
+"""Loads that a file cannot make endless: what a configuration asks transformers for is bounded by the weights that are there.
+
+A configuration of some hundred bytes can ask for millions of layers or terabytes of weights. Parameters and buffers are counted
+while transformers registers them, on the meta device, whatever the configuration calls their numbers; only what loops before
+any module is there (the configuration's own classes) is bounded by name. Whatever transformers, its tokenizers and its
+validators raise becomes one sentence here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from gradless.errors import GradlessError
+from gradless.readers.json import read_object, shown_value
+
+COUNTS = {"layer": 1000, "depth": 1000, "label": 1 << 16, "head": 1 << 16, "expert": 1 << 16}
+"""The most that a whole number of a config.json can be whose name has such a part."""
+MOST_PARAMETERS, MOST_VALUES = 1 << 17, 1 << 44
+"""Tensors of a model, and values in them, where nothing else bounds them."""
+SPARE_VALUES, SPARE_IN_BUFFERS = 1 << 22, 1 << 26
+"""What small files may ask for beside what their size allows."""
+SHOWN = 400
+"""Characters of another library's message."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def bounded(values_a_byte: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Bound what a load, whose only or last positional argument is a path, builds: by so many values for each byte of its
+    weights, twice (of tied weights and of what is loaded there are two)."""
+
+    def decorated(load: Callable[P, R]) -> Callable[P, R]:
+        @wraps(load)
+        def loading(*args: P.args, **kwargs: P.kwargs) -> R:
+            path = Path(str(kwargs.get("path", args[-1] if args else "")))
+            files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+            if (path / "config.json").is_file():
+                check_config(path / "config.json")
+            with building(path, values=2 * values_a_byte * sum(file.stat().st_size for file in files if file.is_file())):
+                return load(*args, **kwargs)
+
+        return loading
+
+    return decorated
+
+
+def check_config(path: Path) -> None:
+    """Refuse a config.json that asks for more of something than any model has.
+
+    Raises:
+        GradlessError: it does, or it cannot be read.
+    """
+    level: list[tuple[str, Any]] = [("", read_object(path, infinities=True))]
+    while level:
+        name, value = level.pop()
+        if isinstance(value, dict):
+            level += value.items()
+        elif isinstance(value, list):
+            level += [(name, each) for each in value]
+        elif isinstance(value, int | float):
+            for part, most in COUNTS.items():
+                if part in name and not value <= most:
+                    raise GradlessError(f"{path}: {name} is {shown_value(value)}; at most {most} are loaded.")
+
+
+@contextmanager
+def building(path: Path, *, values: int = MOST_VALUES) -> Iterator[None]:
+    """Bound what transformers builds inside, on the meta device, and turn whatever it raises into a sentence.
+
+    Args:
+        path: of the model, for messages.
+        values: that its parameters may have in all; its buffers may have as many, and some more.
+
+    Raises:
+        GradlessError: it asks for more; or transformers raises anything.
+    """
+    tensors, held, buffered = 0, 0, 0
+
+    def parameter(_module: nn.Module, name: str, made: Tensor | None) -> None:
+        nonlocal tensors, held
+        if made is not None and made.is_meta:
+            tensors, held = tensors + 1, held + made.numel()
+            check(tensors > MOST_PARAMETERS, f"more than {MOST_PARAMETERS} tensors")
+            check(held > values + SPARE_VALUES, f"{held:,} values up to {name}")
+
+    def buffer(_module: nn.Module, name: str, made: Tensor | None) -> None:
+        nonlocal buffered
+        if made is not None:
+            buffered += made.numel()
+            check(buffered > values + SPARE_IN_BUFFERS, f"{buffered:,} values in buffers up to {name}")
+
+    def check(beyond: bool, asked: str) -> None:
+        if beyond:
+            raise GradlessError(
+                f"the configuration of {path} asks for {asked}, far more than there can be; it is damaged, or another model's."
+            )
+
+    hooks = [register_module_parameter_registration_hook(parameter), register_module_buffer_registration_hook(buffer)]
+    try:
+        yield
+    except GradlessError:
+        raise
+    except Exception as error:
+        raise GradlessError(unbuildable(path, error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's, of tokenizers and safetensors
+            raise
+        raise GradlessError(unbuildable(path, error)) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def unbuildable(path: str | Path, error: BaseException) -> str:
+    """Why transformers cannot build a model, in a sentence."""
+    said = " ".join("".join(each if each.isprintable() else " " for each in str(error)).split())
+    if "trust_remote_code" in said:
+        return f"{path} brings Python of its own, which is not run unless you trust it (--trust-remote-code)."
+    said = said[:SHOWN] + "…" * (len(said) > SHOWN)
+    return f"transformers cannot build the model in {path}: {said or type(error).__name__}"

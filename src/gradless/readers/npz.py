@@ -1,0 +1,59 @@
+"""Arrays of a .npz file, whose sizes are checked before anything is unpacked; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradless.errors import GradlessError
+
+SPARE, RATIO = 256 << 20, 32
+"""Bytes that a file's arrays may take beside so many times its size."""
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The named arrays of a file.
+
+    Raises:
+        GradlessError: it is no such file, lacks one of them, or unpacks to more than its size allows.
+    """
+    what = f"{path} is no .npz with arrays {' and '.join(f'`{name}`' for name in names)}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if len(set(archive.namelist())) != len(archive.namelist()):
+                raise GradlessError(f"{what}: it holds a name twice.")
+            members = [archive.getinfo(f"{name}.npy") for name in names]
+            size, most = sum(member.file_size for member in members), SPARE + RATIO * path.stat().st_size
+            if size > most:
+                raise GradlessError(
+                    f"{path} unpacks to {size:,} bytes, and a file of its size to at most {most:,}; make it anew."
+                )
+            return {name: _array(archive, member) for name, member in zip(names, members, strict=True)}
+    except GradlessError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise some ten kinds
+        raise GradlessError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}.") from error
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    if member.compress_type not in PACKINGS:
+        raise ValueError(f"{member.filename} is packed in a way that numpy does not write")
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read:
+            raise ValueError(f"{member.filename} is of version {version}")
+        shape, columns_first, dtype = read[version](stream)  # type: ignore[no-untyped-call]
+        if dtype.hasobject:
+            raise ValueError(f"{member.filename} holds Python objects, which are not unpickled")
+        held = stream.read()
+        if min(shape, default=0) < 0 or len(held) != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{member.filename} has {len(held)} bytes for the shape {shape} of {dtype}")
+    return np.frombuffer(bytearray(held), dtype).reshape(shape, order="F" if columns_first else "C")
