@@ -194,7 +194,8 @@ def test_a_bad_member_of_an_npz_is_refused(tmp_path, raw):
         "{% macro f(n) %}{% for i in range(3) %}{{ f(n - 1) if n > 0 }}{% endfor %}{% endmacro %}{{ f(60) }}",
     ],
 )
-def test_a_chat_template_without_an_end_is_stopped(template):
+def test_a_chat_template_without_an_end_is_stopped(template, monkeypatch):
+    monkeypatch.setattr("gradless.readers.templates.SECONDS", 0.5)
     from transformers.utils.chat_template_utils import render_jinja_template
 
     conversation = [[{"role": "user", "content": "x"}]]

@@ -279,7 +279,7 @@ def _config(path: Path) -> Any:
     if not file.is_file():
         raise GradlessError(f"there is no {file}; give a GGUF file, a model's folder, or its config.json.")
     check_config(file)
-    with building(file):
+    with building(file, fault="{} is no configuration that transformers can read"):
         return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
 
 

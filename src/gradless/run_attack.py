@@ -140,13 +140,10 @@ def read_images(path: Path) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
     """
     held = read_arrays(path, ("images", "labels"))
     images, labels = held["images"], held["labels"]
-    if images.ndim < 2 or not labels.ndim:
-        raise GradlessError(
-            f"{path} is no .npz with arrays `images` and `labels` of several: they are {images.shape}, {labels.shape}."
-        )
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise GradlessError(f"{path} is no .npz with arrays `images` of floats in [0, 1] or of bytes: they are {images.dtype}.")
-    return torch.from_numpy(images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)), labels
+    whole = images.dtype == np.uint8
+    return torch.from_numpy(np.asarray(images.astype(np.float32) / (255 if whole else 1))), labels
 
 
 def _write(

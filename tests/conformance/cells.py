@@ -225,4 +225,3 @@ def _command(arguments: list[str]) -> None:
         status = main(arguments)
     if status:
         raise GradlessError(said.getvalue().removeprefix("gradless: ").strip())
-

@@ -29,6 +29,7 @@ MOST_PARAMETERS, MOST_VALUES = 1 << 17, 1 << 44
 """Tensors of a model, and values in them, where nothing else bounds them."""
 SPARE_VALUES, SPARE_IN_BUFFERS = 1 << 22, 1 << 26
 """What small files may ask for beside what their size allows."""
+FAULT = "transformers cannot build the model in {}"
 SHOWN = 400
 """Characters of another library's message."""
 
@@ -75,12 +76,13 @@ def check_config(path: Path) -> None:
 
 
 @contextmanager
-def building(path: Path, *, values: int = MOST_VALUES) -> Iterator[None]:
+def building(path: Path, *, values: int = MOST_VALUES, fault: str = FAULT) -> Iterator[None]:
     """Bound what transformers builds inside, on the meta device, and turn whatever it raises into a sentence.
 
     Args:
         path: of the model, for messages.
         values: that its parameters may have in all; its buffers may have as many, and some more.
+        fault: what it says of the path where transformers raises.
 
     Raises:
         GradlessError: it asks for more; or transformers raises anything.
@@ -112,20 +114,20 @@ def building(path: Path, *, values: int = MOST_VALUES) -> Iterator[None]:
     except GradlessError:
         raise
     except Exception as error:
-        raise GradlessError(unbuildable(path, error)) from error
+        raise GradlessError(unbuildable(path, error, fault)) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # Rust's, of tokenizers and safetensors
             raise
-        raise GradlessError(unbuildable(path, error)) from error
+        raise GradlessError(unbuildable(path, error, fault)) from error
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def unbuildable(path: str | Path, error: BaseException) -> str:
-    """Why transformers cannot build a model, in a sentence."""
+def unbuildable(path: str | Path, error: BaseException, fault: str = FAULT) -> str:
+    """Why transformers cannot build a model, in a sentence that begins with `fault`."""
     said = " ".join("".join(each if each.isprintable() else " " for each in str(error)).split())
     if "trust_remote_code" in said:
         return f"{path} brings Python of its own, which is not run unless you trust it (--trust-remote-code)."
     said = said[:SHOWN] + "…" * (len(said) > SHOWN)
-    return f"transformers cannot build the model in {path}: {said or type(error).__name__}"
+    return f"{fault.format(path)}: {said or type(error).__name__}"
