@@ -38,41 +38,30 @@ KINDS: tuple[str, ...] = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() -
 """transformers' names of all other causal architectures."""
 
 WORDS = len(VOCABULARY)
-_SIZES = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "emb_dim"), 64),
-    **dict.fromkeys(("n_inner", "dff", "d_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"), 128),
-    **dict.fromkeys(
-        ("intermediate_size", "intermediate_size_mlp", "dim_ff", "feed_forward_size", "dense_intermediate_size"), 128
-    ),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 64),
-    **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 64),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
-    **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "swa_num_attention_heads"), 4),
-    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
-    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "index_n_heads", "linear_num_key_heads"), 2),
-    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
-    **dict.fromkeys(("head_dim", "swa_head_dim", "kv_channels", "dim_head", "attention_head_size", "index_head_dim"), 16),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
-    **dict.fromkeys(("v_head_dim", "qk_nope_head_dim", "query_pre_attn_scalar"), 16),
-    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 64),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "n_group", "topk_group"), 1),
-    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
-    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_head_dim"), 16),
-    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size"), 16),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), WORDS),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 256),
-    **dict.fromkeys(("max_target_positions", "original_max_position_embeddings"), 256),
-    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), 64),
-    **dict.fromkeys(("hidden_size_per_layer_input", "router_hidden_size"), 64),
-    **dict.fromkeys(("mamba_d_ssm", "gated_norm_rank", "hc_lowrank"), 64),
-    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), 64),
+_FIELDS = {
+    1: "n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group first_k_dense_replace num_dense_layers",
+    2: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers num_decoder_layers
+        num_key_value_heads swa_num_key_value_heads index_n_heads linear_num_key_heads
+        num_experts_per_tok moe_topk moe_k top_k_experts""",
+    4: """num_attention_heads n_head n_heads num_heads attention_heads swa_num_attention_heads linear_num_value_heads
+        linear_num_heads decoder_attention_heads encoder_attention_heads num_encoder_attention_heads
+        num_decoder_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts""",
+    8: "qk_rope_head_dim rotary_dim mamba_n_heads mamba_num_heads",
+    16: """head_dim swa_head_dim kv_channels dim_head attention_head_size index_head_dim linear_key_head_dim
+        linear_value_head_dim linear_head_dim v_head_dim qk_nope_head_dim query_pre_attn_scalar mamba_d_state state_size
+        ssm_state_size mamba_head_dim mamba_chunk_size chunk_size block_size""",
+    64: """hidden_size d_model n_embd embedding_size word_embed_proj_dim emb_dim moe_intermediate_size
+        shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size
+        shared_experts_intermediate_size kv_lora_rank q_lora_rank o_lora_rank sliding_window sliding_window_size
+        attention_window_size window_size hidden_size_per_layer_input router_hidden_size mamba_d_ssm gated_norm_rank
+        hc_lowrank pronunciation_vocab_size shape_vocab_size""",
+    128: """intermediate_size intermediate_size_mlp dense_intermediate_size dim_ff feed_forward_size n_inner dff d_inner ffn_dim
+        decoder_ffn_dim encoder_ffn_dim ffn_hidden_size""",
+    256: """max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions
+        original_max_position_embeddings""",
+    WORDS: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
 }
+_SIZES = {name: size for size, names in _FIELDS.items() for name in names.split()}
 """What fields of these names become."""
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},

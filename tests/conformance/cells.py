@@ -5,6 +5,8 @@ A cell works, or it is refused in one sentence. What is neither is a fault, and 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +17,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from gradless import objectives, run
-from gradless.report import curve
 from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.dense import DenseModel
@@ -27,6 +27,7 @@ from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import QuantizedModel
 from gradless.independence import independence
 from gradless.objectives import Rows, TokenizedExample, collate
+from gradless.report import curve
 from gradless.training.options import RunOptions
 from tests.conformance import folders
 from tests.tiny import tiny_data
@@ -99,32 +100,42 @@ class Cell:
             self.faults.append(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def check(architecture: str, form: str, folder: Path, methods: tuple[str, ...] | None = None) -> Cell:
-    """Try an architecture in a folder's format."""
+@contextmanager
+def trying(architecture: str, form: str, folder: Path) -> Iterator[Cell]:
+    """A cell that is tried inside; a refusal there is the whole cell's."""
     cell, began = Cell(architecture, form), time.perf_counter()
     try:
-        judge = None
-        with cell.looking("write"):
-            base, judge = folders.write(architecture, form, folder)
-        if judge is not None:
-            _check_base(cell, base, judge, folder, methods)
+        yield cell
     except folders.Absent:
         cell.absent = True
     except GradlessError as error:
-        cell.refused = str(error).replace(str(folder), "DIR")
+        cell.refused = _sentence(error, folder)
     cell.seconds = round(time.perf_counter() - began, 2)
+
+
+def check(architecture: str, form: str, folder: Path, methods: tuple[str, ...] | None = None) -> Cell:
+    """Try an architecture in a folder's format, with all methods or with some."""
+    with trying(architecture, form, folder) as cell:
+        with cell.looking("write"):
+            base, judge = folders.write(architecture, form, folder)
+        if not cell.faults:
+            check_base(cell, base, judge, folder, methods)
     return cell
 
 
-def _check_base(cell: Cell, base: Path, judge: Any, folder: Path, methods: tuple[str, ...] | None) -> None:
-    """Everything that a model is checked for once it lies on the disk."""
-    loaded = None
+def check_base(cell: Cell, base: Path, judge: Any, folder: Path, methods: tuple[str, ...] | None = None) -> None:
+    """Everything that a model is checked for once it lies on the disk.
+
+    Args:
+        judge: transformers' own model of the same weights, in fp32; None where the logits have another judge.
+    """
     with cell.looking("load"):
         loaded = load(base, torch.float32)
-    if loaded is None:
+    if cell.faults:
         return
-    with cell.looking("logits"):
-        near(logits(loaded.model), logits(judge), EXACT, "logits")
+    if judge is not None:
+        with cell.looking("logits"):
+            near(logits(loaded.model), logits(judge), EXACT, "logits")
     with cell.looking("rows"):
         cell.rows = independence(loaded.model).rows.value
         _check_rows(loaded.model, independence(run.load_model(base).model).rows)
@@ -132,8 +143,7 @@ def _check_base(cell: Cell, base: Path, judge: Any, folder: Path, methods: tuple
         with cell.looking("dequantize"):
             output = folder / "plain"
             _command(["dequantize", str(base), "--output", str(output)])
-            plain = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, attn_implementation="eager").eval()
-            near(logits(plain), logits(judge), ROUNDED, "dequantized logits")
+            near(logits(folders.judge(output)), logits(loaded.model), ROUNDED, "dequantized logits")
     rows = tiny_data(folder / "rows.tsv", rows=8)
     for method in methods or METHODS[loaded.quantized]:
         try:
@@ -141,7 +151,11 @@ def _check_base(cell: Cell, base: Path, judge: Any, folder: Path, methods: tuple
                 cell.tuned[method] = _check_method(base, method, rows, folder / method)
             cell.methods[method] = ""
         except GradlessError as error:
-            cell.methods[method] = str(error).replace(str(folder), "DIR")
+            cell.methods[method] = _sentence(error, folder)
+
+
+def _sentence(error: GradlessError, folder: Path) -> str:
+    return str(error).replace(str(folder), "DIR")
 
 
 def load(base: Path, dtype: torch.dtype) -> Any:
@@ -184,7 +198,7 @@ def _check_method(base: Path, method: str, rows: Path, output: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curve, "plot_run", lambda *_: None)  # a third of the time, and the same for all
         summary = run.tune(str(base), str(rows), options, quiet=True)
-    assert summary["steps"] == 3 and not summary["skipped"], f"{summary['skipped']} steps were skipped"
+    assert (summary["steps"], summary["skipped"]) == (3, 0), "steps were skipped"
     tuned = next(path for path in (output / "model", output / "model.gguf") if path.exists())
     assert _bytes(tuned) != _bytes(base), "three steps change nothing"
     again = output / ("again" + tuned.suffix)
@@ -217,11 +231,9 @@ def _command(arguments: list[str]) -> None:
     Raises:
         GradlessError: it refused, with its sentence.
     """
-    import contextlib
-    import io
-
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         status = main(arguments)
+    assert "not made for" not in said.getvalue(), said.getvalue()
     if status:
         raise GradlessError(said.getvalue().removeprefix("gradless: ").strip())

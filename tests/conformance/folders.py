@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from gradless import kernels, run
 from gradless.formats.folder import Folder
 from gradless.training.options import RunOptions
-from tests.checkpoint_folders import FORMATS, quantized_folder
+from tests.checkpoint_folders import quantized_folder
 from tests.conformance.architectures import tiny_model
 from tests.tiny import MERGES, VOCABULARY
 

@@ -1,14 +1,16 @@
-"""docs/models.md, from the cells."""
+"""The text of docs/models.md, from the cells."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 
 import torch
 import transformers
 
 from tests.conformance import folders
 from tests.conformance.cells import METHODS, Cell
+from tests.conformance.gguf_files import GGUF
 
 HEAD = """\
 # Which models work
@@ -22,6 +24,13 @@ loss, and replayed to the byte. *not nzo [3]*: all of that, but this method is r
 **refused**: with the sentence below, before anything is computed. **-**: the format has no layer of it to hold.
 
 *rows*: how a batch is laid out ([architecture.md](architecture.md)): packed end to end, padded, or a forward each (alone).
+"""
+FILES = """\
+## GGUF files
+
+Beside llama.cpp (xllamacpp {xllamacpp}): log-probabilities within 1e-4 on a file in F32 (2e-3 where llama.cpp reads its GELU
+from a table of fp16), within .2 on one in Q4_1; rows, `dequantize` and methods as above, on that in Q4_1. The last column is
+what else its metadata and tensors were let state, each beside llama.cpp on a file in F32; what is not read is refused by name.
 """
 TUNED = """\
 What is tuned: qzo and nzo the blocks' scales (nzo offsets too, where the format has them; AQLM: a row's scales, with `--part
@@ -40,12 +49,33 @@ def written(cells: Iterable[Cell]) -> str:
     for kind in kinds:
         row = [by_place[kind, form] for form in folders.ALL]
         lines.append(f"| {kind} | {row[0].rows or '-'} | " + " | ".join(_shown(cell, notes) for cell in row) + " |")
-    lines += ["", *(f"{number}. {sentence}" for sentence, number in notes.items()), ""]
+    lines.append("")
+    files = [cell for cell in by_place.values() if cell.format == GGUF]
+    if files:
+        lines += [
+            FILES.format(xllamacpp=version("xllamacpp")),
+            f"| architecture | rows | {GGUF} | what a file may state |",
+            "|---|---|---|---|",
+        ]
+    for cell in sorted(files, key=lambda cell: cell.architecture):
+        shown = (cell.architecture, cell.rows or "-", _shown(cell, notes), _stated(cell.architecture, by_place, notes))
+        lines.append("| " + " | ".join(shown) + " |")
+    lines += ["", "## Sentences", "", *(f"{number}. {sentence}" for sentence, number in notes.items()), ""]
     example = [by_place["llama", form] for form in folders.ALL if ("llama", form) in by_place]
     lines += [TUNED, "| format | " + " | ".join(METHODS[True]) + " |", "|---" * (1 + len(METHODS[True])) + "|"]
     for cell in example:
         lines.append(f"| {cell.format} | " + " | ".join(str(cell.tuned.get(method, "-")) for method in METHODS[True]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _stated(architecture: str, by_place: Mapping[tuple[str, str], Cell], notes: dict[str, int]) -> str:
+    """What files of an architecture may state, as the cells found it."""
+    found: dict[str, list[str]] = {}
+    for (kind, form), cell in by_place.items():
+        if kind == architecture and form.startswith(f"{GGUF}, "):
+            name = form.removeprefix(f"{GGUF}, ").removeprefix(f"{kind}: ").removeprefix(f"{kind}, ")
+            found.setdefault(_shown(cell, notes), []).append(name)
+    return "; ".join(f"{state}: {', '.join(names)}" if state != "works" else ", ".join(names) for state, names in found.items())
 
 
 def _shown(cell: Cell, notes: dict[str, int]) -> str:

@@ -75,7 +75,7 @@ def test_a_packed_weight_that_a_model_multiplies_itself_follows_its_view(falcon_
     assert torch.equal(before, logits(loaded.model))
     assert not independence(loaded.model).halves
     space.view(Move(Direction(0, 0), 0.5), Move(Direction(0, 0), -0.5))
-    with pytest.raises(GradlessError, match="the model multiplies .*dt_proj.weight itself"):
+    with pytest.raises(GradlessError, match=r"the model multiplies .*dt_proj.weight itself"):
         logits(loaded.model)
 
 
