@@ -27,7 +27,7 @@ from gradless.attacks.trial import Trial
 from gradless.attacks.zo_sign_sgd import ZOSignSGDAttack
 from gradless.attacks.zoqo import SignHunter, ZOQOAttack
 from gradless.errors import GradlessError
-from gradless.files import claim, set_aside, write_text
+from gradless.files import claim, locked, set_aside, write_text
 from gradless.report.attack import write_report
 
 ATTACKS: dict[str, type[Attack]] = {"zoqo": ZOQOAttack, "signhunter": SignHunter, "zo_signsgd": ZOSignSGDAttack}
@@ -54,6 +54,11 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
         GradlessError: options, images or answers that cannot be; answers so far are kept in queries.db.
     """
     options.check()
+    with locked(Path(str(options.output)), "an attack"):
+        return _attack(model, images, options, quiet=quiet)
+
+
+def _attack(model: str, images: str, options: AttackOptions, *, quiet: bool) -> dict[str, Any]:
     pixels, labels = read_images(Path(images))
     output, method = Path(str(options.output)), make(options)
     held = (output / "queries.db").is_file()
