@@ -31,6 +31,8 @@ except ImportError:  # not a POSIX system: nothing is locked there, and nothing 
 LOCK = ".lock"
 """The file in a run's folder that its process holds locked; it says who that is."""
 WRITING, ASIDE = ".tmp", ".aside"
+ABSENT = ".absent"
+"""In a folder of what was set aside: the names, a line each, of what may be written meanwhile and was not there before."""
 OLD = 60.0
 """Seconds after which an unlocked temporary in a folder that others write is taken for a killed process's."""
 
@@ -67,40 +69,63 @@ def replacing(path: Path) -> Iterator[Path]:
 def set_aside(paths: Iterable[Path]) -> Iterator[Callable[[], None]]:
     """Move files and folders of one folder out of the way of what is written inside.
 
-    On success, or when the block calls the yielded function, they are deleted. On failure they are put back; if the process is
-    killed, the next `sweep` of their folder puts them back.
+    On success, or when the block calls the yielded function, they are deleted. On failure they are put back, and what was not
+    there before is removed; if the process is killed, the next `sweep` of their folder does so.
+
+    Raises:
+        GradlessError: they cannot be moved; they are where they were.
     """
-    present = [path for path in paths if os.path.lexists(path)]
+    named = list(paths)
+    present = [path for path in named if os.path.lexists(path)]
+    if not present:
+        yield lambda: None
+        return
     with ExitStack() as stack:
-        folder = stack.enter_context(_private(present[0].parent, "old", ASIDE)) if present else None
+        with _moving(present[0].parent):
+            folder = stack.enter_context(_private(present[0].parent, "old", ASIDE))
+            (folder / ABSENT).write_text("".join(f"{path.name}\n" for path in named if path not in present))
 
         def drop() -> None:
-            if folder is not None and folder.exists():
+            if folder.exists():
                 doomed = folder.with_suffix(WRITING)  # from here on a sweep removes it
-                folder.replace(doomed)
+                with _moving(folder.parent):
+                    folder.replace(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 
         try:
-            for path in present:
-                assert folder is not None
-                path.replace(folder / path.name)
+            with _moving(folder.parent):
+                for path in present:
+                    path.replace(folder / path.name)
             yield drop
             drop()
         finally:
-            if folder is not None and folder.exists():
-                _put_back(folder)
+            if folder.exists():
+                with suppress(OSError):  # what cannot be put back now stays aside, for the next sweep
+                    _put_back(folder)
+
+
+@contextmanager
+def _moving(folder: Path) -> Iterator[None]:
+    """Say so if what a folder holds cannot be moved out of the way."""
+    try:
+        yield
+    except OSError as error:
+        raise GradlessError(
+            f"what {folder} holds cannot be replaced ({error.strerror}), and nothing of it was changed; give another --output."
+        ) from error
 
 
 @contextmanager
 def _private(parent: Path, name: str, kind: str) -> Iterator[Path]:
-    """A new folder that nobody else may enter, locked as long as this process uses it and then removed."""
+    """A new folder that nobody else may enter, locked as long as this process uses it; then removed, if nothing lies aside."""
     folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=kind, dir=parent))
     handle = os.open(folder, os.O_RDONLY)
     try:
         _lock(handle)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if kind == WRITING:
+            shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
 
@@ -130,6 +155,8 @@ def sweep(folder: Path, *, older_than: float = 0.0) -> None:
         if left.suffix not in (WRITING, ASIDE) or left.is_symlink() or not left.is_dir():
             continue
         with suppress(OSError):
+            if left.stat().st_uid != os.geteuid():  # nobody puts back, or has removed, what is not theirs
+                continue
             if time.time() - left.stat().st_mtime < older_than:
                 continue
             handle = os.open(left, os.O_RDONLY)
@@ -137,16 +164,25 @@ def sweep(folder: Path, *, older_than: float = 0.0) -> None:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if left.suffix == ASIDE:
                     _put_back(left)
-                shutil.rmtree(left, ignore_errors=True)
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
             finally:
                 os.close(handle)
 
 
 def _put_back(aside: Path) -> None:
+    """Put what was set aside where it was, in place of what was written since."""
+    absent = aside / ABSENT
+    if absent.exists():
+        for line in absent.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                remove(aside.parent / Path(line.strip()).name)
+        absent.unlink()
     for path in sorted(aside.iterdir()):
         place = aside.parent / path.name
         remove(place)
         path.replace(place)
+    aside.rmdir()
 
 
 def remove(path: Path) -> None:
@@ -190,7 +226,8 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         sweep(folder)
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that cannot be written any more: nobody holds the lock that stays
+            lock.unlink(missing_ok=True)
         os.close(handle)
         if made:
             with suppress(OSError):  # it holds something now

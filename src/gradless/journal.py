@@ -81,7 +81,7 @@ class Journal:
 
         Args:
             path: of the file.
-            to_go_on: its run is to be resumed, so that a journal that holds no step yet is as good as any.
+            to_go_on: its run is to be resumed, and makes again what steps are missing at its end.
 
         Raises:
             GradlessError: there is none, it is truncated or edited, or its format is another version's.
@@ -91,7 +91,7 @@ class Journal:
         journal = cls(path, Database(path, _SCHEMA, _WHAT))
         with journal._database.reading():
             journal._verify()
-        if journal._database.log_is_missing and not journal.finished and not (to_go_on and journal.steps == 0):
+        if journal._database.log_is_missing and not journal.finished and not to_go_on:
             raise GradlessError(
                 f"{path} was not closed by its run, and {path.name}-wal, which may hold its last steps, is not beside it: copy "
                 f"both, or keep the {journal.steps} steps that are there with gradless verify --salvage."
@@ -103,8 +103,8 @@ class Journal:
         """Whether a file holds a journal: one that a kill cut off before its header was written does not."""
         if not path.is_file() or (path.stat().st_size == 0 and not path.with_name(path.name + "-wal").is_file()):
             return False
-        try:
-            with contextlib.closing(sqlite3.connect(path)) as connection:
+        try:  # only to read: else SQLite folds in and removes the write-ahead log that a killed run left
+            with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
                 return bool(connection.execute("SELECT name FROM sqlite_master").fetchall())
         except sqlite3.Error:
             return True

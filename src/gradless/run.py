@@ -235,7 +235,7 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
             loaded = AdaptedModel(loaded, LoRA(options.lora, options.lora_alpha, options.lora_bits, options.seed))
 
         steps = options.steps or (NO_LIMIT if options.max_minutes else DEFAULT_STEPS)
-        before = None
+        before = resumed = None
         if held_out is not None:
             resumed = _first_evaluation(output) if options.resume else None
             before = resumed or measure(loaded, held_out.examples, options.batch_size, quiet=quiet)
@@ -244,7 +244,7 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
         trainer.snapshot = snapshot
         if options.overwrite:
             trainer.header()  # refuses what cannot run
-    line = ProgressLine(trainer, options, before, quiet=quiet)
+    line = ProgressLine(trainer, options, None if resumed else before, quiet=quiet)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(line)
     with stopping_on_interrupt(line), line:
