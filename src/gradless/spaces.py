@@ -479,7 +479,7 @@ def linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
 def reads_text(model: Any) -> set[nn.Module]:
     """The modules that text goes through: all but the encoders of images and sounds, and what brings these into the stream.
     No loss depends on those here, so that a search would only move them about."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or config.get_text_config(decoder=True) is config:
         return set(model.modules())
     return {*model.get_decoder().modules(), model.get_output_embeddings()}
