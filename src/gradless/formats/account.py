@@ -106,7 +106,9 @@ class Account:
         missing += [name for name, tensor in tensors if tensor.is_meta and name not in missing]
         if foreign or missing or self._unfit:
             raise GradlessError(self._refusal(foreign, missing, model))
-        notes = [f"{self.path}: {_some(names)} {reason}; not used, and kept as it is" for reason, names in noted.items()]
+        notes = [
+            f"{self.path}: {_some(names)} ({reason}): not used, and kept as in the file" for reason, names in noted.items()
+        ]
         own = [one for one, other in self.tied.items() if {one, other} <= self.placed.keys() and not _is_one(model, one, other)]
         if own:
             notes.append(f"{self.path}: {_some(own)} is the file's own, though its configuration ties it; the file's is read")
@@ -151,7 +153,7 @@ def understood(config: Mapping[str, Any], what: str, used: Collection[str], neut
 
 
 def harmless(model: Any, place: str, values: Tensor) -> str | None:
-    """Why a tensor that has no place changes nothing, or None where its values do not prove it.
+    """What a tensor is that has no place and changes nothing, or None where its values do not prove it.
 
     Args:
         model: that has no place for it.
@@ -162,20 +164,20 @@ def harmless(model: Any, place: str, values: Tensor) -> str | None:
     module = _module(model, path)
     buffers = dict(model.named_buffers())
     if place in buffers:
-        return "is what the model derives" if _equal(values, buffers[place]) else None
+        return "what the model derives" if _equal(values, buffers[place]) else None
     if attribute == "bias" and _is_without_bias(module, values):
-        return "is a bias of zeros for a layer that has none" if not values.any() else None
+        return "a bias of zeros for a layer that has none" if not values.any() else None
     if attribute == "inv_freq":
         derived = [buffer for name, buffer in buffers.items() if name.rpartition(".")[2] == attribute]
-        return "is what the model derives" if derived and all(_equal(values, each) for each in derived) else None
+        return "what the model derives" if derived and all(_equal(values, each) for each in derived) else None
     if module is None:
         return None
     if attribute in ("bias", "mask", "causal_mask") and values.ndim in (2, 4) and _is_causal(values):
-        return "is the causal mask"
+        return "the causal mask"
     if attribute == "masked_bias" and values.numel() == 1 and float(values) <= MASKED:
-        return "is the score of what a mask hides"
+        return "the score of what a mask hides"
     if attribute == "position_ids" and torch.equal(values.flatten(), torch.arange(values.numel())):
-        return "counts positions"
+        return "numbers of positions"
     return None
 
 
