@@ -10,6 +10,7 @@ process, so that one that ends the process is found too.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -118,7 +119,7 @@ def in_child(target: targets.Target, numbers: range, seed: int, keep: Path | Non
         os.close(read)
         outcomes, longest, most = run(target, numbers, seed, keep)
         with os.fdopen(write, "w") as pipe:
-            pipe.write(repr((dict(outcomes), longest, most)))
+            json.dump((outcomes, longest, most), pipe)
         sys.stdout.flush()
         os._exit(0)
     os.close(write)
@@ -126,7 +127,7 @@ def in_child(target: targets.Target, numbers: range, seed: int, keep: Path | Non
         said = pipe.read()
     _, status = os.waitpid(child, 0)
     if said:
-        outcomes, longest, most = eval(said)  # our own child's
+        outcomes, longest, most = json.loads(said)
         return Counter(outcomes), longest, most
     if len(numbers) == 1:
         print(f"{target.name} {numbers[0]}: ended the process, status {status}", flush=True)

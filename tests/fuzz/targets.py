@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import shutil
@@ -117,6 +118,7 @@ def _models() -> Path:
     from tests.tiny import tiny_gguf
 
     made = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    atexit.register(shutil.rmtree, made)
     tiny_gguf(made / "model.gguf")
     assert main(["dequantize", str(made / "model.gguf"), "--output", str(made / "dense")]) == 0
     assert main(["quantize", str(made / "dense"), "--bits", "4", "--output", str(made / "packed")]) == 0
@@ -298,12 +300,32 @@ def _queries() -> Target:
     return Target("queries", make, read)
 
 
+def _described(name: str) -> Callable[[], Target]:
+    """What `gradless info` and `gradless plan` make of a model."""
+
+    def made() -> Target:
+        from gradless.memory import METHODS, plan, shapes_of
+        from gradless.report.info import as_text, describe
+
+        target = _load_gguf() if name == "model.gguf" else _folder(name, describe)
+
+        def read(path: Path) -> None:
+            as_text(describe(str(path)))
+            plan(shapes_of(path), METHODS, batch_size=16, length=128)
+
+        return Target("described " + name, target.make, read)
+
+    return made
+
+
 LOADS: dict[str, Callable[[], Target]] = {
     "load_gguf": _load_gguf,
     "gptq": _load_folder("gptq"),
     "packed": _load_folder("packed"),
     "dense": _load_dense,
     "adapter": _adapter,
+    "info-gguf": _described("model.gguf"),
+    "info-folder": _described("gptq"),
     "journal": _journal,
     "npz": _npz,
     "queries": _queries,
