@@ -29,7 +29,7 @@ TEXTS = [
     "你好世界，这是一个测试。漢字かな交じり文 カタカナ ｶﾀｶﾅ 한국어 텍스트 ㄱㄴ ㄅㄆ 𠀀 㐀 々〆〇 ・ー〜",
     "مرحبا بالعالم ١٢٣، كيف حالك؟ שלום עולם สวัสดีชาวโลก ๑๒๓ ລາວ ខ្មែរ မြန်မာ हिन्दी में पाठ বাংলা",
     "😀👍🏽👩‍👩‍👧 🇩🇪 ❤️ ★☆ ∑∫ €$£ → «quoted» “smart” ‘single’ — … ¿¡ !!!???...,,,;;;///\\\\(((]]]",
-    "def f(x):\n\tif x==1:\n\t\treturn {'a':[1,2]}\n    # c\n\n\n\nclass A: pass\r\nf_b != BazQux && i++ // x->y <T> ~a `b` |c|^d",
+    "def f(x):\n\tif x==1:\n\t\treturn {'a':[1,2]}\n    # c\n\n\n\nclass A: pass\r\nf_b != Baz && i++ // x->y <T> ~a `b` |c|^d",
     "x;\n\n\ny ;\n z//\n/ a/b\n/c\n\n/d /\n e/ price: $1,234.56 (50% off!) https://a.b/c?d=e&f=g#h",
     "  a  b   c    d     e\t\tf \n g\n\n\nh \n\n i\u00a0j\u3000k\u2003 l\u0085m\u200bn x\u2028y\u2029z \u2028 \u2028\u2028w",
     "NFC é ü Å NFD e\u0301 u\u0308 A\u030a ẛ̣ ﬁ İ ı ß Ǆ ǅ ʰ ª µ K Ω ab\u0301 c\u0301\u0301d \u0301 !\u0301 ᾼιι ᲀ Ა ꭰ 𐐀 𞤀",

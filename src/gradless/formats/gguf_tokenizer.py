@@ -407,8 +407,8 @@ def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     for number, token in enumerate(vocabulary.tokens):
         if len(token) > 1 and token in pieces:
             for at in range(len(token) - 1, 0, -1):
-                if token[:at] in pieces and token[at:] in pieces:
-                    merges.append((token[:at], token[at:]))
+                if (left := token[:at]) in pieces and (right := token[at:]) in pieces:
+                    merges.append((left, right))
                     made_of.append(number)
     made = np.unique(made_of)
     ordered = made[np.argsort(scores[made], kind="stable")]
