@@ -242,8 +242,8 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
             say(f"before: {_shown(before)}")
         trainer = _make_trainer(loaded, train, held_out, options, steps, output)
         trainer.snapshot = snapshot
-        if options.overwrite:
-            trainer.header()  # refuses what cannot run
+        if not options.resume:
+            trainer.begin()  # what is replaced goes only then
     line = ProgressLine(trainer, options, None if resumed else before, quiet=quiet)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(line)

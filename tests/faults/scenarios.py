@@ -160,7 +160,7 @@ class Trial:
             _check_sentence(outcome)
             if outcome.status == 0:
                 _same({k: v for k, v in left.items() if not (may_leave_temporaries and _temporary(k))}, self.ended, "it ended")
-        if not may_leave_temporaries and (stale := [name for name in left if _temporary(name)]):
+        if not may_leave_temporaries and (stale := [name for name in left if _temporary(name) and name not in self.begun]):
             raise Lost(f"{stale[0]} is left, and the process lived to remove it; it said: {outcome.said}")
         for name, content in left.items():
             if name in self.ended and not name.endswith(".db") and content not in (self.ended[name], self.begun.get(name)):

@@ -190,9 +190,16 @@ ON_PATH(symlink, "create", (const char *from, const char *to), AT_FDCWD, to, (fr
 ON_PATH(unlink, "unlink", (const char *path), AT_FDCWD, path, (path))
 ON_PATH(unlinkat, "unlink", (int a, const char *path, int f), a, path, (a, path, f))
 ON_PATH(rmdir, "unlink", (const char *path), AT_FDCWD, path, (path))
-ON_PATH(mkdir, "mkdir", (const char *path, mode_t mode), AT_FDCWD, path, (path, mode))
-ON_PATH(mkdirat, "mkdir", (int a, const char *path, mode_t mode), a, path, (a, path, mode))
 ON_PATH(chmod, "mode", (const char *path, mode_t mode), AT_FDCWD, path, (path, mode))
+
+/* A folder that is there changes nothing, and the kernel says that it is before it looks for room. */
+int mkdirat(int folder, const char *path, mode_t mode) {
+    struct stat there;
+    if (fstatat(folder, path, &there, 0)) FAILS(judge_path("mkdir", folder, path));
+    return REAL(mkdirat)(folder, path, mode);
+}
+
+int mkdir(const char *path, mode_t mode) { return mkdirat(AT_FDCWD, path, mode); }
 
 int flock(int file, int operation) {
     if (!(operation & LOCK_UN)) FAILS(judge_descriptor("lock", file));

@@ -480,11 +480,16 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             self.journal = Journal.open(path, to_go_on=True)
             self._check_resume(self.journal)
             self._seconds_before = self.journal.seconds
-        else:
-            if Journal.is_begun(path):
-                raise GradlessError(f"{path} exists; resume that run, or choose another output folder.")
-            self.journal = Journal.create(path, self.header())
+        elif self.journal is None:
+            self.begin()
         return super().train(**more)
+
+    def begin(self) -> None:
+        """Create the journal in `output_dir`; `train` does so where nobody did."""
+        path = Path(self.args.output_dir) / "journal.db"
+        if Journal.is_begun(path):
+            raise GradlessError(f"{path} exists; resume that run, or choose another output folder.")
+        self.journal = Journal.create(path, self.header())
 
     def header(self) -> dict[str, Any]:
         """What the run is, as the journal keeps it."""
