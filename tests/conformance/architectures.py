@@ -112,6 +112,7 @@ def _shrunk(kind: type, own: dict[str, Any]) -> Any:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     sizes |= {name: 64 for name in ("mamba_dt_rank", "time_step_rank") if name in values}  # else a sixteenth of a tiny size
     sizes |= {name: 0 for name, value in values.items() if name.endswith("_token_id") and _beyond(value)}
+    sizes |= {"is_decoder": True} if "is_decoder" in values else {}
     layers = list(getattr(default, "layer_types", None) or ())
     kinds = list(dict.fromkeys(layers))
     if "layer_types" in values and len(kinds) > 1:

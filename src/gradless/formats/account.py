@@ -193,8 +193,9 @@ def _is_without_bias(module: nn.Module | None, values: Tensor) -> bool:
     """Whether a module has a weight, and no bias where it could have one of these values."""
     if module is None or getattr(module, "bias", None) is not None or values.ndim != 1:
         return False
-    weight = getattr(module, "weight", None)
-    rows = getattr(module, "out_features", None if weight is None else len(weight))
+    if (rows := getattr(module, "out_features", None)) is None:  # a packed layer's weight is not to be unpacked for this
+        weight = getattr(module, "weight", None)
+        rows = None if weight is None else len(weight)
     return bool(rows == len(values))
 
 

@@ -210,17 +210,20 @@ def place_float(shown: ShownFloat, module: nn.Module, attribute: str, dtype: tor
 
 
 def tie(model: Any, floats: dict[str, ShownFloat], dtype: torch.dtype) -> None:
-    """Let the head read the embedding's tensor."""
+    """Let parameters that the class ties show one tensor: the head the embedding's, and what else there is."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None:
-        return
-    if isinstance(embedding, QuantEmbedding):
+    if head is not None and isinstance(embedding, QuantEmbedding):
         model.set_output_embeddings(QuantLinear(embedding.packed, head.bias, dtype))
-    elif isinstance(head.weight, nn.Parameter) and head.weight.is_meta:
-        head.weight = embedding.weight
-        for shown in floats.values():
-            if (embedding, "weight") in shown.sites:
-                shown.sites.append((head, "weight"))
+    for names in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        sites = [(model.get_submodule(path), attribute) for path, _, attribute in (name.rpartition(".") for name in names)]
+        held = {site: site[0]._parameters.get(site[1]) for site in sites}
+        empty = [site for site, parameter in held.items() if parameter is not None and parameter.is_meta]
+        filled = [site for site, parameter in held.items() if parameter is not None and not parameter.is_meta]
+        for (module, attribute), source in zip(empty, filled, strict=False):
+            module._parameters[attribute] = held[source]
+            for shown in floats.values():
+                if source in shown.sites:
+                    shown.sites.append((module, attribute))
 
 
 def dequantized(loaded: QuantizedModel) -> Any:
