@@ -221,6 +221,9 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _held(lock, what)
     except OSError as error:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
         raise GradlessError(f"{folder} cannot be written ({error.strerror}); give another --output.") from error
     try:
         sweep(folder)
@@ -245,10 +248,16 @@ def _held(lock: Path, what: str) -> int:
         if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
             break
         os.close(handle)  # its holder has removed it meanwhile
-    os.ftruncate(handle, 0)
-    os.pwrite(
-        handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},".encode(), 0
-    )
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(
+            handle, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},".encode(), 0
+        )
+    except OSError:
+        with suppress(OSError):
+            lock.unlink()
+        os.close(handle)
+        raise
     return handle
 
 
