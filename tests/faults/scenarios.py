@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from gradless.attacks.log import ANSWER
+from gradless.attacks.oracle import TRIED
 from gradless.files import ASIDE, LOCK, WRITING
 from tests.faults.server import Outcome, Server, Way
 from tests.tiny import tiny_data, tiny_gguf
@@ -285,11 +287,20 @@ def _rows(path: Path) -> Any:
                 tables[name] = [
                     {k: _plain(v) for k, v in zip(columns, row, strict=True) if k not in ("seconds", "moved")} for row in rows
                 ]
+            if "calls" in tables:
+                tables["calls"] = _answers(tables["calls"])
             return tables or None
         except sqlite3.DatabaseError:
             return path.read_bytes()
         finally:
             connection.close()
+
+
+def _answers(calls: list[dict[str, Any]]) -> list[Any]:
+    """What a log of queries holds, but for the input that was asked again: after a fault that is another one."""
+    answers = np.concatenate([np.frombuffer(call["answers"], ANSWER) for call in calls] or [np.empty(0, ANSWER)])
+    held: list[Any] = answers[~np.isin(answers["input"], TRIED)].tolist()
+    return held
 
 
 def _plain(value: Any) -> Any:
