@@ -9,7 +9,28 @@ from gradless.errors import GradlessError
 from gradless.formats.gguf import GGUFFile
 from gradless.readers import gguf, safetensors
 from tests.fuzz import seeds, targets
-from tests.fuzz.run import run
+from tests.fuzz.run import SPARE, run, tried
+
+
+def refuse(sentence):
+    raise GradlessError(sentence)
+
+
+@pytest.mark.parametrize(
+    ("read", "outcome"),
+    [
+        (lambda: None, "read"),
+        (lambda: refuse("no"), "refused"),
+        (lambda: refuse("two\nlines"), "more than a sentence"),
+        (lambda: {}["a"], "KeyError"),
+        (lambda: len(b"x" * (SPARE + (8 << 20))), "memory"),
+        (lambda: next(iter(())), "StopIteration"),
+        (lambda: all(True for _ in iter(int, 1)), "hang"),
+    ],
+)
+def test_the_fuzzer_sees_each_kind_of_fault(read, outcome, monkeypatch):
+    monkeypatch.setattr("tests.fuzz.run.SECONDS", 0.3)
+    assert tried(read, 0)[0] == outcome
 
 
 @pytest.mark.parametrize("name", targets.PARSERS)

@@ -18,6 +18,7 @@ from typing import Self
 
 from gradless.errors import GradlessError
 from gradless.files import replacing
+from gradless.readers.sentences import said
 
 COMPANIONS = ("-wal", "-shm", "-journal")
 """What SQLite may keep beside a file that is not closed."""
@@ -96,7 +97,7 @@ class Database:
         try:
             yield
         except (sqlite3.Error, ValueError, OverflowError, TypeError, KeyError, RecursionError, OSError) as error:
-            raise GradlessError(f"{self.path} is not {self.what} ({error}); restore it from a copy.") from error
+            raise GradlessError(f"{self.path} is not {self.what} ({said(error)}); restore it from a copy.") from error
 
     @contextlib.contextmanager
     def writing(self, what: str, *, durable: bool = True) -> Iterator[sqlite3.Connection]:

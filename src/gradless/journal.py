@@ -23,6 +23,7 @@ from typing import Any
 from gradless.database import Database
 from gradless.errors import GradlessError
 from gradless.methods.base import Estimate
+from gradless.readers.sentences import said
 
 FORMAT = 3
 """Of the tables, and of the arithmetic behind them: noise, rounding, the order of operations."""
@@ -274,7 +275,7 @@ def _whole_rows(connection: sqlite3.Connection, path: Path) -> tuple[list[tuple[
     try:
         header = connection.execute("SELECT name, value FROM header ORDER BY name").fetchall()
     except sqlite3.Error as error:
-        raise GradlessError(f"{path} has no header that can be read ({error}); nothing of it can be kept.") from error
+        raise GradlessError(f"{path} has no header that can be read ({said(error)}); nothing of it can be kept.") from error
     digest = _digest_of(header)
     with contextlib.suppress(sqlite3.Error):
         for row in connection.execute("SELECT step, losses, estimate, lr, seconds, moved, digest FROM steps ORDER BY step"):

@@ -31,6 +31,7 @@ from gradless.formats.quantized import QuantizedModel
 from gradless.journal import Journal
 from gradless.layers import set_activations
 from gradless.objectives import TokenizedExample
+from gradless.readers.sentences import said
 from gradless.report.card import write_card
 from gradless.spaces import Space
 from gradless.tasks.data import read_rows
@@ -455,7 +456,7 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
         raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
         raise GradlessError(
-            f"{journal_path} is of no run that can be replayed ({type(error).__name__}: {error}); restore it from a copy."
+            f"{journal_path} is of no run that can be replayed ({type(error).__name__}: {said(error)}); restore it from a copy."
         ) from error
     seconds = time.perf_counter() - began
     assert snapshot is not None

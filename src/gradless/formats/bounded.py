@@ -22,6 +22,7 @@ from torch.nn.modules.module import (
 
 from gradless.errors import GradlessError
 from gradless.readers.json import read_object, shown_value
+from gradless.readers.sentences import said
 
 COUNTS = {"layer": 1000, "depth": 1000, "label": 1 << 16, "head": 1 << 16, "expert": 1 << 16}
 """The most that a whole number of a config.json can be whose name has such a part."""
@@ -30,8 +31,6 @@ MOST_PARAMETERS, MOST_VALUES = 1 << 17, 1 << 44
 SPARE_VALUES, SPARE_IN_BUFFERS = 1 << 22, 1 << 26
 """What small files may ask for beside what their size allows."""
 FAULT = "transformers cannot build the model in {}"
-SHOWN = 400
-"""Characters of another library's message."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -126,8 +125,6 @@ def building(path: Path, *, values: int = MOST_VALUES, fault: str = FAULT) -> It
 
 def unbuildable(path: str | Path, error: BaseException, fault: str = FAULT) -> str:
     """Why transformers cannot build a model, in a sentence that begins with `fault`."""
-    said = " ".join("".join(each if each.isprintable() else " " for each in str(error)).split())
-    if "trust_remote_code" in said:
+    if "trust_remote_code" in str(error):
         return f"{path} brings Python of its own, which is not run unless you trust it (--trust-remote-code)."
-    said = said[:SHOWN] + "…" * (len(said) > SHOWN)
-    return f"{fault.format(path)}: {said or type(error).__name__}"
+    return f"{fault.format(path)}: {said(error)}"

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradless.errors import GradlessError
+from gradless.readers.sentences import said
 
 SPARE, RATIO = 256 << 20, 32
 """Bytes that a file's arrays may take beside so many times its size."""
@@ -39,7 +40,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     except GradlessError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise some ten kinds
-        raise GradlessError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}.") from error
+        raise GradlessError(f"{what}: {said(error)}.") from error
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from gradless.errors import GradlessError
 
-SHOWN = 80
-"""Characters of a name."""
+SHOWN, SAID = 80, 400
+"""Characters of a name, and of another library's message."""
 
 
 def damaged(path: Path, what: str) -> GradlessError:
@@ -23,3 +23,9 @@ def truncated(path: Path, size: int, where: str) -> GradlessError:
 def shown(name: str) -> str:
     """A name out of a file, as a message may show it: short."""
     return name[:SHOWN] + "…" * (len(name) > SHOWN)
+
+
+def said(error: BaseException) -> str:
+    """Another library's message, as a sentence may hold it: printable, in one line, short."""
+    text = " ".join("".join(each if each.isprintable() else " " for each in str(error)).split())
+    return text[:SAID] + "…" * (len(text) > SAID) or type(error).__name__
