@@ -137,6 +137,8 @@ def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[T
     batch = objectives.doubled(_batch(sequences, Rows.PACKED))
     layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
     seen: list[bool] = []
+    for layer in layers:
+        layer.lent = False  # whatever looked at weights before a forward multiplies none of them
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2) if isinstance(layer, QuantLinear) else inputs[0].flatten()

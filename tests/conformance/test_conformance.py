@@ -8,7 +8,9 @@ import transformers
 
 from gradless import run
 from gradless.errors import GradlessError
+from gradless.formats.folder import Folder
 from gradless.independence import independence
+from gradless.layers import is_plain
 from gradless.noise import Direction
 from gradless.spaces import parameters, reads_text
 from gradless.tensor import Move
@@ -91,6 +93,30 @@ def test_a_dense_weight_that_a_model_multiplies_itself_follows_its_view():
         assert torch.equal(before, logits(model))
     space.move([Move(Direction(0, 0), 0.5)])
     assert torch.equal(moved, logits(model))
+
+
+def test_layers_that_do_more_than_multiply_are_not_packed(tmp_path):
+    """Phi-MoE's router is a linear layer's class with a forward of its own, Falcon's layers only write theirs down anew."""
+    found = {}
+    for kind in ("phimoe", "falcon"):
+        base, _ = folders.write(kind, "gradless int4", tmp_path / kind)
+        found[kind] = {name.split(".")[-2] for name in Folder.open(base).quantized}
+    assert found["falcon"] == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert found["phimoe"] == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    router = next(m for m in tiny_model("phimoe").modules() if type(m).__name__ == "PhimoeTopKRouter")
+    assert not is_plain(router)
+
+
+def test_whatever_a_class_ties_is_one_tensor(tmp_path):
+    """BERT ties the bias of its head too, CamemBERT an embedding to what comes before it."""
+    for kind, one, other in (
+        ("bert", "cls.predictions.decoder.bias", "cls.predictions.bias"),
+        ("camembert", "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+    ):
+        base, judge = folders.write(kind, "gradless int4", tmp_path / kind)
+        model = run.load_model(base).model
+        assert model.get_parameter(one) is model.get_parameter(other)
+        assert torch.equal(model.get_parameter(one).float(), judge.get_parameter(one))
 
 
 def test_only_the_part_that_reads_text_is_tuned_by_default():
