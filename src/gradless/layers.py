@@ -252,7 +252,7 @@ def _few_outputs(head: nn.Linear, ids: Tensor, x: Tensor) -> Tensor:
 
 @contextmanager
 def reading_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Let a model's head see only the hidden states at (rows, columns): (batch, length, d) -> (1, n, d); all of another shape."""
+    """Let a model's head see only the hidden states at (rows, columns): (batch, length, d) -> (1, n, d); other shapes whole."""
 
     def read(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return (inputs[0][rows, columns].unsqueeze(0),) if inputs[0].ndim == 3 else None

@@ -39,9 +39,9 @@ STEPS: dict[str, dict[str, Any]] = {
     "qzo": {"lr": 1.0},
     "nzo": {"lr": 10.0},
     "ezo": {},
-    "quzo": {"eps": 0.5, "lr": 10.0},
+    "quzo": {"eps": 0.5, "lr": 3.0},
     "zoqo": {"share": 0.2, "lr": 1.0},
-    "mezo": {"lr": 1.0, "eps": 1e-2},
+    "mezo": {"lr": 0.1, "eps": 1e-2},
 }
 """Options with which three steps change something."""
 IDS = torch.tensor([[3, 97, 200, 41, 41, 17, 128, 250, 9, 77, 63, 5], [80, 6, 6, 240, 31, 99, 12, 180, 55, 2, 140, 23]])

@@ -127,6 +127,14 @@ def test_whatever_a_class_ties_is_one_tensor(tmp_path):
         assert torch.equal(model.get_parameter(one).float(), judge.get_parameter(one))
 
 
+def test_a_model_that_fails_by_itself_is_refused(tmp_path):
+    base, _ = folders.write("xlnet", "dense", tmp_path)
+    with pytest.raises(GradlessError, match="the forward of XLNetLMHeadModel fails on a few tokens"):
+        independence(run.load_model(base).model)
+    with pytest.raises(GradlessError, match="ProphetNetForCausalLM does not compute its logits by its head alone"):
+        independence(tiny_model("prophetnet"))
+
+
 def test_only_the_part_that_reads_text_is_tuned_by_default():
     model = tiny_model("gemma3")
     paths = {path for path, module in model.named_modules() if module in reads_text(model)}
