@@ -56,13 +56,19 @@ def independence(model: Any) -> Independence:
     """What a model keeps apart, tried when it is first asked for and then remembered.
 
     Raises:
-        GradlessError: the model scores a lone row differently from one forward to the next.
+        GradlessError: the model scores a lone row differently from one forward to the next, or fails.
     """
     if model not in _TRIED:
         training = model.training
         model.eval()
-        with torch.inference_mode():
-            _TRIED[model] = _try(model)
+        try:
+            with torch.inference_mode():
+                _TRIED[model] = _try(model)
+        except GradlessError:
+            raise
+        except Exception as error:  # whatever a model's own code makes of a few tokens
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise GradlessError(f"the forward of {type(model).__name__} fails on a few tokens in {model.dtype} ({why}).") from error
         model.train(training)
     return _TRIED[model]
 
@@ -137,6 +143,8 @@ def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[T
     batch = objectives.doubled(_batch(sequences, Rows.PACKED))
     layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
     seen: list[bool] = []
+    for layer in layers:
+        layer.lent = False  # whatever looked at weights before a forward multiplies none of them
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2) if isinstance(layer, QuantLinear) else inputs[0].flatten()

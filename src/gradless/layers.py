@@ -110,6 +110,22 @@ class QuantLinear(_Packed):
         return f"{self.in_features}, {self.out_features}, {self.packed.block.name}, bias={self.bias is not None}"
 
 
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer's class computes x @ W.T + b and nothing else, so that a packed one can stand for it. A class of its own
+    (a router, say) is tried on a small weight."""
+    kind = type(layer)
+    if kind.forward is nn.Linear.forward:
+        return True
+    x, plain = torch.randn(2, 8), nn.Linear(8, 4, bias=layer.bias is not None)
+    tried = kind.__new__(kind)
+    tried.__dict__ = {**layer.__dict__, "_parameters": plain._parameters, "in_features": 8, "out_features": 4}
+    try:
+        with torch.no_grad():
+            return torch.allclose(kind.forward(tried, x), plain(x), rtol=1e-4, atol=1e-5)
+    except Exception:  # whatever its class makes of it
+        return False
+
+
 def set_activations(model: nn.Module, activations: str) -> None:
     """What packed layers multiply: "bf16" weights with bf16 inputs, or "int8" inputs with the integer codes themselves, or
     "fp8" (E4M3) inputs with weights that are 8-bit floats.
@@ -236,8 +252,12 @@ def _few_outputs(head: nn.Linear, ids: Tensor, x: Tensor) -> Tensor:
 
 @contextmanager
 def reading_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Let a model's head see only the hidden states at (rows, columns): (batch, length, d) -> (1, n, d)."""
-    handle = head.register_forward_pre_hook(lambda _head, inputs: (inputs[0][rows, columns].unsqueeze(0),))
+    """Let a model's head see only the hidden states at (rows, columns): (batch, length, d) -> (1, n, d); other shapes whole."""
+
+    def read(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return (inputs[0][rows, columns].unsqueeze(0),) if inputs[0].ndim == 3 else None
+
+    handle = head.register_forward_pre_hook(read)
     try:
         yield
     finally:

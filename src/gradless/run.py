@@ -124,7 +124,8 @@ def prepare(
     labels = None if options.labels is None else _parse_labels(options.labels)
     template = None if options.template is None else options.template.replace("\\n", "\n")
     task = choose_task(options.task, template, labels, rows[order[0]], loaded.tokenizer, options.train_on)
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", 2**31)
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    context = context if context > 0 else 2**31  # XLNet's -1 is no limit
     examples: list[TokenizedExample] = []
     remarks = Counter[str]()
     for i in order:

@@ -24,6 +24,7 @@ NOT_BUILT = {
     "gemma3n": "its images are seen through the library timm",
     "gemma4_assistant": "it drafts tokens for another model, from that model's states",
     "gemma4_unified_assistant": "it drafts tokens for another model, from that model's states",
+    "mllama": "the folder of its text part is none that AutoModelForCausalLM opens",
     "musicgen": "it writes codes of sound",
     "musicgen_melody": "it writes codes of sound",
     "moshi": "it writes codes of sound",
@@ -48,13 +49,13 @@ _FIELDS = {
         num_decoder_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts""",
     8: "qk_rope_head_dim rotary_dim mamba_n_heads mamba_num_heads",
     16: """head_dim swa_head_dim kv_channels dim_head attention_head_size index_head_dim linear_key_head_dim
-        linear_value_head_dim linear_head_dim v_head_dim qk_nope_head_dim query_pre_attn_scalar mamba_d_state state_size
+        linear_value_head_dim v_head_dim qk_nope_head_dim query_pre_attn_scalar mamba_d_state state_size
         ssm_state_size mamba_head_dim mamba_chunk_size chunk_size block_size""",
     64: """hidden_size d_model n_embd embedding_size word_embed_proj_dim emb_dim moe_intermediate_size
         shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size
         shared_experts_intermediate_size kv_lora_rank q_lora_rank o_lora_rank sliding_window sliding_window_size
-        attention_window_size window_size hidden_size_per_layer_input router_hidden_size mamba_d_ssm gated_norm_rank
-        hc_lowrank pronunciation_vocab_size shape_vocab_size""",
+        attention_window_size window_size linear_head_dim hidden_size_per_layer_input router_hidden_size mamba_d_ssm
+        gated_norm_rank hc_lowrank pronunciation_vocab_size shape_vocab_size""",
     128: """intermediate_size intermediate_size_mlp dense_intermediate_size dim_ff feed_forward_size n_inner dff d_inner ffn_dim
         decoder_ffn_dim encoder_ffn_dim ffn_hidden_size""",
     256: """max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions
@@ -83,13 +84,14 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0},  # else its losses are all alike
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
-    "reformer": {"is_decoder": True},
+    "olmo_hybrid": {"linear_key_head_dim": 16, "linear_value_head_dim": 32},
     "smollm3": {"no_rope_layers": [1, 0]},
     "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 5},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4},

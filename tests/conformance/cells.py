@@ -36,18 +36,18 @@ METHODS = {True: ("qzo", "nzo", "ezo", "quzo", "zoqo", "mezo"), False: ("mezo",)
 """Those of quantized and of dense models."""
 ASKING: dict[str, Any] = {"template": "{text} is\\n", "labels": "0=n,1=y"}
 STEPS: dict[str, dict[str, Any]] = {
-    "qzo": {"lr": 1e-2},
-    "nzo": {},
+    "qzo": {"lr": 1.0},
+    "nzo": {"lr": 10.0},
     "ezo": {},
-    "quzo": {"eps": 0.5, "lr": 10.0},
+    "quzo": {"eps": 0.5, "lr": 3.0},
     "zoqo": {"share": 0.2, "lr": 1.0},
-    "mezo": {"lr": 1.0, "eps": 1e-2},
+    "mezo": {"lr": 0.1, "eps": 1e-2},
 }
 """Options with which three steps change something."""
 IDS = torch.tensor([[3, 97, 200, 41, 41, 17, 128, 250, 9, 77, 63, 5], [80, 6, 6, 240, 31, 99, 12, 180, 55, 2, 140, 23]])
 LENGTHS = (3, 17, 9, 40, 12, 90)
 """Tokens of the sequences whose losses together are their losses alone; one is longer than a tiny sliding window."""
-EXACT, LOSS, ROUNDED, REREAD = 2.0**-10, 2.0**-10, 0.1, 5e-3
+EXACT, LOSS, ROUNDED, REREAD = 2.0**-10, 2.0**-10, 0.25, 5e-3
 """How far fp32 logits may be from transformers', relative to their spread; a loss in a batch from its loss alone, in nats; bf16
 logits of a dequantized model; a bf16 loss from that of the same weights, whose rows may be laid out anew where a router is near
 the edge."""

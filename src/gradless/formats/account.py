@@ -45,6 +45,7 @@ class Account:
 
     Attributes:
         expected: names of its parameters and persistent buffers.
+        head: the name of its head's weight.
         placed: by the model's name, the file's name of the tensor that filled it.
     """
 
@@ -52,6 +53,7 @@ class Account:
         self.path = path
         self.expected = list(model.state_dict(keep_vars=True))
         self.tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+        self.head = {f"{path}.weight" for path, module in model.named_modules() if module is model.get_output_embeddings()}
         self.placed: dict[str, str] = {}
         self._left: dict[str, tuple[str, Tensor | None]] = {}
         self._unfit: dict[str, str] = {}
@@ -78,8 +80,9 @@ class Account:
         self._unfit[name] = why
 
     def own_head(self) -> bool:
-        """Whether the file holds both of two tensors that the configuration ties: then they are not tied, and each counts."""
-        return any(target in self.placed and source in self.placed for target, source in self.tied.items())
+        """Whether the file holds both a head and what the configuration ties it to: then they are not tied, and each counts."""
+        heads = [{target, source} for target, source in self.tied.items() if {target, source} & self.head]
+        return any(pair <= self.placed.keys() for pair in heads)
 
     def settle(self, model: Any) -> list[str]:
         """Close the account.

@@ -48,7 +48,7 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, trust_
     floats = _place(file, model, account, dtype)
     if account.own_head():
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-    elif account.tied:
+    if account.tied:
         tie(model, floats, dtype)
     notes = [*unread(file.path), *account.settle(model)]
     fuse(model.requires_grad_(False).eval())
@@ -70,11 +70,11 @@ def _place(file: Folder, model: Any, account: Account, dtype: torch.dtype) -> di
             account.leave(name)
     floats = {}
     for name, values in file.contents.items():
+        if name in packed:
+            continue
         path, _, attribute = name.rpartition(".")
         module = modules.get(path)
         own = getattr(module, attribute, None)
-        if name in packed:
-            continue
         expected = isinstance(own, Tensor) and name in account.expected
         if module is None or not (expected or _is_a_bias(module, attribute, values)):
             account.leave(name, values)

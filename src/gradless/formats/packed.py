@@ -23,6 +23,7 @@ from gradless.files import replacing
 from gradless.formats.folder import FORMAT, WEIGHTS
 from gradless.formats.quantized import kept_dtype
 from gradless.grids import GRIDS, scale_and_offset
+from gradless.layers import is_plain
 from gradless.spaces import linear_layers
 
 SMALLEST = 2.0**-24
@@ -51,7 +52,8 @@ def quantize(model: Any, tokenizer: Any, grid: str, group_size: int | None, outp
     shared = set()
     for name, parameter in model.state_dict(keep_vars=True).items():
         path, _, attribute = name.rpartition(".")
-        if attribute == "weight" and isinstance(module := model.get_submodule(path), nn.Linear) and chosen(name, module):
+        module = model.get_submodule(path)
+        if attribute == "weight" and isinstance(module, nn.Linear) and chosen(name, module) and is_plain(module):
             types[name], tensors[name] = packed_rows(parameter.detach().float(), name, grid, group_size, search=search)
         elif parameter.data_ptr() not in shared:
             shared.add(parameter.data_ptr())

@@ -20,7 +20,7 @@ from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.formats.account import Account
 from gradless.formats.checkpoint import Checkpoint
-from gradless.layers import QuantEmbedding, QuantLinear
+from gradless.layers import QuantEmbedding, QuantLinear, is_plain
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space, check_finite, reads_text
 from gradless.targets import EVERYTHING, Targets
 from gradless.tensor import CodebookTensor, QuantTensor
@@ -195,6 +195,8 @@ def packed_layer(module: nn.Linear | nn.Embedding, tensor: QuantTensor, dtype: t
         expected = " x ".join(map(str, module.weight.shape))
         raise GradlessError(f"{tensor.name} is {tensor.rows} x {tensor.columns}; the model's configuration says {expected}.")
     if isinstance(module, nn.Linear):
+        if not is_plain(module):
+            raise GradlessError(f"{tensor.name} is packed, and {type(module).__name__} does more than multiply it.")
         return QuantLinear(tensor, module.bias, dtype)
     return QuantEmbedding(tensor, getattr(module, "embed_scale", None), dtype)
 
@@ -212,7 +214,7 @@ def place_float(shown: ShownFloat, module: nn.Module, attribute: str, dtype: tor
 def tie(model: Any, floats: dict[str, ShownFloat], dtype: torch.dtype) -> None:
     """Let parameters that the class ties show one tensor: the head the embedding's, and what else there is."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and isinstance(embedding, QuantEmbedding):
+    if isinstance(head, nn.Linear) and head.weight.is_meta and isinstance(embedding, QuantEmbedding):
         model.set_output_embeddings(QuantLinear(embedding.packed, head.bias, dtype))
     for names in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         sites = [(model.get_submodule(path), attribute) for path, _, attribute in (name.rpartition(".") for name in names)]
