@@ -186,11 +186,11 @@ def test_the_layout_is_the_documented_one(dense, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--bits", "9"], "codes have 2 to 8"),
+        (["--bits", "9"], "it must be a whole number from 2 to 8"),
         ([], "give --bits"),
         (["--grid", "nf4", "--bits", "8"], "has 4 bits, not 8"),
         (["--bits", "4", "--group-size", "48"], "groups of 48 do not fit"),
-        (["--bits", "4", "--group-size", "big"], "a number of weights, or channel"),
+        (["--bits", "4", "--group-size", "big"], "it is a number of weights, at most 1,048,576, or channel"),
     ],
 )
 def test_what_cannot_be_quantized(dense, tmp_path, capsys, options, message):
