@@ -68,7 +68,9 @@ def independence(model: Any) -> Independence:
             raise
         except Exception as error:  # whatever a model's own code makes of a few tokens
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise GradlessError(f"the forward of {type(model).__name__} fails on a few tokens in {model.dtype} ({why}).") from error
+            raise GradlessError(
+                f"the forward of {type(model).__name__} fails on a few tokens in {model.dtype} ({why})."
+            ) from error
         model.train(training)
     return _TRIED[model]
 
