@@ -37,7 +37,7 @@ METHODS = {True: ("qzo", "nzo", "ezo", "quzo", "zoqo", "mezo"), False: ("mezo",)
 ASKING: dict[str, Any] = {"template": "{text} is\\n", "labels": "0=n,1=y"}
 STEPS: dict[str, dict[str, Any]] = {
     "qzo": {"lr": 1.0},
-    "nzo": {"lr": 10.0},
+    "nzo": {"lr": 100.0},
     "ezo": {},
     "quzo": {"eps": 0.5, "lr": 3.0},
     "zoqo": {"share": 0.2, "lr": 1.0},
@@ -92,7 +92,7 @@ class Cell:
         except folders.Absent:
             raise
         except GradlessError as error:
-            if "\n" in str(error) or len(str(error)) > 600:
+            if "\n" in str(error) or len(str(error)) > 1000:
                 self.faults.append(f"{what}: not one sentence: {str(error)[:300]}")
             else:
                 raise

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gradless import kernels, run
 from gradless.formats.folder import Folder
+from gradless.layers import is_plain
 from gradless.training.options import RunOptions
 from tests.checkpoint_folders import quantized_folder
 from tests.conformance.architectures import tiny_model
@@ -98,16 +99,26 @@ def _matrices(dense: Path) -> set[str]:
         Absent: there is none.
     """
     model = judge(dense)
-    linear = {f"{path}.weight" for path, module in model.named_modules() if type(module) is nn.Linear}
-    linear -= {f"{path}.weight" for path, module in model.named_modules() if module is model.get_output_embeddings()}
+    head = model.get_output_embeddings()
+    layers = [
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and is_plain(module)
+    ]
+    linear = {_last(name) for name in layers}  # the first part of a name may be another in the file
     found = {
         key
         for key, tensor in load_file(dense / WEIGHTS).items()
-        if (key in linear or (".experts." in key and key.endswith(".weight"))) and _fits(tensor)
+        if key.endswith(".weight") and (_last(key) in linear or ".experts." in key) and _fits(tensor)
     }
     if not found:
         raise Absent("there is no linear layer in it that the format could hold")
     return found
+
+
+def _last(name: str) -> str:
+    """The end of a tensor's name: "layers.0.mlp.up_proj.weight"."""
+    return ".".join(name.split(".")[-5:])
 
 
 def _fits(tensor: Tensor) -> bool:

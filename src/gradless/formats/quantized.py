@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def restore_buffers(model: Any) -> None:
     Raises:
         GradlessError: transformers does not compute one of them, and no file holds it either, since it is not persistent.
     """
-    for module in model.modules():
+    for module, owner in _owners(model, model):
         before = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         if not before:
             continue
@@ -172,11 +172,19 @@ def restore_buffers(model: Any) -> None:
         for filling in (0, 1):  # what differs by what was there before was not computed
             for name, buffer in before.items():
                 module._buffers[name] = torch.full_like(buffer, filling, device="cpu")
-            model._init_weights(module)
+            owner._init_weights(module)
             computed.append([module._buffers[name] for name in before])
         for name, one, other in zip(before, *computed, strict=True):
             if not torch.equal(one, other) and name in module._non_persistent_buffers_set:
                 raise GradlessError(f"transformers does not initialize the buffer {name} of {type(module).__name__}.")
+
+
+def _owners(module: nn.Module, owner: Any) -> Iterator[tuple[nn.Module, Any]]:
+    """Each module, and the nearest model around it, whose class knows how its buffers are computed."""
+    owner = module if hasattr(module, "_init_weights") else owner
+    yield module, owner
+    for child in module.children():
+        yield from _owners(child, owner)
 
 
 def kept_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
