@@ -66,6 +66,9 @@ _SIZES = {name: size for size, names in _FIELDS.items() for name in names.split(
 """What fields of these names become."""
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "cohere": {"logit_scale": 1.0},  # else its losses are all alike
+    "cohere2": {"logit_scale": 1.0},
+    "cohere2_moe": {"logit_scale": 1.0},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4},
