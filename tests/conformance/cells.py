@@ -39,7 +39,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "qzo": {"lr": 1.0},
     "nzo": {"lr": 100.0},
     "ezo": {},
-    "quzo": {"eps": 0.5, "lr": 3.0},
+    "quzo": {"eps": 0.5, "lr": 30.0},
     "zoqo": {"share": 0.2, "lr": 1.0},
     "mezo": {"lr": 0.1, "eps": 1e-2},
 }
