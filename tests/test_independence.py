@@ -64,6 +64,14 @@ def test_frequencies_that_follow_the_longest_row_are_not_shared():
     assert independence(build("llama", SIZES | {"rope_parameters": scaling})).rows is Rows.ALONE
 
 
+@pytest.mark.parametrize(("longer", "rows"), [(1.0, Rows.PACKED), (4.0, Rows.ALONE)])
+def test_factors_that_are_the_same_at_every_length_choose_for_no_row(longer, rows):
+    """A GGUF's scalings are stated like this (Llama 3's `rope_freqs`, yarn): two sets of factors that are one."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [longer] * 8}
+    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, "attention_factor": 1.0}
+    assert independence(build("llama", SIZES | {"rope_parameters": scaling | factors})).rows is rows
+
+
 def test_a_model_that_is_not_the_same_twice_is_refused():
     model = build("llama", SIZES)
     model.model.norm.register_forward_hook(lambda _module, _inputs, y: y + 0.1 * torch.randn_like(y))

@@ -14,7 +14,6 @@ A model that keeps A in neither layout gets a forward a row.
 from __future__ import annotations
 
 import inspect
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +26,12 @@ from gradless import objectives
 from gradless.errors import GradlessError
 from gradless.layers import QuantEmbedding, QuantLinear
 from gradless.objectives import Rows, TokenizedExample
+from gradless.readers.sentences import said
 
 LENGTHS = (9, 7, 5)
 """Tokens of X, A and Y; longer sequences come first in a packed row."""
 ROUNDING = {torch.float32: 2.0**-10, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
 """How far scores of one row may lie apart in batches of two shapes, relative to their spread (both root mean squares)."""
-LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary scalings that take one frequency for the whole batch from its longest row, which no short row can show."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,12 @@ def independence(model: Any) -> Independence:
         except GradlessError:
             raise
         except Exception as error:  # whatever a model's own code makes of a few tokens
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            why = f"{type(error).__name__}: {said(error)}"
             raise GradlessError(
                 f"the forward of {type(model).__name__} fails on a few tokens in {model.dtype} ({why})."
             ) from error
-        model.train(training)
+        finally:
+            model.train(training)
     return _TRIED[model]
 
 
@@ -79,14 +78,15 @@ def _try(model: Any) -> Independence:
     sequences, others = _sequences(model, 0), _sequences(model, 1)
     others[1] = sequences[1]
     packed, halves = None, False
-    if _may_pack(model):
+    together = not _follows_the_longest_row(model.config.to_dict())
+    if together and _may_pack(model):
         (_, packed, _), halves = _packed_scores(model, sequences)
         if not torch.equal(packed, _packed_scores(model, others)[0][1]):
             packed = None
     alone = _scores_of(model, _batch(sequences[1:2], Rows.PADDED))[0]
     if packed is not None and _kept(alone, packed, ROUNDING[model.dtype]):
         return Independence(Rows.PACKED, halves)
-    if not _follows_the_longest_row(model.config):
+    if together:
         filled, filled_otherwise = _filled_scores(model, sequences)
         if torch.equal(filled, filled_otherwise) and _kept(alone, filled, ROUNDING[model.dtype]):
             return Independence(Rows.PADDED, halves=False)
@@ -170,10 +170,20 @@ def _may_pack(model: Any) -> bool:
     """Whether a model takes position ids, and no layer cuts a row into chunks, which no short row can show."""
     takes = "position_ids" in inspect.signature(model.forward).parameters
     chunks = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
-    return takes and not chunks and not _follows_the_longest_row(model.config)
+    return takes and not chunks
 
 
 def _follows_the_longest_row(config: Any) -> bool:
-    """Whether the rotary frequencies of all rows follow from the longest one, which no short row can show."""
-    text = json.dumps(config.to_dict(), default=str)
-    return any(f'"rope_type": "{kind}"' in text for kind in LENGTH_DEPENDENT)
+    """Whether some rotary scaling takes the frequencies of all rows from the longest one, which no short row can show.
+
+    Args:
+        config: of a model, or a part of it: plain values.
+    """
+    if isinstance(config, list):
+        return any(map(_follows_the_longest_row, config))
+    if not isinstance(config, dict):
+        return False
+    kind = config.get("rope_type")
+    if kind == "dynamic" or (kind == "longrope" and config.get("short_factor") != config.get("long_factor")):
+        return True
+    return any(map(_follows_the_longest_row, config.values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import reprlib
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradless.errors import GradlessError
+from gradless.readers.json import read_object
 
 CONFIG = "adapter_config.json"
 USED = frozenset(
@@ -89,11 +89,9 @@ def read_config(folder: Path) -> PeftLoRA:
         GradlessError: it cannot be read, or asks for something that is not plain LoRA.
     """
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise GradlessError(f"{folder} holds no adapter that can be read ({error}); give a PEFT folder.") from error
-    if not isinstance(config, dict):
-        raise GradlessError(f"{folder} holds no adapter that can be read ({CONFIG} is no mapping); give a PEFT folder.")
+        config = read_object(folder / CONFIG, infinities=True)  # a setting that is not finite is refused by its name
+    except GradlessError as error:
+        raise GradlessError(f"{folder} holds no adapter that can be read; give a PEFT folder. {error}") from error
     if config.get("peft_type") != "LORA":
         raise GradlessError(f"{folder} holds a {config.get('peft_type')} adapter; gradless reads plain LORA adapters.")
     for key, value in config.items():
