@@ -48,6 +48,7 @@ class Independence:
 
 
 _TRIED: WeakKeyDictionary[nn.Module, Independence] = WeakKeyDictionary()
+_COPIES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def independence(model: Any) -> Independence:
@@ -99,9 +100,16 @@ def _try(model: Any) -> Independence:
 
 
 def keeps_copies(model: Any) -> bool:
-    """Whether copies of a row's last token, seen by none but themselves, score words as that token does. Takes two forwards."""
+    """Whether copies of a row's last token, seen by none but themselves, score words as that token does: tried by two forwards
+    when it is first asked for, and then remembered."""
     if independence(model).rows is not Rows.PACKED or not independence(model).halves:
         return False
+    if model not in _COPIES:
+        _COPIES[model] = _try_copies(model)
+    return _COPIES[model]
+
+
+def _try_copies(model: Any) -> bool:
     words = _vocabulary(model) // 2, _vocabulary(model) // 2 + 1
     examples = [TokenizedExample((ids,) * 2, tuple((word,) for word in words), 0) for ids in _sequences(model, 0)]
     with torch.inference_mode():

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from gradless.errors import GradlessError
@@ -142,10 +141,7 @@ class DenseModel:
 def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
     """Save a model and its tokenizer to a folder, under a temporary name first."""
     with replacing(path) as temporary:
-        try:
-            model.save_pretrained(temporary)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 

@@ -643,8 +643,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def shared_words(model: Any, data: Any) -> tuple[int, ...]:
     """The token ids of the words among which all rows choose, of a model that takes copies of a token; () if there are none."""
-    words = {example.words for example in data} if _tokenized(data) and keeps_copies(model) else set()
-    return (words.pop() or ()) if len(words) == 1 else ()
+    words = {example.words for example in data} if _tokenized(data) else set()
+    shared = (words.pop() or ()) if len(words) == 1 else ()
+    return shared if shared and keeps_copies(model) else ()
 
 
 def _last_layers(layers: int) -> str:
