@@ -254,6 +254,25 @@ def test_set_aside_drops_what_was_there_once_it_is_told_to(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")])
+def test_whatever_a_library_calls_a_full_disk_it_is_one_sentence_and_nothing_is_left(tmp_path, error):
+    with pytest.raises(GradlessError, match=r"could not write .*No space left on device.*; nothing was changed"):
+        _write(tmp_path / "model", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_ours_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        _write(tmp_path / "model", ZeroDivisionError())
+    assert list(tmp_path.iterdir()) == []
+
+
+def _write(path, error):
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        raise error
+
+
 def test_a_young_temporary_in_a_shared_folder_is_left(tmp_path):
     (tmp_path / ".x.123.tmp").mkdir()
     with replacing(tmp_path / "a") as temporary:

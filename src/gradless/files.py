@@ -58,7 +58,10 @@ def replacing(path: Path) -> Iterator[Path]:
             with set_aside([path] if path.is_dir() and not path.is_symlink() else []):
                 temporary.replace(path)
         _flush(path.parent)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # tokenizers tells of a full disk by a bare Exception
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
         raise GradlessError(
             f"could not write {path}: {getattr(error, 'strerror', None) or error}; nothing was changed there. "
             "Free some space or choose another --output, then run the same command again."

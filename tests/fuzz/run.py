@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
+import torch
+
 from gradless.errors import GradlessError
 from tests.fuzz import targets
 
@@ -142,6 +144,7 @@ def in_child(target: targets.Target, numbers: range, seed: int, keep: Path | Non
 
 def main() -> int:
     """Parse the command line, try the files, print the figures; 1 where there was a fault."""
+    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=0, help="Through the parsers.")
     parser.add_argument("--loads", type=int, default=0, help="Through whole loads.")
