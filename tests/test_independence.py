@@ -52,6 +52,19 @@ def test_a_row_has_the_loss_in_its_batch_that_it_has_alone(kind, dtype):
     assert torch.allclose(together, alone, atol=1e-5 if dtype is torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "jamba"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_rounding_of_experts_is_no_leak(kind, threads):
+    """Other neighbours go to other experts, whose products have other shapes, which two threads round otherwise."""
+    sizes, rows = ARCHITECTURES[kind]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert independence(build(kind, sizes)).rows is rows
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("jamba", torch.bfloat16), ("bert-generation", torch.bfloat16)])
 def test_a_leak_that_is_smaller_than_the_rounding_is_seen(kind, dtype):
     """Packed, A's scores are within bf16's rounding of A's alone; but they follow their neighbours' tokens."""

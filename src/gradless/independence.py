@@ -3,11 +3,12 @@
 Three short rows X, A, Y of different lengths are scored in at most four forwards:
 
     [X A Y]           packed end to end into one row, position ids beginning anew with each
-    [X' A Y']         the same lengths, other tokens: whatever A takes from its neighbours shows here, to the bit
+    [X' A Y']         the same lengths, other tokens: whatever A takes from its neighbours shows here
     A                 alone
     X, A, A.., Y      a row each, filled up at the right, A with two different fillings; only if A is not kept above
 
-A is kept if its scores do not depend on what stands beside it, and are those of A alone within the rounding of another shape.
+A is kept if its scores depend at no position on what stands beside it, and are those of A alone within the rounding of another
+shape, at the median position: rounding turns a router's choice at some.
 A model that keeps A in neither layout gets a forward a row.
 """
 
@@ -32,6 +33,10 @@ LENGTHS = (9, 7, 5)
 """Tokens of X, A and Y; longer sequences come first in a packed row."""
 ROUNDING = {torch.float32: 2.0**-10, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
 """How far scores of one row may lie apart in batches of two shapes, relative to their spread (both root mean squares)."""
+LEAST_LEAK = {torch.float32: 2.0**-16, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""From where on scores that move with their neighbours' tokens, at any position, show a leak (relative to their spread). Other
+tokens go to other experts and so give products of other shapes: their rounding moved scores by 2e-7 in fp32. The least leak
+of an untrained network was .004 in fp32 and .006 in bf16."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +87,18 @@ def _try(model: Any) -> Independence:
     together = not _follows_the_longest_row(model.config.to_dict())
     if together and _may_pack(model):
         (_, packed, _), halves = _packed_scores(model, sequences)
-        if not torch.equal(packed, _packed_scores(model, others)[0][1]):
+        if _distances(packed, _packed_scores(model, others)[0][1]).max() >= LEAST_LEAK[model.dtype]:
             packed = None
     alone = _scores_of(model, _batch(sequences[1:2], Rows.PADDED))[0]
-    if packed is not None and _kept(alone, packed, ROUNDING[model.dtype]):
+    if packed is not None and _distances(alone, packed).median() <= ROUNDING[model.dtype]:
         return Independence(Rows.PACKED, halves)
     if together:
         filled, filled_otherwise = _filled_scores(model, sequences)
-        if torch.equal(filled, filled_otherwise) and _kept(alone, filled, ROUNDING[model.dtype]):
+        unseen = _distances(filled, filled_otherwise).max() < LEAST_LEAK[model.dtype]
+        if unseen and _distances(alone, filled).median() <= ROUNDING[model.dtype]:
             return Independence(Rows.PADDED, halves=False)
-    if not _kept(alone, _scores_of(model, _batch(sequences[1:2], Rows.PADDED))[0], ROUNDING[model.dtype]):
+    again = _scores_of(model, _batch(sequences[1:2], Rows.PADDED))[0]
+    if not _distances(alone, again).median() <= ROUNDING[model.dtype]:
         raise GradlessError(
             f"{type(model).__name__} scores one row differently from one forward to the next, so that its losses cannot be "
             "compared; switch off what is random in it."
@@ -115,7 +122,7 @@ def _try_copies(model: Any) -> bool:
     with torch.inference_mode():
         plain = torch.stack(objectives.scores(model, objectives.collate(examples)))
         copied = objectives.asked(model, objectives.collate(examples, copies=2))
-    return _kept(plain.unsqueeze(1).expand_as(copied), copied, ROUNDING[model.dtype])
+    return bool(_distances(plain.unsqueeze(1).expand_as(copied), copied).max() <= ROUNDING[model.dtype])
 
 
 def _vocabulary(model: Any) -> int:
@@ -160,7 +167,8 @@ def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[T
         x = inputs[0].flatten(0, -2) if isinstance(layer, QuantLinear) else inputs[0].flatten()
         if layer is not model.get_output_embeddings():
             first, second = x[: len(x) // 2].float(), x[len(x) // 2 :].float()
-            seen.append(len(x) == batch["input_ids"].numel() and _kept(first, second, ROUNDING[model.dtype]))
+            halves = len(x) == batch["input_ids"].numel() and _distances(first, second).max() <= ROUNDING[model.dtype]
+            seen.append(bool(halves))
 
     with ExitStack() as hooks:
         for layer in layers:
@@ -169,9 +177,10 @@ def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[T
     return scores[: len(sequences)], all(seen) and not any(layer.lent for layer in layers)
 
 
-def _kept(scores: Tensor, others: Tensor, rounding: float) -> bool:
-    """Whether scores lie as close to others as rounding brings them."""
-    return bool((others - scores).square().mean().sqrt() <= rounding * scores.square().mean().sqrt())
+def _distances(scores: Tensor, others: Tensor) -> Tensor:
+    """How far scores lie from others at each position, relative to the spread of all (root mean squares): (positions,)."""
+    spread = scores.square().mean().sqrt().clamp_min(torch.finfo(scores.dtype).tiny)
+    return (others - scores).square().flatten(1).mean(1).sqrt() / spread
 
 
 def _may_pack(model: Any) -> bool:
