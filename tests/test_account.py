@@ -15,9 +15,11 @@ from gradless import kernels, run
 from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.account import harmless
+from gradless.formats.adapter import adaptable
 from gradless.formats.dense import DenseModel
 from gradless.formats.folder import Folder, identity
 from gradless.formats.quantized import dequantized, restore_buffers
+from gradless.targets import Targets
 from tests.checkpoint_folders import GROUP, gptq, quantized_folder, stream, write_shards
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -264,6 +266,10 @@ def test_a_head_of_the_files_own_is_not_tied(dense, tmp_path, packed):
     changed(tmp_path / "base", tmp_path / "base", with_head, tie_word_embeddings=True, vocab_size=288)
     loaded = run.load_model(tmp_path / "base")
     assert any("lm_head.weight is the file's own" in note for note in loaded.notes)
+    assert len(loaded.tunable("blocks")) == len(adaptable(loaded)) == 14
+    assert "lm_head.weight" not in loaded.tunable("blocks")
+    if packed:
+        assert loaded.tunable("blocks", Targets("lm_head")) == ["lm_head.weight"]
     assert main(["dequantize", str(tmp_path / "base"), "--output", str(tmp_path / "dense")]) == 0
     expected = theirs(tmp_path / "dense")
     assert torch.allclose(load_file(tmp_path / "dense" / "model.safetensors")["lm_head.weight"].float(), weight, rtol=2**-8)

@@ -8,7 +8,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -234,6 +234,23 @@ def test_what_a_killed_process_wrote_or_set_aside_is_cleared_up_and_a_live_ones_
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"live": "live", "old": "older"}
 
 
+def test_a_sweep_before_a_writer_holds_its_folder_costs_it_nothing(tmp_path, monkeypatch):
+    made = []
+
+    def disturbed(**named):
+        made.append(mkdtemp(**named))
+        if len(made) == 1:
+            sweep(tmp_path)
+        return made[-1]
+
+    mkdtemp = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", disturbed)
+    with replacing(tmp_path / "live") as temporary:
+        temporary.write_text("live")
+    assert len(made) == 2
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"live": "live"}
+
+
 def test_what_was_set_aside_comes_back_when_the_process_is_killed(tmp_path):
     (tmp_path / "journal.db").write_text("old")
     code = (
@@ -271,17 +288,6 @@ def _write(path, error):
     with replacing(path) as temporary:
         temporary.mkdir()
         raise error
-
-
-def test_a_young_temporary_in_a_shared_folder_is_left(tmp_path):
-    (tmp_path / ".x.123.tmp").mkdir()
-    with replacing(tmp_path / "a") as temporary:
-        temporary.write_text("a")
-    assert (tmp_path / ".x.123.tmp").exists()
-    os.utime(tmp_path / ".x.123.tmp", (time.time() - 3600,) * 2)
-    with replacing(tmp_path / "a") as temporary:
-        temporary.write_text("b")
-    assert not (tmp_path / ".x.123.tmp").exists()
 
 
 # -- the last resort --------------------------------------------------------------------------------------------------

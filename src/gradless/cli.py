@@ -16,7 +16,7 @@ from typing import Any
 from gradless import __version__
 from gradless.attacks.options import AttackOptions
 from gradless.errors import GradlessError
-from gradless.files import cache_folder, covers
+from gradless.files import cache_folder, covers, sweep
 from gradless.flags import add_flags
 from gradless.training.options import RunOptions
 
@@ -383,8 +383,10 @@ def _quantize(parsed: argparse.Namespace) -> int:
 
 
 def _free_output(parsed: argparse.Namespace) -> Path:
-    """The folder to write, unless it exists; with --overwrite it may, but never the model itself."""
+    """The folder to write, unless it exists; with --overwrite it may, but never the model itself. What a killed command left
+    beside it is removed."""
     output = Path(parsed.output)
+    sweep(output.parent)
     if output.exists() and (not parsed.overwrite or covers(output, Path(parsed.model))):
         raise GradlessError(f"{output} exists; give --overwrite to replace it (never the model itself), or another --output.")
     return output

@@ -33,8 +33,6 @@ LOCK = ".lock"
 WRITING, ASIDE = ".tmp", ".aside"
 ABSENT = ".absent"
 """In a folder of what was set aside: the names, a line each, of what may be written meanwhile and was not there before."""
-OLD = 60.0
-"""Seconds after which an unlocked temporary in a folder that others write is taken for a killed process's."""
 
 
 @contextmanager
@@ -49,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent, older_than=OLD)
+        sweep(path.parent)
         with _private(path.parent, path.name, WRITING) as folder:
             temporary = folder / path.name
             yield temporary
@@ -121,14 +119,25 @@ def _moving(folder: Path) -> Iterator[None]:
 @contextmanager
 def _private(parent: Path, name: str, kind: str) -> Iterator[Path]:
     """A new folder that nobody else may enter, locked as long as this process uses it; then removed, if nothing lies aside."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=kind, dir=parent))
-    handle = os.open(folder, os.O_RDONLY)
+    folder, handle = _locked_folder(parent, name, kind)
     try:
-        _lock(handle)
         yield folder
     finally:
         if kind == WRITING:
             shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked_folder(parent: Path, name: str, kind: str) -> tuple[Path, int]:
+    """A new folder that nobody else may enter, and its open handle, which this process holds locked."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=kind, dir=parent))
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # a sweep came before the lock
+            continue
+        if _lock(handle) and folder.exists():
+            return folder, handle
         os.close(handle)
 
 
@@ -145,12 +154,10 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def sweep(folder: Path, *, older_than: float = 0.0) -> None:
+def sweep(folder: Path) -> None:
     """Remove what killed processes were writing in a folder, and put back what they had set aside.
 
-    Args:
-        folder: in which other processes may write at the same time unless it is `locked`.
-        older_than: seconds; what is younger is left, since its process may not have locked it yet.
+    Other processes may write in it at the same time: what they hold locked is left.
     """
     if fcntl is None:
         return
@@ -159,8 +166,6 @@ def sweep(folder: Path, *, older_than: float = 0.0) -> None:
             continue
         with suppress(OSError):
             if left.stat().st_uid != os.geteuid():  # nobody puts back, or has removed, what is not theirs
-                continue
-            if time.time() - left.stat().st_mtime < older_than:
                 continue
             handle = os.open(left, os.O_RDONLY)
             try:

@@ -164,11 +164,12 @@ def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[T
         layer.lent = False  # whatever looked at weights before a forward multiplies none of them
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2) if isinstance(layer, QuantLinear) else inputs[0].flatten()
         if layer is not model.get_output_embeddings():
+            linear = isinstance(layer, QuantLinear)
+            x = inputs[0].flatten(0, -2) if linear else inputs[0].reshape(-1, 1)
             first, second = x[: len(x) // 2].float(), x[len(x) // 2 :].float()
-            halves = len(x) == batch["input_ids"].numel() and _distances(first, second).max() <= ROUNDING[model.dtype]
-            seen.append(bool(halves))
+            rounding = ROUNDING[model.dtype] if linear else 0.0
+            seen.append(len(x) == batch["input_ids"].numel() and bool(_distances(first, second).max() <= rounding))
 
     with ExitStack() as hooks:
         for layer in layers:

@@ -258,6 +258,7 @@ def shapes_of_config(config: Any, name: str, *, bits: int | None = None, group_s
 
 def _of_file(file: Checkpoint, vocabulary: int, hidden: int) -> Shapes:
     linear = [file.quantized[name] for name in file.linear_layers()]
+    linear = [tensor for tensor in linear if tensor.rows != vocabulary]  # the head is not tuned
     if not linear:
         raise GradlessError(f"{file.path} has no quantized linear layer; give a quantized file, or the dense model's folder.")
     return Shapes(

@@ -290,7 +290,7 @@ def how_it_multiplies(loaded: Model, options: RunOptions) -> str:
     """Which arithmetic the linear layers' forwards use, in a sentence."""
     if not isinstance(loaded, QuantizedModel):
         return "linear layers: dense weights"
-    types = sorted({loaded.file.quantized[name].block.name for name in loaded.file.linear_layers()})
+    types = sorted({loaded.file.quantized[name].block.name for name in loaded.linear_layers()})
     if options.activations == "int8":
         return (
             f"linear layers: int8 activations times the codes of {', '.join(types)}, in integers ({kernels.name()} kernels); "

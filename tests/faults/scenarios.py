@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
 import sqlite3
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,7 +173,6 @@ class Trial:
     def _recover(self) -> None:
         """Do what the messages say until the command has done its work; compare what is there then."""
         one = self.scenario
-        _grow_old(one.folder)
         if one.replaces and self.begun:
             with _copied(one.folder):
                 self._old_or_new()
@@ -216,13 +213,6 @@ def _check_sentence(outcome: Outcome) -> None:
 
 def _temporary(name: str) -> bool:
     return any(part == LOCK or (part.startswith(".") and part.endswith((WRITING, ASIDE))) for part in Path(name).parts)
-
-
-def _grow_old(folder: Path) -> None:
-    """Let an hour pass: what a killed process was writing is left for a minute, in case that it lives."""
-    for path in folder.rglob(".*"):
-        if path.is_dir():
-            os.utime(path, (time.time() - 3600,) * 2)
 
 
 def _same(found: Tree, expected: Tree, when: str) -> None:

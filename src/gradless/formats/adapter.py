@@ -154,7 +154,7 @@ def _is_gguf(base: QuantizedModel | DenseModel) -> TypeGuard[QuantizedModel]:
 def adaptable(base: QuantizedModel | DenseModel) -> dict[str, Any]:
     """The linear layers that adapters go to, by their paths: those whose weights would be tuned otherwise."""
     if isinstance(base, QuantizedModel):
-        linear = set(base.file.linear_layers())
+        linear = set(base.linear_layers())
         return {path: m for path, m in base.model.named_modules() if isinstance(m, QuantLinear) and m.packed.name in linear}
     chosen = linear_layers(base.model)
     return {path: m for path, m in base.model.named_modules() if chosen(path, m)}

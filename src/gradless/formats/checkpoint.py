@@ -183,7 +183,7 @@ class Checkpoint(ABC):
         """
 
     def linear_layers(self) -> list[str]:
-        """The packed matrices that are trained by default: all but the embeddings and the head."""
+        """The packed matrices that the file's names alone do not tell to be embeddings or a head."""
         return list(self.quantized)
 
     def saved(self, tensor: QuantTensor) -> Tensor:

@@ -95,9 +95,8 @@ class QuantizedModel:
             packed = {path: m.packed for path, m in modules.items() if isinstance(m, QuantLinear | QuantEmbedding)}
             if kind == "codes":
                 packed = {path: tensor for path, tensor in packed.items() if not isinstance(tensor, CodebookTensor)}
-            of_text = {tensor.name for path, tensor in packed.items() if modules[path] in reads}
-            default = [name for name in self.file.linear_layers() if name in of_text]
-            return targets.choose([(path, tensor.name) for path, tensor in packed.items()], default)
+            named = {path: tensor.name for path, tensor in packed.items()}
+            return targets.choose(list(named.items()), [name for name in self.linear_layers() if name in named.values()])
         places, head = {module: path for path, module in modules.items()}, self.model.get_output_embeddings()
         shown = {name: [module for module, _ in shown.sites] for name, shown in self.floats.items()}
         default = [
@@ -107,6 +106,13 @@ class QuantizedModel:
         ]
         chosen = targets.choose([(places[m], name) for name, sites in shown.items() for m in sites], default)
         return [name for name in chosen if kind == "floats" or self.floats[name].values.ndim == 1]
+
+    def linear_layers(self) -> list[str]:
+        """The packed matrices that are tuned by default: of the part that reads text, neither embeddings nor the head."""
+        head, reads = self.model.get_output_embeddings(), reads_text(self.model)
+        layers = [module for module in self.model.modules() if isinstance(module, QuantLinear)]
+        shown = {layer.packed.name for layer in layers if layer in reads and layer is not head}
+        return [name for name in self.file.linear_layers() if name in shown]
 
     def is_centred(self, name: str) -> bool:
         """Whether a tensor's scales multiply numbers of both signs."""
