@@ -84,7 +84,11 @@ def set_aside(paths: Iterable[Path]) -> Iterator[Callable[[], None]]:
     with ExitStack() as stack:
         with _moving(present[0].parent):
             folder = stack.enter_context(_private(present[0].parent, "old", ASIDE))
-            (folder / ABSENT).write_text("".join(f"{path.name}\n" for path in named if path not in present))
+            try:
+                (folder / ABSENT).write_text("".join(f"{path.name}\n" for path in named if path not in present))
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)  # nothing lies aside yet
+                raise
 
         def drop() -> None:
             if folder.exists():
