@@ -24,9 +24,9 @@ from random_model import linear_weights, random_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
+from gradless import QZO, ZOQO, MeZO, QuZO
 from gradless.layers import reading_at, set_activations
 from gradless.memory import resident_bytes
-from gradless.methods import QZO, ZOQO, MeZO, QuZO
 from gradless.spaces import BlockSpace, CodeSpace, parameters
 from gradless.tensor import Part
 from gradless.training.options import DEFAULT_SPAN, DEFAULT_STRIDE, DEFAULTS, PAIR_TOKENS

@@ -19,6 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gradless.formats.load import load
+from gradless.tasks.prepare import prepare
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "papers"))
 
 from worklist import DATA, FIRST_ROWS, MODELS, ROOT, TASKS, TRAIN_ROWS, WEAK, Row, WorkList, figure, shuffled
@@ -60,12 +63,11 @@ def forwards_a_step(row: Row) -> float:
         return 3.0
     if row["method"] != "nzo":
         return 2.0
-    from gradless import run
     from gradless.training.options import RunOptions
 
     train, _, how = TASKS[row["on"]]
-    loaded, options = run.load_model(MODELS[row["base"]]()), RunOptions(**how, method="nzo", seed=row["seed"])
-    examples = run.prepare(str(train), loaded, options, limit=row.get("train_rows", TRAIN_ROWS), shuffled=True).examples
+    loaded, options = load(MODELS[row["base"]]()), RunOptions(**how, method="nzo", seed=row["seed"])
+    examples = prepare(str(train), loaded, options, limit=row.get("train_rows", TRAIN_ROWS), shuffled=True).examples
     return 1 + 2 * options.queries * len(examples) / sum(len(example.prompts[0]) for example in examples)
 
 
@@ -87,24 +89,22 @@ def on_first_rows(row: Row, loaded: Any) -> Row:
     path = WORK.runs / "first-rows.tsv"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(rows[i] for i in shuffled(len(rows))[:FIRST_ROWS]) + "\n")
-    metrics = run.measure(loaded, run.prepare(str(path), loaded, RunOptions(**WEAK)).examples, 32, quiet=True)
+    metrics = run.measure(loaded, prepare(str(path), loaded, RunOptions(**WEAK)).examples, 32, quiet=True)
     return {"first_accuracy": metrics["accuracy"], "first_loss": metrics["loss"]}
 
 
 def tune(row: Row) -> Row:
-    from gradless import run
 
     base = WORK.dense_folder() if row["base"] == "dense" else MODELS[row["base"]]()
     train, dev, how = TASKS[row["on"]]
     found = counted(row, WORK.tune({**row, "prompt": how}, base, row["steps"] // MEASURED, train, dev))
     (tuned,) = WORK.folder(row["name"]).glob("model*")
-    return {**found, **on_first_rows(row, run.load_model(tuned))}
+    return {**found, **on_first_rows(row, load(tuned))}
 
 
 def adamw(row: Row) -> Row:
-    from gradless import run
 
-    loaded = run.load_model(WORK.dense_folder())
+    loaded = load(WORK.dense_folder())
     found = counted(row, WORK.first_order(loaded, row["steps"], task=row["on"]))
     return {**found, **on_first_rows(row, loaded)}
 

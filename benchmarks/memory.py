@@ -133,8 +133,8 @@ def resident(name: str, path: Path) -> int:
     tokenizer = tokenizer_of(path)
     import torch
 
+    from gradless import QZO
     from gradless.formats.gguf_model import load_gguf
-    from gradless.methods import QZO
     from gradless.objectives import collate, losses
 
     loaded = load_gguf(path, tokenizer=tokenizer)

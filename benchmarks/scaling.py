@@ -17,8 +17,8 @@ from timing import Times, medians, ratio, shown
 from torch import nn
 from transformers import LlamaConfig
 
+from gradless import QZO
 from gradless.layers import reading_at, set_activations
-from gradless.methods import QZO
 from gradless.spaces import BlockSpace
 from gradless.tensor import Part
 from gradless.training.options import PAIR_TOKENS

@@ -20,10 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from timing import medians, ratio, shown
 
+from gradless import QZO, ZOQO, MeZO, QuZO
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
 from gradless.layers import reading_at, set_activations
-from gradless.methods import QZO, ZOQO, MeZO, QuZO
 from gradless.spaces import parameters
 from gradless.training.options import DEFAULT_SPAN, DEFAULT_STRIDE, DEFAULTS
 
@@ -137,7 +137,7 @@ def main() -> None:
         optimizer = QZO(searched.spaces("blocks", searched.file.linear_layers()), eps=DEFAULTS["qzo"][1])
 
         def run():
-            with optimizer.at(0, +1, held=True):
+            with optimizer.perturbed(0, +1, held=True):
                 return answer(searched.model)
 
         return run

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from worklist import Row, WorkList, figure, model_path
 
-from gradless.methods import METHODS, QZO
+from gradless import QZO
 from gradless.methods.base import Closure, Group, Loss
 from gradless.noise import Direction
 from gradless.tensor import Move

@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from worklist import TASKS
 
-from gradless import objectives, run
+from gradless import objectives
+from gradless.formats.load import load
 from gradless.formats.quantized import dequantized
+from gradless.tasks.prepare import prepare
 from gradless.training.options import RunOptions
 
 GROUP = 32
@@ -83,8 +85,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=200)
     arguments = parser.parse_args()
     train, _, how = TASKS[arguments.task]
-    loaded = run.load_model(arguments.model)
-    examples = run.prepare(str(train), loaded, RunOptions(**how), limit=arguments.examples, shuffled=True).examples
+    loaded = load(arguments.model)
+    examples = prepare(str(train), loaded, RunOptions(**how), limit=arguments.examples, shuffled=True).examples
     model = dequantized(loaded).float().eval()
     layers, owners = backward(model, examples)
     n, labels = len(examples), torch.tensor([example.label for example in examples])

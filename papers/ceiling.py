@@ -35,8 +35,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from worklist import FIRST_ROWS, MODELS, TASKS, WorkList, shuffled
 
-from gradless import objectives, run
+from gradless import objectives
+from gradless.formats.load import load
 from gradless.methods.nzo import contrasts, damped
+from gradless.tasks.prepare import prepare
 from gradless.training.options import RunOptions
 
 Sight = dict[str, dict[str, Tensor]]
@@ -161,15 +163,15 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    loaded = run.load_model(WorkList(Path(__file__).resolve(), {}, {}).dense_folder(arguments.model))
+    loaded = load(WorkList(Path(__file__).resolve(), {}, {}).dense_folder(arguments.model))
     rows, dev_rows, how = TASKS[arguments.task]
     torch.set_float32_matmul_precision("medium")
     sensors, options = Sensors(loaded.model.float()), RunOptions(**how)
-    dev = sensors.seen(run.prepare(str(dev_rows), loaded, options, limit=options.eval_rows).examples)
+    dev = sensors.seen(prepare(str(dev_rows), loaded, options, limit=options.eval_rows).examples)
     found: dict[Choice, dict[float, list[tuple[float, float, float]]]] = defaultdict(lambda: defaultdict(list))
     for seed in range(arguments.seeds):
         ours = RunOptions(**how, seed=seed)
-        train = sensors.seen(run.prepare(str(rows), loaded, ours, limit=arguments.train_rows, shuffled=True).examples)
+        train = sensors.seen(prepare(str(rows), loaded, ours, limit=arguments.train_rows, shuffled=True).examples)
         for kind, counts in KINDS.items():
             print(f"seed {seed}: {kind}", file=sys.stderr, flush=True)
             of_kind = products(train, dev, kind, counts, len(loaded.model.model.layers) // 2)

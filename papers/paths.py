@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradless.formats.load import load
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 from worklist import Row, WorkList, figure
@@ -75,9 +77,8 @@ def cut(model: Any, paths: str) -> None:
 
 
 def adamw(row: Row) -> Row:
-    from gradless import run
 
-    loaded = run.load_model(WORK.dense_folder())
+    loaded = load(WORK.dense_folder())
     for name, parameter in loaded.model.named_parameters():
         parameter.requires_grad_(re.match(row["tuned"], name) is not None)
     cut(loaded.model, row["paths"])

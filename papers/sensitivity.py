@@ -22,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from worklist import BATCH, MODELS, TASKS
 
-from gradless import objectives, run
+from gradless import objectives
+from gradless.formats.load import load
 from gradless.formats.quantized import dequantized
 from gradless.methods.nzo import contrasts
+from gradless.tasks.prepare import prepare
 from gradless.training.options import INTO_STREAM, RunOptions
 
 
@@ -56,8 +58,8 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="SST-2")
     parser.add_argument("--examples", type=int, default=64)
     arguments = parser.parse_args()
-    loaded, (rows, _, how) = run.load_model(MODELS[arguments.model]()), TASKS[arguments.task]
-    examples = run.prepare(str(rows), loaded, RunOptions(**how), limit=arguments.examples, shuffled=True).examples
+    loaded, (rows, _, how) = load(MODELS[arguments.model]()), TASKS[arguments.task]
+    examples = prepare(str(rows), loaded, RunOptions(**how), limit=arguments.examples, shuffled=True).examples
     found = sensitivities(dequantized(loaded).float().requires_grad_(False), examples)
     means = {name: of_layer.mean(0) for name, of_layer in found.items()}
     last = list(means)[-1]

@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from gradless.tasks.prepare import prepare
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -200,13 +202,13 @@ class WorkList:
         every so many steps and at the end."""
         import torch
 
-        from gradless import evaluation, noise, objectives, run
+        from gradless import evaluation, noise, objectives
         from gradless.training.options import RunOptions
 
         train_rows, dev_rows, how = TASKS[task]
         options = RunOptions(**how)
-        train = run.prepare(str(train_rows), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
-        dev = run.prepare(str(dev_rows), loaded, options, limit=options.eval_rows).examples
+        train = prepare(str(train_rows), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
+        dev = prepare(str(dev_rows), loaded, options, limit=options.eval_rows).examples
         model = loaded.model.float()
         if not any(parameter.requires_grad for parameter in model.parameters()):
             model.requires_grad_(True)

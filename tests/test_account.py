@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gradless import kernels, run
+from gradless import kernels
 from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.account import harmless
 from gradless.formats.adapter import adaptable
 from gradless.formats.dense import DenseModel
 from gradless.formats.folder import Folder, identity
+from gradless.formats.load import load
 from gradless.formats.quantized import dequantized, restore_buffers
 from gradless.targets import Targets
 from tests.checkpoint_folders import GROUP, gptq, quantized_folder, stream, write_shards
@@ -87,7 +88,7 @@ FOREIGN = {
 def test_a_dense_folder_that_is_not_its_model_is_refused(dense, tmp_path, case):
     change, config, message = FOREIGN[case]
     with pytest.raises(GradlessError, match=message):
-        run.load_model(changed(dense, tmp_path / "base", change, **config))
+        load(changed(dense, tmp_path / "base", change, **config))
 
 
 @pytest.mark.parametrize("case", ["a missing layer", "a layer too many", "the other half", "other frequencies"])
@@ -95,7 +96,7 @@ def test_so_is_a_quantized_one(dense, tmp_path, case):
     change, config, message = FOREIGN[case]
     quantized_folder(dense, tmp_path / "base", "gptq-4")
     with pytest.raises(GradlessError, match=message):
-        run.load_model(changed(tmp_path / "base", tmp_path / "base", change, **config))
+        load(changed(tmp_path / "base", tmp_path / "base", change, **config))
 
 
 def test_a_missing_expert_is_refused(tmp_path):
@@ -116,7 +117,7 @@ def test_quantized_weights_without_settings_are_refused(dense, tmp_path):
     del described["quantization_config"]
     (tmp_path / "base" / "config.json").write_text(json.dumps(described))
     with pytest.raises(GradlessError, match="a quantizer's, whose settings"):
-        run.load_model(tmp_path / "base")
+        load(tmp_path / "base")
 
 
 @pytest.mark.parametrize(
@@ -132,12 +133,12 @@ def test_quantized_weights_without_settings_are_refused(dense, tmp_path):
 )
 def test_settings_in_an_older_tools_file_are_read(dense, tmp_path, kind, file, settings):
     quantized_folder(dense, tmp_path / "base", kind)
-    expected = logits(run.load_model(tmp_path / "base").model)
+    expected = logits(load(tmp_path / "base").model)
     described = json.loads((tmp_path / "base" / "config.json").read_text())
     del described["quantization_config"]
     (tmp_path / "base" / "config.json").write_text(json.dumps(described))
     (tmp_path / "base" / file).write_text(json.dumps(settings))
-    assert torch.equal(logits(run.load_model(tmp_path / "base").model), expected)
+    assert torch.equal(logits(load(tmp_path / "base").model), expected)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_other_tools_folders_are_refused_by_name(dense, tmp_path, files, message
         file = tmp_path / "base" / name
         file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | content))
     with pytest.raises(GradlessError, match=message):
-        run.load_model(tmp_path / "base")
+        load(tmp_path / "base")
 
 
 @pytest.mark.parametrize(
@@ -198,10 +199,10 @@ HARMLESS = {
 
 def test_what_changes_nothing_is_noted_and_kept(dense, tmp_path, capsys):
     quantized_folder(dense, tmp_path / "base", "gptq-4")
-    expected = logits(run.load_model(tmp_path / "base").model)
+    expected = logits(load(tmp_path / "base").model)
     changed(tmp_path / "base", tmp_path / "base", lambda tensors: tensors | HARMLESS)
     capsys.readouterr()
-    loaded = run.load_model(tmp_path / "base")
+    loaded = load(tmp_path / "base")
     said = capsys.readouterr().err
     assert all(name in said and name in "".join(loaded.notes) for name in HARMLESS)
     assert torch.equal(logits(loaded.model), expected)
@@ -210,7 +211,7 @@ def test_what_changes_nothing_is_noted_and_kept(dense, tmp_path, capsys):
 
 
 def test_names_prove_nothing(dense):
-    model = run.load_model(dense).model
+    model = load(dense).model
     for name, values in HARMLESS.items():
         assert harmless(model, name, values)
         assert harmless(model, name, torch.full_like(values, 1)) is None, name
@@ -222,8 +223,8 @@ def test_a_bias_that_is_not_zero_counts(dense, tmp_path):
     """Beside transformers, on the dense weights and the configuration that says that there is a bias."""
     quantized_folder(dense, tmp_path / "base", "gptq-4")
     bias = torch.linspace(-1, 1, 256).bfloat16()
-    without_it = logits(run.load_model(tmp_path / "base").model)
-    loaded = run.load_model(changed(tmp_path / "base", tmp_path / "base", lambda tensors: tensors | {f"{Q}.bias": bias}))
+    without_it = logits(load(tmp_path / "base").model)
+    loaded = load(changed(tmp_path / "base", tmp_path / "base", lambda tensors: tensors | {f"{Q}.bias": bias}))
     assert main(["dequantize", str(tmp_path / "base"), "--output", str(tmp_path / "dense")]) == 0
     assert torch.equal(load_file(tmp_path / "dense" / "model.safetensors")[f"{Q}.bias"], bias)
     expected = theirs(tmp_path / "dense")
@@ -264,7 +265,7 @@ def test_a_head_of_the_files_own_is_not_tied(dense, tmp_path, packed):
         return {k: v for k, v in tensors.items() if k != "lm_head.weight"} | {"model.embed_tokens.weight": grown} | own
 
     changed(tmp_path / "base", tmp_path / "base", with_head, tie_word_embeddings=True, vocab_size=288)
-    loaded = run.load_model(tmp_path / "base")
+    loaded = load(tmp_path / "base")
     assert any("lm_head.weight is the file's own" in note for note in loaded.notes)
     assert len(loaded.tunable("blocks")) == len(adaptable(loaded)) == 14
     assert "lm_head.weight" not in loaded.tunable("blocks")
@@ -317,14 +318,14 @@ def test_architectures_that_have_no_sdpa_are_dequantized(dense, tmp_path, name):
         main(["quantize", str(tmp_path / "base"), "--bits", "8", "--output", str(tmp_path / "packed"), "--group-size", "32"])
         == 0
     )
-    loaded = run.load_model(tmp_path / "packed")
+    loaded = load(tmp_path / "packed")
     expected = logits(dequantized(loaded))
     assert torch.allclose(logits(loaded.model), expected, atol=0.02 * float(expected.abs().max()))
 
 
 def test_every_file_that_matters_is_in_the_identity_of_a_base(dense, tmp_path):
     shutil.copytree(dense, tmp_path / "base")
-    before = run.load_model(tmp_path / "base").identity()
+    before = load(tmp_path / "base").identity()
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= before.keys()
     for name in ("README.md", "generation_config.json", "config.json", "tokenizer_config.json"):
         with (tmp_path / "base" / name).open("a") as file:
@@ -367,7 +368,7 @@ def test_weights_are_the_folders_own_files(dense, tmp_path, change, message):
     shutil.copytree(dense, tmp_path / "base")
     change(tmp_path / "base", dense)
     with pytest.raises(GradlessError, match=message):
-        run.load_model(tmp_path / "base")
+        load(tmp_path / "base")
 
 
 def test_the_hubs_cache_may_link_to_its_blobs(dense, tmp_path):
@@ -376,13 +377,13 @@ def test_the_hubs_cache_may_link_to_its_blobs(dense, tmp_path):
     (tmp_path / "models--a--b" / "blobs").mkdir()
     (snapshot / "model.safetensors").rename(tmp_path / "models--a--b" / "blobs" / "abc")
     (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
-    assert torch.equal(logits(run.load_model(snapshot).model), logits(run.load_model(dense).model))
+    assert torch.equal(logits(load(snapshot).model), logits(load(dense).model))
 
 
 def test_weights_beside_the_models_are_said(dense, tmp_path):
     shutil.copytree(dense, tmp_path / "base")
     save_file({"more": torch.ones(2)}, tmp_path / "base" / "consolidated.safetensors")
-    assert "consolidated.safetensors holds tensors, but" in run.load_model(tmp_path / "base").notes[0]
+    assert "consolidated.safetensors holds tensors, but" in load(tmp_path / "base").notes[0]
 
 
 def test_no_programs_are_asked_for_on_standard_input(dense, tmp_path, monkeypatch, capsys):
@@ -429,4 +430,4 @@ def test_no_buffer_is_left_as_it_happens_to_be(computes):
 def test_a_folder_in_shards_lacks_nothing(dense, tmp_path):
     shutil.copytree(dense, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     write_shards(tmp_path / "base", load_file(dense / "model.safetensors"), 3)
-    assert torch.equal(logits(run.load_model(tmp_path / "base").model), logits(run.load_model(dense).model))
+    assert torch.equal(logits(load(tmp_path / "base").model), logits(load(dense).model))

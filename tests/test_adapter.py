@@ -14,10 +14,10 @@ from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel, LoRA, adaptable, attach_peft
 from gradless.formats.dense import DenseModel
 from gradless.formats.gguf_model import load_gguf
+from gradless.formats.load import load
 from gradless.formats.peft_config import OFF, PLAIN, RECORDS, USED, read_config
 from gradless.formats.quantized import dequantized
-from gradless.methods import METHODS
-from gradless.run import load_model
+from gradless.methods.registry import RECIPES
 from tests.test_cli import TASK, tune
 
 IDS = torch.tensor([[7, 70, 30, 200, 5, 31]])
@@ -80,7 +80,7 @@ def test_the_gguf_adapter_follows_the_files_rows(tiny, tmp_path):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_factors_are_on_their_grid_after_every_step(tiny, method, bits):
     model, spaces = adapted(tiny, bits=bits, moved=False)
-    optimizer = METHODS[method](spaces, lr=1.5, eps=2.0)
+    optimizer = RECIPES[method].method()(spaces, lr=1.5, eps=2.0)
     for _ in range(3):
         optimizer.step(lambda: float(logits(model.model).square().mean()))
         for space in spaces:
@@ -119,7 +119,7 @@ def test_a_dense_folder_gets_adapters_too(tiny, rows, tmp_path):
 
 
 def test_adapters_that_do_not_fit(tiny, rows, tmp_path, capsys):
-    loaded = load_model(tiny)
+    loaded = load(tiny)
     with pytest.raises(GradlessError, match="holds no adapter that can be read"):
         attach_peft(loaded, tmp_path)
     model, _ = adapted(tiny)

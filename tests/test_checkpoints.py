@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from gradless import kernels, run
+from gradless import kernels
 from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.bitsandbytes import STATE
 from gradless.formats.folder import LAYOUTS, Folder
+from gradless.formats.load import load
 from gradless.formats.quantized import dequantized
 from gradless.formats.words import pack_words, unpack_words
 from gradless.noise import Direction
@@ -60,7 +61,7 @@ def test_weights_are_what_the_format_says(dense, tmp_path, name):
 @pytest.mark.parametrize("name", ["gptq-4 in act-order", "awq", "nf4, nested", "int8", "aqlm 2x8"])
 def test_the_model_computes_with_these_weights(dense, tmp_path, name):
     quantized_folder(dense, tmp_path / "base", name)
-    loaded = run.load_model(tmp_path / "base")
+    loaded = load(tmp_path / "base")
     ids = torch.arange(40).view(2, 20)
     with torch.inference_mode():
         ours, theirs = (model(ids, use_cache=False).logits.float() for model in (loaded.model, dequantized(loaded)))
@@ -124,7 +125,7 @@ def test_a_folder_is_tuned_and_replays_to_the_byte(dense, rows, tmp_path, name, 
 )
 def test_what_was_tuned_is_what_the_new_folder_holds(dense, tmp_path, name, part):
     quantized_folder(dense, tmp_path / "base", name)
-    loaded = run.load_model(tmp_path / "base")
+    loaded = load(tmp_path / "base")
     names = list(loaded.file.quantized)
     spaces = loaded.spaces("codes", names) if part == "code" else loaded.spaces("blocks", names, part=part)
     for tensor, space in zip(loaded.file.quantized.values(), spaces, strict=True):
@@ -203,7 +204,7 @@ def set_first(part, value):
 )
 def test_contradictions_are_refused(dense, tmp_path, name, change, message):
     with pytest.raises(GradlessError, match=message):
-        run.load_model(broken(dense, tmp_path, name, change))
+        load(broken(dense, tmp_path, name, change))
 
 
 def test_a_layer_of_another_shape_than_the_configuration_says(dense, tmp_path):
@@ -211,7 +212,7 @@ def test_a_layer_of_another_shape_than_the_configuration_says(dense, tmp_path):
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
     with pytest.raises(GradlessError, match="the model's configuration says"):
-        run.load_model(tmp_path / "base")
+        load(tmp_path / "base")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_formats_that_are_not_supported(dense, tmp_path, change, message):
     config["quantization_config"] |= change
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(GradlessError, match=message):
-        run.load_model(tmp_path / "base")
+        load(tmp_path / "base")
 
 
 def test_a_missing_shard_and_a_pickle(dense, tmp_path):
@@ -240,12 +241,12 @@ def test_a_missing_shard_and_a_pickle(dense, tmp_path):
     shard = tmp_path / "base" / "model-00002-of-00003.safetensors"
     shard.unlink()
     with pytest.raises(GradlessError, match=f"{shard.name} is missing"):
-        run.load_model(tmp_path / "base")
+        load(tmp_path / "base")
     for file in (tmp_path / "base").glob("model*"):
         file.unlink()
     (tmp_path / "base" / "pytest_model.bin").write_bytes(pickle.dumps({}))
     with pytest.raises(GradlessError, match=r"as a pickle \(pytest_model.bin\)"):
-        run.load_model(tmp_path / "base")
+        load(tmp_path / "base")
 
 
 def test_info_and_plan_of_a_folder(dense, tmp_path, capsys):

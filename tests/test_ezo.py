@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from gradless import kernels
+from gradless import EZO, QZO, kernels
+from gradless.batch import Closure
 from gradless.errors import GradlessError
-from gradless.methods import EZO, QZO
 from gradless.methods.base import REMEMBERED
 from gradless.spaces import BlockSpace, CodeSpace
 from gradless.tensor import Part
@@ -36,6 +36,10 @@ def losses(tensor, x):
     return y.sum(1)[[1, 2, 4, 5]]
 
 
+def estimated(method, closure, pair=None):
+    return method.estimate([method.measure(Closure(closure, pair, example_of_token=OWNERS))])
+
+
 def gradient(tensor, x):
     """Of each example's loss, relative to the offsets' units: (examples, rows * blocks)."""
     pooled = x[[1, 2, 4, 5]].view(EXAMPLES, 1, BLOCKS, 32).sum(-1)
@@ -47,7 +51,7 @@ def test_ezo_follows_its_equation(part):
     searched, x = space(part), inputs(agree=False)
     before, unit = searched.values.clone(), searched.tensor.unit()
     method = EZO([searched], lr=0.1, eps=1e-2, auto=False, weight_decay=0.5)
-    estimate = method.estimate(lambda: losses(searched.tensor, x), owners=OWNERS)
+    estimate = estimated(method, lambda: losses(searched.tensor, x))
     assert torch.equal(searched.values, before)
     assert searched.tensor.owners is None
     assert searched.tensor.views == ()
@@ -69,13 +73,13 @@ def test_ezo_follows_its_equation(part):
 def test_both_losses_come_from_a_batch_and_its_copy():
     searched, x = space(), inputs(agree=False)
     method = EZO([searched], eps=1e-2)
-    apart = method.estimate(lambda: losses(searched.tensor, x), owners=OWNERS)
+    apart = estimated(method, lambda: losses(searched.tensor, x))
 
     def pair():
         y = kernels.linear(searched.tensor, torch.arange(ROWS), torch.cat([x, x]).unsqueeze(0))[0].sum(1)
         return y.view(2, 6)[:, [1, 2, 4, 5]]
 
-    together = method.estimate(lambda: None, pair, owners=OWNERS)
+    together = estimated(method, lambda: None, pair)
     assert torch.allclose(torch.tensor(apart.losses), torch.tensor(together.losses), rtol=1e-5, atol=1e-5)
 
 
@@ -89,8 +93,8 @@ def test_the_estimate_is_unbiased_and_scatters_as_derived(agree):
         each = EZO([searched], eps=1e-2, seed=seed)
         shared = QZO([searched], eps=1e-2, seed=seed, distribution="rademacher", clip=float("inf"))
         estimates = {
-            EZO: each.estimate(lambda: losses(searched.tensor, x), owners=OWNERS),
-            QZO: shared.estimate(lambda: losses(searched.tensor, x).mean()),
+            EZO: estimated(each, lambda: losses(searched.tensor, x)),
+            QZO: estimated(shared, lambda: losses(searched.tensor, x).mean()),
         }
         for method in (each, shared):
             d = estimates[type(method)].d[0]
@@ -128,7 +132,7 @@ def test_estimates_that_are_all_ties_move_nothing():
 def test_a_journal_of_1000_steps_is_below_a_megabyte():
     method = EZO([space()])
     x = inputs(agree=False)
-    estimate = method.estimate(lambda: losses(method.spaces[0].tensor, x).repeat(4), owners=OWNERS)
+    estimate = estimated(method, lambda: losses(method.spaces[0].tensor, x).repeat(4))
     again = json.loads(json.dumps([estimate.losses, estimate.d]))
     assert torch.tensor(again[0]).equal(torch.tensor(estimate.losses))
     assert len(estimate.losses) == 16

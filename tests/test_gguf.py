@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from gradless import QZO
 from gradless.blocks import BLOCK_TYPES
 from gradless.errors import GradlessError
 from gradless.formats.checkpoint import rounded
@@ -12,7 +13,6 @@ from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
 from gradless.fusing import fuse
-from gradless.methods import QZO
 from gradless.noise import Direction
 from gradless.spaces import BlockSpace
 from gradless.tensor import Move, Part
@@ -120,7 +120,7 @@ def test_an_answer_is_generated_under_one_direction_whose_noise_is_drawn_once(ti
     answers = []
     for held in (False, True):
         drawn.clear()
-        with torch.inference_mode(), method.at(0, sign, held=held):
+        with torch.inference_mode(), method.perturbed(0, sign, many_forwards=held):
             answers.append(loaded.model.generate(torch.arange(5, 9).view(1, 4), max_new_tokens=12, do_sample=False))
     assert torch.equal(*answers)
     assert sorted(set(drawn)) == sorted(space.name for space in method.spaces)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gradless.errors import GradlessError
 from gradless.journal import Journal, _unpacked
-from gradless.methods import Estimate
+from gradless.methods.base import Estimate
 
 HEADER = {"base": "abc", "environment": {"gradless": "0.1.0"}}
 

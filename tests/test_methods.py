@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gradless import kernels, noise
+from gradless import QZO, ZOQO, MeZO, QuZO, kernels, noise
+from gradless.batch import Closure
 from gradless.errors import GradlessError
 from gradless.grids import Grid, mid_tread
-from gradless.methods import METHODS, QZO, ZOQO, Estimate, MeZO, QuZO
-from gradless.methods.quzo import eps_of_share
-from gradless.methods.zoqo import mu_of_share
+from gradless.methods.base import Estimate
+from gradless.methods.quzo.method import eps_of_share
+from gradless.methods.registry import RECIPES
+from gradless.methods.zoqo.method import mu_of_share
 from gradless.noise import NAMED, Direction, RoundedGaussian, Stream
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, GridSpace, parameters
 from gradless.tensor import Move, Part
@@ -42,7 +44,7 @@ def test_the_estimate_is_unbiased(distribution):
     estimates = []
     for seed in range(3000):
         method = MeZO(parameters(layer), eps=0.5, seed=seed, distribution=distribution)
-        (d,) = method.estimate(lambda: layer(g)).d[0]
+        (d,) = method.estimate([method.measure(Closure(lambda: layer(g)))]).d[0]
         estimates.append(d * method.direction(0, 0, method.param_groups[0]).values("weight", 0, 16))
     mean, error = torch.stack(estimates).mean(0), torch.stack(estimates).std(0) / 3000**0.5
     assert ((mean - g).abs() < 5 * error).all()
@@ -55,12 +57,12 @@ def test_weights_are_exact_after_queries_and_after_an_exception(dtype):
     method = MeZO(parameters(layer), eps=1e-3)
     seen = []
     for _ in range(20):
-        method.estimate(lambda: seen.append(layer(torch.ones(64, dtype=dtype))) or seen[-1].sum())
+        method.measure(Closure(lambda: seen.append(layer(torch.ones(64, dtype=dtype))) or seen[-1].sum()))
     assert layer.weight is parameter
     assert torch.equal(layer.weight, before)
     assert len({float(y) for y in seen}) > 1
     with pytest.raises(RuntimeError):
-        method.estimate(lambda: layer(torch.ones(3, dtype=dtype)))
+        method.measure(Closure(lambda: layer(torch.ones(3, dtype=dtype))))
     assert layer.weight is parameter
     assert torch.equal(layer(torch.eye(64, dtype=dtype)).T, before)
 
@@ -73,7 +75,7 @@ def test_tied_weights_share_one_direction():
     spaces = parameters(model, lambda _name, _module: True)
     assert [space.name for space in spaces] == ["table.weight"]
     method = MeZO(spaces, eps=0.1)
-    with method.at(0, 1):
+    with method.perturbed(0, 1):
         assert torch.equal(table(torch.arange(8)), head(torch.eye(4)).T)
 
 
@@ -81,7 +83,7 @@ def test_norms_are_seen_moved_too():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).requires_grad_(False)
     before = [p.clone() for p in model.parameters()]
     method = MeZO(parameters(model, lambda *_: True), eps=0.1)
-    with method.at(0, 1):
+    with method.perturbed(0, 1):
         assert not torch.equal(model[1].weight, before[2])
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
@@ -357,7 +359,7 @@ def test_codes_are_on_their_grid_after_every_step(name, method_name, seed, eps, 
     untuned = torch.arange(4).repeat_interleave(space.tensor.columns) % stride != 0
     lowest, highest = space.tensor.block.codes
     start = held(space)
-    method = METHODS[method_name]([space], lr=1.5, eps=eps, seed=seed)
+    method = RECIPES[method_name].method()([space], lr=1.5, eps=eps, seed=seed)
     read = []
     for _ in range(3):
         method.step(lambda: read.append(seen(space)) or float(read[-1].square().sum()))

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gradless import objectives
+from gradless import NZO, objectives
+from gradless.batch import Batch
 from gradless.errors import GradlessError
 from gradless.formats.gguf_model import load_gguf
 from gradless.journal import _packed, _unpacked
-from gradless.methods import NZO
-from gradless.methods.nzo import FEATURES, MOST, Answers, Look, contrasts, looked_at
-from gradless.nodes import Nodes
+from gradless.methods.nzo.calibration import FEATURES, Calibration, calibrate, contrasts
+from gradless.methods.nzo.method import MOST, NodeMeasurement
 from gradless.objectives import TokenizedExample, collate
 from gradless.spaces import BlockSpace, CodeSpace
 from gradless.tensor import Part
@@ -45,28 +45,34 @@ def quant(block, rows, blocks, name="w"):
     return tensor
 
 
-class Toy:
+class Toy(Batch):
     """Two layers at whose outputs the words' scores are linear, and six examples."""
 
     def __init__(self, lr=0.1, seed=0):
         generator = torch.Generator().manual_seed(seed)
         self.spaces = [BlockSpace(quant("Q4_1", ROWS, BLOCKS, name), Part.BOTH) for name in NAMES]
-        self.layers = {space.name: nn.Linear(BLOCKS * 32, ROWS, bias=False) for space in self.spaces}
+        self.modules = {space.name: nn.Linear(BLOCKS * 32, ROWS, bias=False) for space in self.spaces}
         self.read_off = [torch.randn(WORDS, ROWS, generator=generator) for _ in NAMES]
         self.x = torch.randn(EXAMPLES, BLOCKS * 32, generator=generator)
-        self.labels = torch.arange(EXAMPLES) % WORDS
-        self.tokens = torch.arange(EXAMPLES * (1 + 2 * QUERIES)).view(EXAMPLES, -1)
         self.show()
-        looks = looked_at(
-            Nodes(self.layers),
-            {space.name: space.mean_square_slope() for space in self.spaces},
-            [(self.scores, self.tokens)] * 4,
-            QUERIES,
-            seed,
-        )
-        self.looks = {name: look.to_json() for name, look in looks.items()}
+        self.slopes = {space.name: space.mean_square_slope() for space in self.spaces}
+        self.looks = {name: each.to_json() for name, each in calibrate([self] * 4, self.slopes, QUERIES, seed).items()}
         self.method = NZO(self.spaces, lr=lr, words=WORDS, looks=self.looks, q=QUERIES, seed=seed)
-        self.method.nodes = Nodes(self.layers)
+
+    @property
+    def size(self):
+        return len(self.x)
+
+    @property
+    def labels(self):
+        return torch.arange(self.first, self.first + self.size) % WORDS
+
+    @property
+    def answer_tokens(self):
+        return torch.arange(self.size * (1 + 2 * QUERIES)).view(self.size, -1)
+
+    def layers(self, names):
+        return {name: self.modules[name] for name in names}
 
     def show(self):
         """The weights that the layers multiply are those of the spaces."""
@@ -74,41 +80,41 @@ class Toy:
 
         for space in self.spaces:
             weight = kernels.dequantize(space.tensor, torch.arange(ROWS), torch.float32)[0]
-            self.layers[space.name].weight.data = weight
+            self.modules[space.name].weight.data = weight
 
-    def scores(self):
+    def answer_scores(self):
         x = self.x.unsqueeze(1).expand(-1, 1 + 2 * QUERIES, -1)
-        y = [layer(x) for layer in self.layers.values()]
+        y = [layer(x) for layer in self.modules.values()]
         return sum(each @ off.T for each, off in zip(y, self.read_off, strict=True)).detach()
 
     def contrasts(self):
         self.show()
-        return self.scores()[:, 0] @ contrasts(WORDS).T
+        return self.answer_scores()[:, 0] @ contrasts(WORDS).T
 
     def sensitivities(self):
         """J eps a / sqrt(N), (N, T, rows)."""
         size = self.method.param_groups[0]["eps"] / math.sqrt(len(NAMES))
-        units = [look.unit for look in self.method.looks.values()]
+        units = [each.shift for each in self.method.calibrations.values()]
         return torch.stack([size * a * (contrasts(WORDS) @ off) for a, off in zip(units, self.read_off, strict=True)])
 
     def step(self):
         with torch.inference_mode():
-            answers = self.method.ask(self.scores, self.labels, self.tokens)
-        estimate = self.method.estimate_of_answers([answers])
+            measurement = self.method.measure(self)
+        estimate = self.method.estimate([measurement])
         self.method.apply(estimate)
         self.show()
-        return answers, estimate
+        return measurement, estimate
 
 
 def test_a_query_s_response_is_the_sensitivity_along_its_signs():
     toy = Toy()
-    answers = toy.method.ask(toy.scores, toy.labels, toy.tokens)
+    measurement = toy.method.measure(toy)
     signs = toy.method.signs(0, 0, EXAMPLES * QUERIES)
-    assert torch.allclose(answers.responses, torch.einsum("nkr,ntr->kt", signs, toy.sensitivities()), atol=1e-4)
-    assert float(answers.responses.square().mean().sqrt()) == pytest.approx(0.25, rel=0.3)  # what the units are for
-    scores = toy.scores()[:, 0]
+    assert torch.allclose(measurement.responses, torch.einsum("nkr,ntr->kt", signs, toy.sensitivities()), atol=1e-4)
+    assert float(measurement.responses.square().mean().sqrt()) == pytest.approx(0.25, rel=0.3)  # what the units are for
+    scores = toy.answer_scores()[:, 0]
     expected = (F.one_hot(toy.labels, WORDS) - scores.softmax(1)) @ contrasts(WORDS).T
-    assert torch.allclose(answers.errors, expected, atol=1e-5)
+    assert torch.allclose(measurement.errors, expected, atol=1e-5)
 
 
 def test_what_is_learned_tends_to_the_sensitivities():
@@ -123,23 +129,20 @@ def test_a_step_changes_the_answers_as_far_as_asked_and_lowers_the_loss():
     for _ in range(15):
         toy.step()
     before = toy.contrasts()
-    loss = F.cross_entropy(toy.scores()[:, 0], toy.labels)
+    loss = F.cross_entropy(toy.answer_scores()[:, 0], toy.labels)
     toy.step()
     change = (toy.contrasts() - before).square().mean().sqrt()
     assert float(change) == pytest.approx(0.05, rel=0.6)  # a projection on block values keeps a change on average only
-    assert F.cross_entropy(toy.scores()[:, 0], toy.labels) < loss
+    assert F.cross_entropy(toy.answer_scores()[:, 0], toy.labels) < loss
 
 
 def test_micro_batches_are_one_batch():
     toy = Toy()
-    whole = toy.method.ask(toy.scores, toy.labels, toy.tokens)
-    halves = []
-    for some, first in ((slice(0, 3), 0), (slice(3, 6), 3 * QUERIES)):
-        part, x = toy.tokens[:3], toy.x
-        toy.x = x[some]
-        halves.append(toy.method.ask(toy.scores, toy.labels[some], part, first))
-        toy.x = x
-    one, two = toy.method.estimate_of_answers([whole]), toy.method.estimate_of_answers(halves)
+    whole, x, halves = toy.method.measure(toy), toy.x, []
+    for first in (0, 3):
+        toy.x, toy.first = x[first : first + 3], first
+        halves.append(toy.method.measure(toy))
+    one, two = toy.method.estimate([whole]), toy.method.estimate(halves)
     assert torch.allclose(whole.responses, torch.cat([half.responses for half in halves]), atol=1e-5)
     assert one.losses[0] == pytest.approx(two.losses[0], rel=1e-5)
     assert max(abs(a - b) for a, b in zip(one.d[0], two.d[0], strict=True)) <= 1
@@ -201,19 +204,19 @@ def test_features_weigh_directions_by_what_they_tell_apart():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 40, generator=generator) * torch.logspace(0, -3, 40)
     x[:, 0] += 30  # one direction in which all inputs are long
-    look = Look.of(x, 1.0, 1.0)
-    features = look.gains * (x @ look.features.T.float())
+    one = Calibration.of(x, 1.0, 1.0)
+    features = one.gains * (x @ one.features.T.float())
     sizes = features.square().mean(0)
     assert float(sizes[0]) < 1.5 * 0.01  # lambda, however long
-    again = Look.from_json(json.loads(json.dumps(look.to_json())))
-    assert again.features.equal(look.features)
-    assert again.gains.equal(look.gains)
+    again = Calibration.from_json(json.loads(json.dumps(one.to_json())))
+    assert again.features.equal(one.features)
+    assert again.gains.equal(one.gains)
 
 
 def test_a_journal_of_1000_steps_is_below_a_megabyte():
     """30 layers of SmolLM2's widths, 16 examples, 8 queries each, two words; inputs and numbers as long-tailed as there."""
     inputs = (torch.randn(256, columns) * (torch.randn(columns) / 2).exp() for columns in [576, 1536] * 15)
-    header = len(json.dumps([Look.of(x, 10.0, 0.2).to_json() for x in inputs]))
+    header = len(json.dumps([Calibration.of(x, 10.0, 0.2).to_json() for x in inputs]))
     numbers = (torch.randn(16 * 8 + 30 * FEATURES) * 2.2).round().clamp(-MOST, MOST).int().tolist()
     assert header + 1000 * (len(json.dumps(_packed(numbers))) + 200) < 950_000
 
@@ -221,29 +224,29 @@ def test_a_journal_of_1000_steps_is_below_a_megabyte():
 def test_answers_that_are_not_finite_are_a_skipped_step():
     toy = Toy()
     before = toy.spaces[0].values.clone()
-    broken = Answers((math.nan, 1.0), torch.zeros(4, 2), torch.zeros(1, 2), torch.zeros(2, 1, FEATURES))
-    estimate = toy.method.estimate_of_answers([broken])
+    broken = NodeMeasurement(((math.nan, 1.0),), 1, torch.zeros(4, 2), torch.zeros(1, 2), torch.zeros(2, 1, FEATURES))
+    estimate = toy.method.estimate([broken])
     assert not estimate.finite
     toy.method.apply(estimate)
     assert torch.equal(toy.spaces[0].values, before)
     assert toy.method.t == 1
 
 
-def test_a_first_look_at_few_rows_asks_every_layer():
+def test_a_calibration_on_few_rows_shifts_every_layer():
     toy = Toy()
-    toy.x, toy.labels, toy.tokens = toy.x[:1], toy.labels[:1], toy.tokens[:1]
-    looks = looked_at(Nodes(toy.layers), dict.fromkeys(NAMES, 1.0), [(toy.scores, toy.tokens)], QUERIES, 0)
-    assert all(0 < look.unit < math.inf and len(look.features) == 1 for look in looks.values())
+    toy.x = toy.x[:1]
+    found = calibrate([toy], dict.fromkeys(NAMES, 1.0), QUERIES, 0)
+    assert all(0 < each.shift < math.inf and len(each.features) == 1 for each in found.values())
 
 
 def test_a_layer_that_answers_do_not_follow_is_refused():
     toy = Toy()
     toy.read_off[1].zero_()
-    with pytest.raises(GradlessError, match="the answers stay as they are where the outputs of two are shifted"):
-        looked_at(Nodes(toy.layers), dict.fromkeys(NAMES, 1.0), [(toy.scores, toy.tokens)], QUERIES, 0)
+    with pytest.raises(GradlessError, match="the answers stay as they are when the outputs of two are shifted"):
+        calibrate([toy], dict.fromkeys(NAMES, 1.0), QUERIES, 0)
     toy.read_off[0].fill_(math.nan)
-    with pytest.raises(GradlessError, match="the answers are not finite where the outputs of one are shifted"):
-        looked_at(Nodes(toy.layers), dict.fromkeys(NAMES, 1.0), [(toy.scores, toy.tokens)], QUERIES, 0)
+    with pytest.raises(GradlessError, match="the answers are not finite when the outputs of one are shifted"):
+        calibrate([toy], dict.fromkeys(NAMES, 1.0), QUERIES, 0)
 
 
 def test_what_nzo_cannot_do_is_refused():

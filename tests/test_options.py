@@ -6,12 +6,12 @@ from dataclasses import fields
 import pytest
 import torch
 
+from gradless import QZO
 from gradless.attacks.options import AttackOptions
 from gradless.cli import main, parser, run_options
 from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel, LoRA
 from gradless.formats.gguf_model import load_gguf
-from gradless.methods import QZO
 from gradless.training.options import RunOptions
 
 NUMBERS = {

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from gradless import kernels, run
+from gradless import kernels
 from gradless.blocks import block_type
 from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.folder import WEIGHTS, Folder
+from gradless.formats.load import load
 from gradless.formats.packed import packed_rows, quantize
 from gradless.grids import GRIDS
 from gradless.layers import QuantLinear, set_activations
@@ -69,7 +70,7 @@ def test_a_packed_folder_is_tuned_and_replays_to_the_byte(dense, rows, tmp_path,
     assert tuned.read_bytes() == again.read_bytes() != before.read_bytes()
     assert tuned.stat().st_size == before.stat().st_size
     assert sorted(f.name for f in (tmp_path / "run" / "model").iterdir()) == sorted(f.name for f in base.iterdir())
-    assert run.load_model(tmp_path / "run" / "model").file.tensors.keys() == run.load_model(base).file.tensors.keys()
+    assert load(tmp_path / "run" / "model").file.tensors.keys() == load(base).file.tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -225,11 +226,11 @@ def test_damaged_folders(dense, tmp_path):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-9])
     with pytest.raises(GradlessError, match="is truncated"):
-        run.load_model(folder)
+        load(folder)
     (folder / WEIGHTS).write_bytes(whole[:40])
     with pytest.raises(GradlessError, match="not a safetensors file"):
-        run.load_model(folder)
+        load(folder)
     tensors = {"w": torch.zeros(2, 2, 34, dtype=torch.uint8)}
     save_file(tensors, folder / WEIGHTS, metadata={"gradless-packed": json.dumps({"w": "int5/7"})})
     with pytest.raises(GradlessError, match="int5/7, which this gradless does not know"):
-        run.load_model(folder)
+        load(folder)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradless.training.probe import FACTORS, best_factor
+from gradless.methods.probe import FACTORS, best_factor
 
 
 def derivatives(sigma, c, directions=64):

@@ -8,8 +8,8 @@ import pytest
 from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.hub import local
+from gradless.formats.load import load
 from gradless.journal import Journal
-from gradless.run import load_model
 from gradless.targets import Targets
 from tests.test_cli import TASK
 
@@ -65,7 +65,7 @@ def test_only_the_chosen_modules_are_tuned(tiny, rows, tmp_path, method):
     names = {name for group in journal.header["groups"] for name in group["names"]}
     journal.close()
     assert names == {"token_embd.weight", "blk.0.attn_q.weight"}
-    before, after = load_model(tiny).file, load_model(tmp_path / "run" / "model.gguf").file
+    before, after = load(tiny).file, load(tmp_path / "run" / "model.gguf").file
     differing = {name for name in before.quantized if not before.contents[name].equal(after.contents[name])}
     assert differing <= names
     replay = ["replay", str(tiny), str(tmp_path / "run" / "journal.db"), "--output", str(tmp_path / "again.gguf")]

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradless.errors import GradlessError
+from gradless.formats.load import load
 from gradless.objectives import collate
-from gradless.run import load_model, prepare
 from gradless.tasks.data import KINDS, read_rows
+from gradless.tasks.prepare import prepare
 from gradless.tasks.prompts import TASKS, choose_task
 from gradless.training.options import RunOptions
 from tests import chat_templates
@@ -383,7 +384,7 @@ def test_any_bytes_are_rows_or_a_sentence(tmp_path_factory, kind, content):
 
 @pytest.fixture(scope="module")
 def talking(tiny):
-    loaded = load_model(tiny)
+    loaded = load(tiny)
     loaded.tokenizer.chat_template = chat_templates.ZEPHYR
     return loaded
 

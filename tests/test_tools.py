@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from gradless import kernels, run
 from gradless.cli import main
 from gradless.formats.folder import Folder
+from gradless.formats.load import load
+from gradless.tasks.prepare import prepare
 from gradless.training.options import RunOptions
 from tests.test_checkpoints import contents, weights_of
 
@@ -89,9 +91,9 @@ def test_a_tuned_checkpoint_is_the_tools_own(made, shared_data, tmp_path):
     assert (tuned / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
-    loaded, options = run.load_model(tuned), RunOptions(task="sst2")
+    loaded, options = load(tuned), RunOptions(task="sst2")
     rows = FEW_ROWS if folder.name == "aqlm" else ROWS
-    examples = run.prepare(str(sst2 / "dev.tsv"), loaded, options, limit=rows).examples
+    examples = prepare(str(sst2 / "dev.tsv"), loaded, options, limit=rows).examples
     ours = run.measure(loaded, examples, 16, quiet=True)["accuracy"]
     prompts = [torch.tensor(example.prompts[0]) for example in examples]
     save_file(

@@ -12,6 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from gradless.formats.load import load
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from worklist import DATA, WEAK, Row, WorkList, figure, model_path
@@ -99,7 +101,7 @@ def base(name: str) -> Path:
     dense = WORK.dense_folder()
     folder = WORK.runs / "models" / name
     if name != "dense" and not folder.exists():
-        run.quantize(run.load_model(dense), folder, RunOptions(**PACKED[name]))
+        run.quantize(load(dense), folder, RunOptions(**PACKED[name]))
     return dense if name == "dense" else folder
 
 
@@ -118,9 +120,7 @@ def tune(row: Row) -> Row:
 def ste(row: Row) -> Row:
     from ste import fake_quantized
 
-    from gradless import run
-
-    loaded = run.load_model(WORK.dense_folder())
+    loaded = load(WORK.dense_folder())
     loaded.model = fake_quantized(loaded.model.float(), row["bits"])
     return WORK.first_order(loaded, row["steps"])
 

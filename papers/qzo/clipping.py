@@ -15,6 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from gradless.tasks.prepare import prepare
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from worklist import DATA, ROOT, TRAIN_ROWS, WEAK, model_path
@@ -28,13 +30,13 @@ STEPS, LR, CLIPS, SPIKE, WINDOW = 300, 4e-3, (1e9, 100.0, 10.0, 1.0), 1.5, 20
 def shrinkage() -> None:
     import torch
 
-    from gradless import QZO, kernels, objectives, run
+    from gradless import QZO, kernels, objectives
     from gradless.formats.gguf_model import load_gguf
     from gradless.formats.quantized import dequantized
     from gradless.training.options import RunOptions
 
     loaded = load_gguf(model_path(), dtype=torch.float32)
-    examples = run.prepare(str(DATA / "train.tsv"), loaded, RunOptions(**WEAK), limit=ROWS, shuffled=True).examples
+    examples = prepare(str(DATA / "train.tsv"), loaded, RunOptions(**WEAK), limit=ROWS, shuffled=True).examples
     batch = objectives.collate(examples)
     dense = dequantized(loaded).float().requires_grad_(True)
     objectives.losses(dense, batch)[0].mean().backward()
@@ -55,7 +57,7 @@ def shrinkage() -> None:
         for query in range(QUERIES):
             sides = []
             for sign in (+1, -1):
-                with optimizer.at(query, sign):
+                with optimizer.perturbed(query, sign):
                     sides.append(float(objectives.losses(loaded.model, batch)[0].mean()))
             d.append((sides[0] - sides[1]) / (2 * EPS))
             direction = optimizer.direction(optimizer.t, query, optimizer.param_groups[0])

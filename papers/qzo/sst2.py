@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gradless.formats.load import load
+from gradless.tasks.prepare import prepare
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from worklist import DATA, ROOT, TRAIN_ROWS, WEAK, Row, WorkList, figure, model_path
@@ -57,11 +60,11 @@ def score_gaps(split: str) -> tuple[Any, Any]:
     """(score of `great` minus score of `terrible`, label) of every row under the weak prompt, untuned."""
     import torch
 
-    from gradless import objectives, run
+    from gradless import objectives
 
-    loaded = run.load_model(model_path())
+    loaded = load(model_path())
     limit = {"limit": TRAIN_ROWS, "shuffled": True} if split == "train" else {}
-    examples = run.prepare(str(DATA / f"{split}.tsv"), loaded, options({}), **limit).examples
+    examples = prepare(str(DATA / f"{split}.tsv"), loaded, options({}), **limit).examples
     gaps, labels = [], []
     with torch.inference_mode():
         for batch in objectives.batches(examples, 32):
@@ -100,9 +103,8 @@ def bias(_row: Row) -> Row:
 
 def adamw(row: Row) -> Row:
     """First-order AdamW on all weights of the dense model: what backpropagation reaches."""
-    from gradless import run
 
-    return WORK.first_order(run.load_model(WORK.dense_folder()), row["steps"])
+    return WORK.first_order(load(WORK.dense_folder()), row["steps"])
 
 
 def table(finished: dict[str, Row]) -> str:

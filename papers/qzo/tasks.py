@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gradless.formats.load import load
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from worklist import ROOT, SHARED, TASKS, Row, WorkList, figure
@@ -122,11 +124,10 @@ def lora(row: Row) -> Row:
     """AdamW on LoRA factors of rank 8 over the base's own weights, frozen: QLoRA with this quantization."""
     from peft import LoraConfig, get_peft_model
 
-    from gradless import run
     from gradless.formats.dense import DenseModel
     from gradless.formats.quantized import dequantized
 
-    loaded = run.load_model(base(row["base"]))
+    loaded = load(base(row["base"]))
     model = get_peft_model(dequantized(loaded).float(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     adapted = DenseModel(model, loaded.tokenizer)
     return WORK.first_order(adapted, row["steps"], lr=1e-3, task=row["task"], every=measured_every(row))

@@ -14,6 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+from gradless.formats.load import load
+from gradless.tasks.prepare import prepare
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "quzo"))
 
@@ -27,13 +30,13 @@ STEPS, SHEET, ETA = 400, 32, 0.677
 def tune(row: Row) -> Row:
     import torch
 
-    from gradless import ZOQO, evaluation, noise, objectives, run
+    from gradless import ZOQO, evaluation, noise, objectives
     from gradless.training.options import DEFAULT_STRIDE, RunOptions
 
     options = RunOptions(**WEAK)
-    loaded = run.load_model(base("int8"))
-    train = run.prepare(str(DATA / "train.tsv"), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
-    dev = run.prepare(str(DATA / "dev.tsv"), loaded, options).examples
+    loaded = load(base("int8"))
+    train = prepare(str(DATA / "train.tsv"), loaded, options, limit=TRAIN_ROWS, shuffled=True).examples
+    dev = prepare(str(DATA / "dev.tsv"), loaded, options).examples
     spaces = loaded.spaces("codes", loaded.tunable("codes"), stride=DEFAULT_STRIDE, residual=True)
 
     def right(answers: list[int]) -> int:

@@ -33,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from memory import Peak
 
-from gradless import blocks
+from gradless import ZOQO, blocks
 from gradless.layers import QuantLinear
-from gradless.methods import ZOQO
 from gradless.spaces import CodeSpace
 from gradless.tensor import QuantTensor
 from gradless.training.options import DEFAULT_STRIDE

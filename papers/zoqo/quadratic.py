@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from gradless import grids
-from gradless.methods import ZOQO, QuZO
-from gradless.methods.quzo import eps_of_share
-from gradless.methods.zoqo import mu_of_share
+from gradless import ZOQO, QuZO, grids
+from gradless.methods.quzo.method import eps_of_share
+from gradless.methods.zoqo.method import mu_of_share
 from gradless.spaces import GridSpace
 
 N, STEPS, SEEDS = 64, 3000, range(3)

@@ -18,6 +18,7 @@ from gradless.attacks.options import AttackOptions
 from gradless.errors import GradlessError
 from gradless.files import cache_folder, covers, sweep
 from gradless.flags import add_flags
+from gradless.methods.registry import RECIPES
 from gradless.training.options import RunOptions
 
 TUNE_EXAMPLES = """\
@@ -143,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
         "--methods",
         default="all",
         metavar="A,B,..",
-        help="Some of: adamw, sgd, qat, lora, qlora, mezo, zoqo, quzo, qzo, nzo, ezo. (default: all)",
+        help=f"Some of: adamw, sgd, qat, lora, qlora, {', '.join(RECIPES)}. (default: all)",
     )
     plan.add_argument("--batch-size", type=int, default=16, metavar="N", help="Examples in a forward. (default: 16)")
     plan.add_argument("--length", type=int, default=128, metavar="N", help="Tokens of an example. (default: 128)")
@@ -299,9 +300,9 @@ def _eval(parsed: argparse.Namespace) -> int:
 
 def _replay(parsed: argparse.Namespace) -> int:
     _prepare_libraries()
-    from gradless import run
+    from gradless.replay import replay
 
-    result = run.replay(parsed.model, parsed.journal, parsed.output, overwrite=parsed.overwrite, quiet=parsed.json)
+    result = replay(parsed.model, parsed.journal, parsed.output, overwrite=parsed.overwrite, quiet=parsed.json)
     if parsed.json:
         print(json.dumps(result))
     else:
@@ -331,7 +332,9 @@ def _plan(parsed: argparse.Namespace) -> int:
     from gradless import memory
     from gradless.formats.hub import local
 
-    methods = memory.METHODS if parsed.methods == "all" else [name.strip() for name in parsed.methods.split(",")]
+    methods = (
+        [*memory.FIRST_ORDER, *RECIPES] if parsed.methods == "all" else [name.strip() for name in parsed.methods.split(",")]
+    )
     shapes = memory.shapes_of(local(parsed.model), bits=parsed.bits, group_size=parsed.group_size)
     planned = memory.plan(shapes, methods, batch_size=parsed.batch_size, length=parsed.length)
     print(json.dumps(planned) if parsed.json else memory.as_text(planned))
@@ -358,12 +361,12 @@ def _attack(parsed: argparse.Namespace) -> int:
 
 def _dequantize(parsed: argparse.Namespace) -> int:
     _prepare_libraries()
-    from gradless import run
     from gradless.formats.dense import write_folder
+    from gradless.formats.load import load
     from gradless.formats.quantized import QuantizedModel, dequantized
 
     output = _free_output(parsed)
-    loaded = run.load_model(parsed.model)
+    loaded = load(parsed.model)
     if not isinstance(loaded, QuantizedModel):
         raise GradlessError(f"{parsed.model} is dense already; give a quantized file or folder.")
     write_folder(dequantized(loaded), loaded.tokenizer, output)
@@ -375,9 +378,10 @@ def _quantize(parsed: argparse.Namespace) -> int:
     options = run_options(parsed)
     _prepare_libraries()
     from gradless import run
+    from gradless.formats.load import load
 
     output = _free_output(parsed)
-    result = run.quantize(run.load_model(parsed.model), output, options)
+    result = run.quantize(load(parsed.model), output, options)
     print(json.dumps(result) if parsed.json else f"wrote {result['output']}: {result['bytes']:,} bytes, {result['grid']}")
     return 0
 

@@ -58,10 +58,11 @@ def answer(model: Path, options: RunOptions) -> str:
     """Which of its words a model finds likelier after the prompt, and how likely."""
     import torch
 
-    from gradless import objectives, run
+    from gradless import objectives
+    from gradless.formats.load import load
     from gradless.tasks.prompts import TASKS
 
-    loaded = run.load_model(model)
+    loaded = load(model)
     (example,) = TASKS[str(options.task)].examples([{"text": PROMPT, "label": "0"}])
     tokens = objectives.tokenize(example, loaded.tokenizer, context=loaded.model.config.max_position_embeddings)
     with torch.inference_mode():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from gradless.errors import GradlessError
@@ -60,6 +60,20 @@ def check_ranges(options: Any) -> None:
             and not ("str" in each.type and isinstance(value, str))
         ):
             raise GradlessError(f"{each.name} is {value!r}; it must be {within}.")
+
+
+def check_choices(options: Any, each: Field[Any]) -> None:
+    """Refuse a value that is none of an option's `choices`, and an option without the one that it `needs`.
+
+    Raises:
+        GradlessError: see above.
+    """
+    value, choices, needs = getattr(options, each.name), each.metadata.get("choices"), each.metadata.get("needs")
+    if choices and value not in (each.default, *choices):
+        raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(map(str, choices))}.")
+    if needs and value != each.default and getattr(options, needs) in (None, False):
+        flag = needs.replace("_", "-")
+        raise GradlessError(f"{each.name} goes with --{flag}; give it too, or leave {each.name} out.")
 
 
 def add_flags(command: argparse.ArgumentParser, options: type, names: Collection[str] | None = None) -> None:

@@ -64,15 +64,18 @@ from gradless.formats.folder import Folder, is_quantized
 from gradless.formats.gguf import GGUFFile
 from gradless.grids import integers
 from gradless.layers import TILE
+from gradless.methods.recipe import COUNT
+from gradless.methods.registry import RECIPES
 from gradless.spaces import parameter_sites
-from gradless.training.options import COUNT, DEFAULT_STRIDE, GROUPS, LAST, NZO_QUERIES, PAIR_TOKENS
+from gradless.training.batches import PAIR_TOKENS
+from gradless.training.options import GROUPS
 
-METHODS = ("adamw", "sgd", "qat", "lora", "qlora", "mezo", "zoqo", "quzo", "qzo", "nzo", "ezo")
-"""What can be planned: by gradients all weights, quantization-aware, or adapters; by forward passes the rest."""
+FIRST_ORDER = ("adamw", "sgd", "qat", "lora", "qlora")
+"""What can be planned beside the methods: tuning by gradients all weights, quantization-aware, or adapters."""
 RANK = 8
-"""Of LoRA's adapters."""
+"""Rank of LoRA's adapters."""
 BITS, GROUP_SIZE = 4, 64
-"""What a dense model is taken to be quantized to where nothing else is asked for."""
+"""Bits and group size that a dense model would be quantized to by default."""
 
 
 def resident_bytes() -> int:
@@ -123,7 +126,7 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
     """What a step of `method` needs.
 
     Args:
-        method: one of `METHODS`.
+        method: one of `FIRST_ORDER`, or a method's name.
         shapes: of the model.
         batch_size: examples in a forward.
         length: tokens of an example.
@@ -133,16 +136,8 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
     n, largest = (of(rows * columns for rows, columns in shapes.linear) for of in (sum, max))
     tokens, adapters = batch_size * length, RANK * both
     of_token = 2 * (2 * shapes.hidden + 3 * max(map(max, shapes.linear)))
-    forward = {
-        "gradients": 0,
-        "activations": tokens * of_token,
-        "logits": 8 * batch_size * shapes.vocabulary,
-    }
     full = {"gradients": 4 * p, "activations": 4 * tokens * both, "logits": 12 * batch_size * shapes.vocabulary}
     adapted = {**full, "gradients": 4 * adapters, "activations": tokens * (2 * both + 4 * inputs), "states": 8 * adapters}
-    copies = 2 if tokens <= PAIR_TOKENS else 1
-    tile = 2 * copies * min(largest, TILE)
-    read = {name: copies * value for name, value in forward.items()}
     match method:
         case "adamw":
             return Memory(weights=4 * p, states=8 * p, scratch=0, **full)
@@ -154,17 +149,18 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
             return Memory(weights=2 * p + 4 * adapters, scratch=0, **adapted)
         case "qlora":
             return Memory(weights=shapes.packed + 4 * adapters, scratch=2 * largest, **adapted)
-        case "mezo":
-            return Memory(weights=2 * p, states=0, scratch=2 * largest, **forward)
-        case "zoqo" | "quzo":
-            residuals = sum(-(-rows // DEFAULT_STRIDE) * columns for rows, columns in shapes.linear)
-            return Memory(weights=shapes.packed, states=residuals, scratch=tile, **read)
-        case "qzo" | "ezo":
-            return Memory(weights=shapes.packed, states=4 * shapes.blocks, scratch=tile, **read)
-        case "nzo":
-            asked = {**forward, "activations": (tokens + 2 * NZO_QUERIES * batch_size) * of_token}
-            return Memory(weights=shapes.packed, states=round(4 * LAST * shapes.blocks), scratch=tile // copies, **asked)
-    raise GradlessError(f"there is no method {method!r} to plan for; there are {', '.join(METHODS)}.")
+    if method not in RECIPES:
+        raise GradlessError(f"there is no method {method!r} to plan for; there are {', '.join((*FIRST_ORDER, *RECIPES))}.")
+    recipe = RECIPES[method]
+    sides = 2 if recipe.pairs and tokens <= PAIR_TOKENS else 1
+    return Memory(
+        weights=shapes.packed if recipe.held_packed else 2 * p,
+        gradients=0,
+        states=recipe.state_bytes(shapes.linear, shapes.blocks),
+        activations=sides * (tokens + recipe.tokens_added * batch_size) * of_token,
+        logits=sides * 8 * batch_size * shapes.vocabulary,
+        scratch=2 * sides * min(largest, TILE) if recipe.held_packed else 2 * largest,
+    )
 
 
 def plan(shapes: Shapes, methods: Sequence[str], *, batch_size: int, length: int) -> dict[str, Any]:

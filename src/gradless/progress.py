@@ -12,14 +12,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
 
 from gradless.memory import resident_bytes
-from gradless.training.options import RunOptions
-from gradless.training.trainer import ZOTrainer
+from gradless.training.stepper import Stepper
 
 NO_LIMIT = 10**9
 """Steps of a run that ends by the clock."""
+SMOOTHING = 0.95
+"""Weight of the losses before in the smoothed loss that is shown."""
+EVERY_SECONDS = 10.0
+"""Seconds between lines if standard error is no terminal."""
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def stopping_on_interrupt(line: ProgressLine) -> Iterator[None]:
     """Let the first Ctrl-C stop the run after its current step; a second one stops at once."""
 
     def stop(_number: int, _frame: Any) -> None:
-        line.interrupted = True
+        line.stopped = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -38,17 +40,22 @@ def stopping_on_interrupt(line: ProgressLine) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class ProgressLine(TrainerCallback):  # type: ignore[misc]
-    """A live line: step, loss, accuracy, step time, resident memory, time left. It also ends a run that is out of time."""
+class ProgressLine:
+    """A live line: step, loss, accuracy, step time, resident memory, time left. It is a run's `loop.Observer`.
 
-    SMOOTHING = 0.95
-    EVERY_SECONDS = 10.0
+    Args:
+        stepper: of the run.
+        steps: of the run; `NO_LIMIT` if it ends by the clock.
+        quiet: show nothing.
 
-    def __init__(self, trainer: ZOTrainer, options: RunOptions, before: dict[str, float] | None, *, quiet: bool) -> None:
-        self.trainer, self.options, self.before, self.quiet = trainer, options, before, quiet
-        self.interrupted = False
-        self.by_clock = trainer.args.max_steps >= NO_LIMIT
-        self.total = 60 * (options.max_minutes or 0) if self.by_clock else trainer.args.max_steps
+    Attributes:
+        stopped: whether an interrupt asked the run to end.
+    """
+
+    def __init__(self, stepper: Stepper, steps: int, *, quiet: bool) -> None:
+        self.stepper, self.quiet, self.stopped = stepper, quiet, False
+        self.by_clock = steps >= NO_LIMIT
+        self.total = (stepper.clock.limit or 0) if self.by_clock else steps
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.fields[text]}"),
@@ -61,53 +68,50 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         self.loss: float | None = None
         self.accuracy: float | None = None
         self.steps_here = 0
-        self.began = self.printed = time.perf_counter()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del args, control
+    def begin(self) -> None:
+        """The first step comes now."""
         self.began = self.printed = time.perf_counter()
-        if self.before is not None and self.trainer.journal is not None:
-            self.trainer.journal.evaluated(0, self.before, 0.0)
-        self.done_before = self.trainer.seconds if self.by_clock else state.global_step
+        self.done_before = self._done(self.stepper.journal.steps)
         self.progress.update(self.bar, total=self.total, completed=int(self.done_before), text="")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del args
-        loss = self.trainer.last_loss
+    def stepped(self, step: int) -> None:
+        """See `Observer`."""
+        loss = self.stepper.last_loss
         if math.isfinite(loss):
-            self.loss = loss if self.loss is None else self.SMOOTHING * self.loss + (1 - self.SMOOTHING) * loss
+            self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
         self.steps_here += 1
         now = time.perf_counter()
-        text = self._text(state.global_step, (now - self.began) / self.steps_here)
-        done = self.trainer.seconds if self.by_clock else state.global_step
+        text = self._text(step, (now - self.began) / self.steps_here)
+        done = self._done(step)
         self.progress.update(self.bar, completed=done, text=text)
-        if not self.quiet and not self.console.is_terminal and now - self.printed > self.EVERY_SECONDS:
+        if not self.quiet and not self.console.is_terminal and now - self.printed > EVERY_SECONDS:
             self.printed = now
             left = (self.total - done) * (now - self.began) / max(done - self.done_before, 1e-9)
             self.console.print(f"{text}  {timedelta(seconds=round(left))} left", highlight=False)
-        if self.interrupted or self.trainer.out_of_time:
-            control.should_training_stop = True
-        if control.should_training_stop:
-            control.should_evaluate = False  # the saved values are measured at the end
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        del args, state, control
-        self.accuracy = metrics.get("eval_accuracy")
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """See `Observer`."""
+        self.accuracy = metrics.get("accuracy")
 
     def __enter__(self) -> None:
         self.progress.start()
-        self.bar = self.progress.add_task("", total=None, text="a first look at model and data")
+        self.bar = self.progress.add_task("", total=None, text="reading the journal")
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
+
+    def _done(self, step: int) -> float:
+        """How far the run is: seconds if it ends by the clock, else steps."""
+        return self.stepper.clock.seconds if self.by_clock else step
 
     def _text(self, step: int, seconds: float) -> str:
         parts = [f"step {step}", "loss -" if self.loss is None else f"loss {self.loss:.3f}"]
         if self.accuracy is not None:
             parts.append(f"accuracy {self.accuracy:.3f}")
-        if self.trainer.zeroth_order.moved is not None:
-            parts.append(f"{self.trainer.zeroth_order.moved:.3%} of codes moved")
+        if self.stepper.method.moved is not None:
+            parts.append(f"{self.stepper.method.moved:.3%} of codes moved")
         parts += [f"{seconds:.2f} s/step", f"{resident_bytes() / 2**20:.0f} MiB"]
-        if self.trainer.skipped:
-            parts.append(f"{self.trainer.skipped} skipped")
+        if self.stepper.skipped:
+            parts.append(f"{self.stepper.skipped} skipped")
         return "  ".join(parts)

@@ -1,15 +1,27 @@
-"""Which modules of a model are tuned: patterns over their paths, as PEFT's `target_modules` and `exclude_modules`."""
+"""What of a model is tuned: a kind of values, and patterns over the paths of modules, as PEFT's `target_modules` and
+`exclude_modules`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from gradless.errors import GradlessError
 
 ALL_LINEAR = "all-linear"
 _NAMES = re.compile(r"[\w.\-]+(,[\w.\-]+)*")
+
+
+class Kind(StrEnum):
+    """What a group of spaces is over. The values stand in journals."""
+
+    BLOCKS = "blocks"  # scales, offsets or codebooks of packed weights
+    CODES = "codes"  # integer codes of packed weights, or of adapters
+    FLOATS = "floats"  # the unquantized tensors of a quantized file
+    VECTORS = "vectors"  # those of them that have one dimension: norms and biases
+    PARAMETERS = "parameters"  # weights of a dense model
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,11 @@ class QuantTensor:
         return -(-self.packed.shape[1] // self.share)
 
     @property
+    def has_codes(self) -> bool:
+        """Whether each weight has an integer code of its own, which can be tuned."""
+        return True
+
+    @property
     def has_integers(self) -> bool:
         """Whether codes are their own levels."""
         return self.block.levels is None
@@ -185,6 +190,10 @@ class CodebookTensor(QuantTensor):
     @property
     def values(self) -> int:
         return 1
+
+    @property
+    def has_codes(self) -> bool:
+        return False
 
     @property
     def has_integers(self) -> bool:

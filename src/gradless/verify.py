@@ -9,8 +9,9 @@ from typing import Any
 from gradless.errors import GradlessError
 from gradless.files import checksums
 from gradless.formats.hub import local
+from gradless.formats.load import open_model
 from gradless.journal import Journal
-from gradless.run import check_base, open_model, replay
+from gradless.replay import check_base, replay
 
 JOURNAL, SALVAGED = "journal.db", "journal.salvaged.db"
 GOOD, BAD, UNKNOWN = "belongs", "does not belong", "unknown"

@@ -24,9 +24,13 @@ from gradless.errors import GradlessError
 from gradless.formats.dense import DenseModel
 from gradless.formats.folder_model import load_folder
 from gradless.formats.gguf_model import load_gguf
+from gradless.formats.load import load, open_model
 from gradless.formats.quantized import QuantizedModel
 from gradless.independence import independence
+from gradless.methods.recipe import Setup
+from gradless.methods.registry import build_method
 from gradless.objectives import Rows, TokenizedExample, collate
+from gradless.replay import replay
 from gradless.report import curve
 from gradless.training.options import RunOptions
 from tests.conformance import folders
@@ -130,7 +134,7 @@ def check_base(cell: Cell, base: Path, judge: Any, folder: Path, methods: tuple[
         judge: transformers' own model of the same weights, in fp32; None where the logits have another judge.
     """
     with cell.looking("load"):
-        loaded = load(base, torch.float32)
+        loaded = load_in(base, torch.float32)
     if cell.faults:
         return
     if judge is not None:
@@ -138,7 +142,7 @@ def check_base(cell: Cell, base: Path, judge: Any, folder: Path, methods: tuple[
             near(logits(loaded.model), logits(judge), EXACT, "logits")
     with cell.looking("rows"):
         cell.rows = independence(loaded.model).rows.value
-        _check_rows(loaded.model, independence(run.load_model(base).model).rows)
+        _check_rows(loaded.model, independence(load(base).model).rows)
     if isinstance(loaded, QuantizedModel):
         with cell.looking("dequantize"):
             output = folder / "plain"
@@ -158,8 +162,8 @@ def _sentence(error: GradlessError, folder: Path) -> str:
     return str(error).replace(str(folder), "DIR")
 
 
-def load(base: Path, dtype: torch.dtype) -> Any:
-    """A folder's or a GGUF file's model in a dtype, by what `run.load_model` calls."""
+def load_in(base: Path, dtype: torch.dtype) -> Any:
+    """A folder's or a GGUF file's model in a dtype, by what `load` calls."""
     if base.suffix == ".gguf":
         return load_gguf(base, dtype=dtype)
     return (load_folder if run.is_quantized(base) else DenseModel.load)(base, dtype=dtype)
@@ -204,7 +208,7 @@ def _check_method(base: Path, method: str, rows: Path, output: Path) -> int:
     tuned = next(path for path in (output / "model", output / "model.gguf") if path.exists())
     assert _bytes(tuned) != _bytes(base), "three steps change nothing"
     again = output / ("again" + tuned.suffix)
-    run.replay(str(base), str(output / "journal.db"), str(again), quiet=True)
+    replay(str(base), str(output / "journal.db"), str(again), quiet=True)
     different = [name for name, content in _bytes(tuned).items() if _bytes(again).get(name) != content]
     assert not different, f"the replay differs in {', '.join(different)}"
     reread = run.evaluate(str(tuned), str(rows), RunOptions(batch_size=4, **ASKING), quiet=True)["loss"]
@@ -214,10 +218,9 @@ def _check_method(base: Path, method: str, rows: Path, output: Path) -> int:
 
 def _spaces(base: Path, journal: Path) -> list[Any]:
     from gradless.journal import Journal
-    from gradless.training.trainer import build_optimizer
 
     header = Journal.open(journal).header
-    return list(build_optimizer(run.open_model(base), header["groups"], header["method"]).spaces)
+    return list(build_method(open_model(base), Setup(header["method"], header["groups"])).spaces)
 
 
 def _bytes(path: Path) -> dict[str, bytes]:

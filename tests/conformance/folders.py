@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gradless import kernels, run
 from gradless.formats.folder import Folder
+from gradless.formats.load import load
 from gradless.layers import is_plain
 from gradless.training.options import RunOptions
 from tests.checkpoint_folders import quantized_folder
@@ -57,7 +58,7 @@ def write(kind: str, name: str, folder: Path) -> tuple[Path, Any]:
     if name == "dense":
         return dense, judge(dense)
     if name in OURS:
-        run.quantize(run.load_model(dense), base, RunOptions(**OURS[name]))
+        run.quantize(load(dense), base, RunOptions(**OURS[name]))
         model = judge(dense)
         for key, weight in _own_weights(base).items():
             model.get_parameter(key).data = weight

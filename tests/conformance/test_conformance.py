@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from gradless import run
 from gradless.errors import GradlessError
 from gradless.formats.folder import Folder
+from gradless.formats.load import load
 from gradless.independence import independence
 from gradless.layers import is_plain
 from gradless.noise import Direction
@@ -74,7 +74,7 @@ def falcon_mamba(tmp_path_factory):
 
 
 def test_a_packed_weight_that_a_model_multiplies_itself_follows_its_view(falcon_mamba):
-    loaded = run.load_model(falcon_mamba)
+    loaded = load(falcon_mamba)
     name, before = next(name for name in loaded.file.quantized if "dt_proj" in name), logits(loaded.model)
     (space,) = loaded.spaces("blocks", [name])
     with torch.inference_mode():
@@ -122,7 +122,7 @@ def test_whatever_a_class_ties_is_one_tensor(tmp_path):
         ("camembert", "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
     ):
         base, judge = folders.write(kind, "gradless int4", tmp_path / kind)
-        model = run.load_model(base).model
+        model = load(base).model
         assert model.get_parameter(one) is model.get_parameter(other)
         assert torch.equal(model.get_parameter(one).float(), judge.get_parameter(one))
 
@@ -130,7 +130,7 @@ def test_whatever_a_class_ties_is_one_tensor(tmp_path):
 def test_a_model_that_fails_by_itself_is_refused(tmp_path):
     base, _ = folders.write("xlnet", "dense", tmp_path)
     with pytest.raises(GradlessError, match="the forward of XLNetLMHeadModel fails on a few tokens"):
-        independence(run.load_model(base).model)
+        independence(load(base).model)
     with pytest.raises(GradlessError, match="ProphetNetForCausalLM does not compute its logits by its head alone"):
         independence(tiny_model("prophetnet"))
 

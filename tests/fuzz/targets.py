@@ -222,7 +222,7 @@ def _adapter() -> Target:
 
 def _journal() -> Target:
     from gradless.journal import Journal
-    from gradless.run import replay
+    from gradless.replay import replay
 
     runs = Path(__file__).parents[1] / "old_runs"
     journals = sorted(runs.glob("*.db"))

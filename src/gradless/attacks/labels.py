@@ -14,7 +14,7 @@ from gradless import kernels
 from gradless.attacks.base import Attack
 from gradless.attacks.oracle import Oracle
 from gradless.ball import Ball
-from gradless.methods.zoqo import ZOQO
+from gradless.methods.zoqo.method import ZOQO
 from gradless.noise import Chunks, Direction, Rademacher
 from gradless.spaces import ImageSpace, image_names
 

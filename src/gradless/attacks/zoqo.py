@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradless.attacks.base import Attack, falling
 from gradless.errors import GradlessError
-from gradless.methods.zoqo import ZOQO
+from gradless.methods.zoqo.method import ZOQO
 from gradless.noise import Chunks, sparse
 from gradless.spaces import ImageSpace
 

@@ -27,6 +27,7 @@ from gradless.errors import GradlessError
 from gradless.files import replacing
 from gradless.formats.dense import DenseModel
 from gradless.formats.gguf import GGUFFile
+from gradless.formats.model import Plain
 from gradless.formats.peft_config import CONFIG, read_config
 from gradless.formats.quantized import QuantizedModel
 from gradless.grids import integers, lora_scale
@@ -73,7 +74,7 @@ class Adapter:
         return self.a.shown(), self.b.shown()
 
 
-class AdaptedModel:
+class AdaptedModel(Plain):
     """A loaded model whose linear layers have adapters: what is tuned are their codes, and the model itself is left alone.
 
     Args:
@@ -85,6 +86,7 @@ class AdaptedModel:
     """
 
     output_name = "adapter"
+    lora: LoRA
 
     def __init__(self, base: QuantizedModel | DenseModel, lora: LoRA) -> None:
         self.base, self.lora = base, lora

@@ -19,6 +19,7 @@ from gradless.formats.account import Account
 from gradless.formats.bounded import bounded, unbuildable
 from gradless.formats.checkpoint import mapped, patch, rounded
 from gradless.formats.folder import copy_folder, identity, read_headers, unread
+from gradless.formats.model import Plain
 from gradless.fusing import fuse
 from gradless.readers.tensors import FLOAT_TYPES, TYPES, TensorInfo
 from gradless.spaces import Space, check_finite, parameter_sites, parameters
@@ -29,7 +30,7 @@ ACCOUNTED = ("LOAD REPORT", "specifies to tie")
 
 
 @dataclass
-class DenseModel:
+class DenseModel(Plain):
     """A dense transformers model, and the folder it came from where it came from one.
 
     Attributes:

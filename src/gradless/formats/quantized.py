@@ -20,6 +20,7 @@ from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.formats.account import Account
 from gradless.formats.checkpoint import Checkpoint
+from gradless.formats.model import Plain
 from gradless.layers import QuantEmbedding, QuantLinear, is_plain
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space, check_finite, reads_text
 from gradless.targets import EVERYTHING, Targets
@@ -45,7 +46,7 @@ class ShownFloat:
 
 
 @dataclass
-class QuantizedModel:
+class QuantizedModel(Plain):
     """A file of packed weights and, around them, a transformers causal language model.
 
     A replay needs the file alone: it leaves `model`, `tokenizer` and the places in `floats` out.

@@ -1,7 +1,11 @@
-"""What every zeroth-order method here is: a torch optimizer whose step is `apply(estimate(closure))`.
+"""What every zeroth-order method here is: a torch optimizer with three verbs.
 
-`estimate` reads losses and returns numbers; `apply` writes weights and reads none. Whoever wants a journal, several
-workers or accumulated micro-batches stands between the two.
+    measurement = method.measure(batch)             runs forwards, returns numbers, writes nothing; once a micro-batch
+    estimate = method.estimate([measurement, ...])  a pure function of these
+    method.apply(estimate)                          the one way that writes
+
+Measurements of several micro-batches, or of several workers, are simply more of them. A journal keeps estimates: it stands
+between the last two lines.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gradless.batch import Batch, Closure, Loss
 from gradless.errors import GradlessError
-from gradless.methods.watch import Watch
+from gradless.methods.backoff import Backoff
 from gradless.noise import NAMED, Direction, Distribution
 from gradless.spaces import Space
 from gradless.tensor import Move
@@ -28,10 +33,26 @@ STEPS_AT_ONCE = 64
 """In a replay: a tensor's part that is at hand goes through so many steps before the next."""
 REMEMBERED = 50
 """Steps whose estimates tell, on average, how long the next one is."""
-Closure = Callable[[], Any]
 Group = dict[str, Any]
-Loss = Any
-"""A float, or a tensor (problems,) where a closure returns one loss for each of several problems that share no value of x."""
+"""A parameter group: its options by name, as torch has them."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a micro-batch showed.
+
+    Attributes:
+        losses: (loss at +eps, loss at -eps) of each query; each a float, or (problems,).
+        size: the examples that each loss is the mean of.
+    """
+
+    losses: tuple[tuple[Loss, Loss], ...]
+    size: int
+
+    @property
+    def loss(self) -> Loss:
+        """The mean of all the losses seen."""
+        return sum(map(sum, self.losses)) / (2 * len(self.losses))
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,8 @@ class Estimate:
         return sum(map(sum, self.losses)) / (2 * len(self.losses))
 
 
-def _number(loss: Any) -> Loss:
+def number(loss: Any) -> Loss:
+    """A loss as a float, or as it is if it is that of several problems."""
     return loss if isinstance(loss, Tensor) and loss.ndim else float(loss)
 
 
@@ -81,15 +103,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         spaces: what to search, as a list of spaces or as parameter groups with a "spaces" key and their own options.
         defaults: options of every group; they include `lr`, `eps` and `weight_decay`. Where they include `auto` and it is set,
             lr is the root mean square of a step in units of eps; the step's own lr, which its estimate holds, follows from it,
-            the size of the last estimates and the `watch` (see `step_size`).
+            the size of the last estimates and the `backoff` (see `step_size`).
         q: queries (directions) a step; each costs two forwards.
         seed: of the run; directions follow from (seed, step, query, tensor name, offset).
         distribution: of the directions' coordinates, or its name.
 
     Attributes:
-        moved: the share of all integer codes that the last update changed; None where none are searched.
-        watch: halves steps that choose their own size where the loss rises.
+        moved: the share of all integer codes that the last update changed; None if none are searched.
+        backoff: halves the steps that choose their own size when the loss rises.
+        pending: an estimate that the next `step` without a closure applies.
     """
+
+    probe_queries = 3
+    """Directions of a probe for eps, see `probe.best_factor`."""
 
     def __init__(
         self,
@@ -112,7 +138,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.t = 0
         self.moved: float | None = None
         self.pending: Estimate | None = None
-        self.watch = Watch()
+        self.backoff = Backoff()
         self._powers: list[deque[float]] = [deque(maxlen=REMEMBERED) for _ in self.param_groups]
 
     def add_param_group(self, param_group: Group) -> None:
@@ -148,20 +174,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             decay = 1.0
 
     @contextmanager
-    def at(self, query: int, *signs: int, held: bool = False) -> Iterator[None]:
-        """Forwards inside read x + sign * radius * u, u being the direction of a query of this step.
+    def perturbed(self, query: int, *signs: int, many_forwards: bool = False) -> Iterator[None]:
+        """Forwards inside read x + sign * radius * u; u is the direction of a query of this step.
 
         Args:
-            query: which.
-            signs: +1 or -1; of several, each for its equal share of the batch.
-            held: whether many forwards follow, such as those that generate an answer; for one sign. See `Space.held`.
+            query: its number.
+            signs: +1 or -1; several: each for its equal share of the batch.
+            many_forwards: whether many follow, such as those that generate an answer; for one sign. See `Space.held`.
         """
         with ExitStack() as views:
             for group, spaces in zip(self.param_groups, self.spaces_of, strict=True):
                 u, radius = self.direction(self.t, query, group), self.radius(group)
                 moves = [Move(u, sign * radius) for sign in signs]
                 for space in spaces:
-                    views.enter_context(space.held(*moves) if held else space.viewed(*moves))
+                    views.enter_context(space.held(*moves) if many_forwards else space.viewed(*moves))
             yield
 
     @property
@@ -169,37 +195,27 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Every space searched, group by group."""
         return [space for spaces in self.spaces_of for space in spaces]
 
-    def estimate(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> Estimate:
-        """Query the losses of this step; nothing is written.
-
-        Args:
-            closure: runs the model (in eval mode) and returns the loss, a number or a tensor of one, or the losses of several
-                problems; it is called twice a query and must see the same data each time.
-            pair: does both calls at once, where every space can be read so (`Space.splits`): runs the model on the data and
-                a copy behind it, and returns the loss of each half. Weights are unpacked, and noise drawn, once for both.
-            held: the closure runs many forwards (see `at`).
-        """
-        return self.estimate_of(self.query(closure, pair, held=held))
-
     @torch.no_grad()
-    def query(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> list[tuple[Loss, Loss]]:
-        """(loss at +eps, loss at -eps) along each of this step's directions; see `estimate`."""
-        losses = []
-        for query in range(self.q):
-            if pair is not None and all(space.splits for space in self.spaces):
-                with self.at(query, +1, -1):
-                    plus, minus = pair()
-            else:
-                with self.at(query, +1, held=held):
-                    plus = closure()
-                with self.at(query, -1, held=held):
-                    minus = closure()
-            losses.append(self.losses_of(plus, minus))
-        return losses
+    def measure(self, batch: Batch) -> Measurement:
+        """Query a micro-batch along each of this step's directions; nothing is written."""
+        return Measurement(tuple(self.query(batch, number) for number in range(self.q)), batch.size)
 
-    def losses_of(self, plus: Any, minus: Any) -> tuple[Loss, Loss]:
-        """The losses that the closure's two outcomes are."""
-        return _number(plus), _number(minus)
+    def query(self, batch: Batch, query: int) -> tuple[Loss, Loss]:
+        """(loss at +eps, loss at -eps) along one direction: from one forward if batch and spaces allow it, so that weights are
+        unpacked, and noise is drawn, once for both."""
+        if batch.paired and all(space.splits for space in self.spaces):
+            with self.perturbed(query, +1, -1):
+                plus, minus = batch.paired_loss()
+        else:
+            with self.perturbed(query, +1, many_forwards=batch.generates):
+                plus = batch.loss()
+            with self.perturbed(query, -1, many_forwards=batch.generates):
+                minus = batch.loss()
+        return number(plus), number(minus)
+
+    def estimate(self, measurements: Sequence[Measurement]) -> Estimate:
+        """The estimate that follows from the step's measurements."""
+        return self.estimate_of(mean_losses(measurements))
 
     def estimate_of(self, losses: Sequence[tuple[Loss, Loss]]) -> Estimate:
         """The estimate that follows from a step's losses, one (plus, minus) pair a query."""
@@ -210,7 +226,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def step_size(self, group: int, d: Sequence[Loss]) -> float:
         """The lr of a group's next step, whose estimate has these derivatives: the group's own or, with `auto`, that with which
 
-            rms(lr ghat) = watch * lr_group * eps,    rms(ghat)^2 = mean over the last steps of sum_i d_i^2 / q^2
+            rms(lr ghat) = backoff * lr_group * eps,    rms(ghat)^2 = mean over the last steps of sum_i d_i^2 / q^2
 
         ghat = 1/q sum_i d_i u_i being the estimate, whose coordinates have that mean square where u's have one of 1.
         """
@@ -219,7 +235,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             return float(options["lr"])
         powers = [*self._powers[group], _power(d)][-REMEMBERED:]
         rms = math.sqrt(sum(powers) / len(powers))
-        return float(self.watch.factor * options["lr"] * options["eps"] / rms) if 0 < rms < math.inf else 0.0
+        return float(self.backoff.factor * options["lr"] * options["eps"] / rms) if 0 < rms < math.inf else 0.0
 
     @torch.no_grad()
     def apply(self, *estimates: Estimate) -> None:
@@ -235,7 +251,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 if group.get("auto"):
                     powers.append(_power(d))
             if any(group.get("auto") for group in self.param_groups):
-                self.watch.see(estimate.loss)
+                self.backoff.observe(estimate.loss)
         changed = sum(space.move(of_group) for of_group, spaces in zip(moves, self.spaces_of, strict=True) for space in spaces)
         codes = sum(space.codes for space in self.spaces)
         self.moved = changed / codes if codes else None
@@ -249,18 +265,40 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self.moved = None
             yield some
 
-    def step(self, closure: Closure | None = None, pair: Closure | None = None) -> Estimate:  # type: ignore[override]
-        """One step: `apply(estimate(closure, pair))`; without a closure, `apply` of the `pending` estimate.
+    def step(  # type: ignore[override]
+        self, closure: Batch | Callable[[], Any] | None = None, pair: Callable[[], Any] | None = None
+    ) -> Estimate:
+        """One step: measure, estimate, apply; without a closure, `apply` of the `pending` estimate.
+
+        Args:
+            closure: a batch, or a function that runs the model (in eval mode) and returns the loss; it is called twice a query
+                and must see the same data each time. See `Closure`.
+            pair: does both calls at once; see `Closure`.
 
         Raises:
+            GradlessError: the method asks for more than a closure can tell.
             RuntimeError: neither a closure nor a pending estimate is there.
         """
-        estimate = self.pending if closure is None else self.estimate(closure, pair)
-        if estimate is None:
+        if closure is not None:
+            batch = closure if isinstance(closure, Batch) else Closure(closure, pair)
+            estimate = self.estimate([self.measure(batch)])
+        elif self.pending is not None:
+            estimate = self.pending
+        else:
             raise RuntimeError("step() needs a closure that returns the loss, or an estimate in `pending`")
         self.pending = None
         self.apply(estimate)
         return estimate
+
+
+def mean_losses(measurements: Sequence[Measurement]) -> list[tuple[Loss, Loss]]:
+    """Both losses of each query, as means over the examples of all micro-batches."""
+    sums: list[tuple[Loss, Loss]] = [(0.0, 0.0)] * len(measurements[0].losses)
+    for each in measurements:
+        of_each = zip(sums, each.losses, strict=True)
+        sums = [(p + each.size * plus, m + each.size * minus) for (p, m), (plus, minus) in of_each]
+    examples = sum(each.size for each in measurements)
+    return [(plus / examples, minus / examples) for plus, minus in sums]
 
 
 class GridOptimizer(ZerothOrderOptimizer):

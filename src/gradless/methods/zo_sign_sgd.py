@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from gradless.methods.base import Closure, Group, Loss, ZerothOrderOptimizer
+from gradless.batch import Batch, Loss
+from gradless.methods.base import Group, Measurement, ZerothOrderOptimizer, number
 from gradless.noise import Distribution, Signs
 from gradless.spaces import Space
 from gradless.tensor import Move
@@ -42,14 +43,13 @@ class ZOSignSGD(ZerothOrderOptimizer):
         super().__init__(spaces, {"lr": lr, "eps": eps, "weight_decay": 0.0}, q=q, seed=seed, distribution=distribution)
 
     @torch.no_grad()
-    def query(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> list[tuple[Loss, Loss]]:
+    def measure(self, batch: Batch) -> Measurement:
         """(loss at x + eps u, loss at x) along each of this step's directions."""
-        del pair
-        here, losses = closure(), []
+        here, losses = batch.loss(), []
         for query in range(self.q):
-            with self.at(query, +1, held=held):
-                losses.append(self.losses_of(closure(), here))
-        return losses
+            with self.perturbed(query, +1, many_forwards=batch.generates):
+                losses.append((number(batch.loss()), number(here)))
+        return Measurement(tuple(losses), batch.size)
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
         return (plus - minus) / group["eps"]

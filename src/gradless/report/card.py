@@ -8,15 +8,7 @@ from typing import Any
 
 from gradless.files import write_text
 from gradless.journal import Journal
-
-METHODS = {
-    "nzo": "NZO (gradless's own; the last layers' outputs perturbed where answers are given): scales and offsets",
-    "ezo": "EZO (gradless's own; each example along a direction of its own): offsets, or scales, of its quantized weights",
-    "qzo": "QZO ([arXiv 2505.13430](https://arxiv.org/abs/2505.13430)): the scales of its quantized weights",
-    "quzo": "QuZO ([arXiv 2502.12346](https://arxiv.org/abs/2502.12346)): its integer codes",
-    "zoqo": "ZOQO ([arXiv 2501.06736](https://arxiv.org/abs/2501.06736)): its integer codes",
-    "mezo": "MeZO ([arXiv 2305.17333](https://arxiv.org/abs/2305.17333)): its plain weights",
-}
+from gradless.methods.registry import recipe
 
 
 def write_card(
@@ -38,7 +30,7 @@ def write_card(
     groups = "; ".join(_shown_group(group) for group in header["groups"])
     rows = {
         "base": f"`{model}`, SHA-256 {header['base']}",
-        "tuned": METHODS[method] + (" of LoRA adapters" if header["lora"] else ""),
+        "tuned": recipe(method).title + (" of LoRA adapters" if header["lora"] else ""),
         "settings": f"{groups}; seed {config['seed']}",
         "data": f"`{data}`, task {header['task']}, SHA-256 of the tokens {header['data']}",
         "steps": f"{journal.steps} of batch {config['batch_size']} ({summary['skipped']} skipped), {journal.seconds:.0f} s",

@@ -14,9 +14,9 @@ from gradless.errors import GradlessError
 from gradless.formats.folder import Folder, is_quantized
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.hub import local
+from gradless.methods.registry import RECIPES
 from gradless.noise import Direction
-from gradless.tensor import CodebookTensor, Move, Part, QuantTensor
-from gradless.training.options import DEFAULT_STRIDE, DEFAULTS, INTO_STREAM, LAST, qzo_default
+from gradless.tensor import Move, Part, QuantTensor
 
 ENOUGH = 0.9
 """Cosine between an intended perturbation and what is left of it in a bf16 scratch, below which `info` warns."""
@@ -44,9 +44,8 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         weights[info.type] += math.prod(info.shape)
         nbytes[info.type] += info.nbytes
     linear = [file.quantized[name] for name in file.linear_layers()]
-    coded = [tensor for tensor in linear if not isinstance(tensor, CodebookTensor)]
-    floats = [values for values in file.floats.values() if values.ndim == 1]
-    shown = [(tensor, eps or DEFAULTS[qzo_default(tensor.is_centred)][1]) for tensor in _one_a_type(linear)]
+    shown = [(tensor, eps or _scale_eps(tensor)) for tensor in _one_a_type(linear)]
+    tunable = {each.name: each.tunable(file) for each in RECIPES.values()}
     return {
         "path": str(file.path),
         "bytes": sum(each.stat().st_size for each in {info.file for info in file.tensors.values()}),
@@ -63,17 +62,19 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
             }
             for name in sorted(counts, key=lambda name: -nbytes[name])
         ],
-        "tunable": {
-            "qzo": {"tensors": len(linear), "values": sum(tensor.rows * tensor.values for tensor in linear)},
-            "ezo": {"tensors": len(linear), "with offsets": sum(tensor.has_offset for tensor in linear)},
-            "quzo, zoqo": {"tensors": len(coded), "values": sum(-(-t.rows // DEFAULT_STRIDE) * t.columns for t in coded)},
-            "mezo": {"tensors": len(floats), "values": sum(values.numel() for values in floats)},
-        },
+        "tunable": {name: counts for name, (counts, _) in tunable.items()},
+        "would_tune": {name: phrase for name, (_, phrase) in tunable.items()},
         "kernels": kernels.name(),
         "why_not_compiled": kernels.why_not_compiled(),
         "products": kernels.products(),
         "surviving": {tensor.block.name: {"eps": eps, "cosine": round(surviving(tensor, eps), 4)} for tensor, eps in shown},
     }
+
+
+def _scale_eps(tensor: QuantTensor) -> float:
+    """The default perturbation of a tensor's scales, of the first method that moves them by themselves."""
+    found = (each.scale_eps(centred=tensor.is_centred) for each in RECIPES.values())
+    return next(eps for eps in found if eps is not None)
 
 
 def _one_a_type(tensors: list[QuantTensor]) -> list[QuantTensor]:
@@ -105,14 +106,9 @@ def as_text(description: dict[str, Any]) -> str:
         lines.append(
             f"  {row['type']:16} {row['tensors']:>8} {row['weights']:>14,} {row['bits_per_weight']:>7} {row['bytes']:>14,}"
         )
-    tunable = description["tunable"]
     lines += [
         "",
-        f"  qzo would tune  {tunable['qzo']['values']:>12,} block values in {tunable['qzo']['tensors']} linear layers",
-        f"  ezo would tune  their offsets in {tunable['ezo']['with offsets']} of these layers, their scales in the others",
-        f"  nzo would tune  {' and '.join(INTO_STREAM)} alone, in the last {LAST:.0%} of the layers, for answers of one word",
-        f"  quzo, zoqo would tune {tunable['quzo, zoqo']['values']:>6,} codes of the same layers, one row in {DEFAULT_STRIDE}",
-        f"  mezo would tune {tunable['mezo']['values']:>12,} values in {tunable['mezo']['tensors']} norms and biases",
+        *(f"  {name:5} would tune {phrase}" for name, phrase in description["would_tune"].items()),
         f"  kernels: {description['kernels']}"
         + (f" ({description['why_not_compiled']})" if description["why_not_compiled"] else "")
         + "".join(f"; {activations} products: {how}" for activations, how in description["products"].items()),

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
+from gradless.batch import Batch, Loss
 from gradless.errors import GradlessError
-from gradless.methods.base import Closure, Estimate, Group, Loss, ZerothOrderOptimizer
+from gradless.methods.base import Estimate, Group, Measurement, ZerothOrderOptimizer
 from gradless.noise import Rademacher
 from gradless.spaces import Space
 from gradless.tensor import Move
 
 DIGITS = 9
-"""Of a loss in the journal: all that an fp32 number has."""
+"""Significant digits of a loss in the journal: all that an fp32 number has."""
 
 
 class EZO(ZerothOrderOptimizer):
-    """Example-wise zeroth-order optimization: each example i of a batch of B asks along a direction of its own.
+    """Example-wise zeroth-order optimization: each example i of a batch of B is queried along its own direction.
 
         z_i ~ {-1, +1}^n
         d_i = [L_i(x + eps z_i) - L_i(x - eps z_i)] / (2 eps)       all B of them from one pair of forwards
@@ -47,6 +48,8 @@ class EZO(ZerothOrderOptimizer):
         GradlessError: a space whose values tokens cannot read each under a move of their own; an eps of 1 or more.
     """
 
+    probe_queries = 1
+
     def __init__(
         self,
         spaces: Iterable[Space] | Iterable[Group],
@@ -70,52 +73,44 @@ class EZO(ZerothOrderOptimizer):
         return _rounded((plus - minus) / (2 * group["eps"]))
 
     @contextmanager
-    def at_each(self, owners: Tensor, first: int, *signs: int) -> Iterator[None]:
-        """Forwards inside read x + sign * eps * z_i for each token, i being its example.
+    def perturbed_by_example(self, example_of_token: Tensor, first: int, *signs: int) -> Iterator[None]:
+        """Forwards inside read x + sign * eps * z_i for each token; i is its example.
 
         Args:
-            owners: int64, of any shape: the example of each token of a batch, from 0 on.
-            first: the number of its first example within the step.
-            signs: +1 or -1; of several, each for a copy of the batch behind the one before.
+            example_of_token: int64, of any shape: the example of each token of a batch, from 0 on.
+            first: the number of the batch's first example within the step.
+            signs: +1 or -1; several: each for a copy of the batch behind the one before.
         """
-        n = int(owners.max()) + 1
-        views = torch.cat([owners.flatten() + n * k for k in range(len(signs))])
+        n = int(example_of_token.max()) + 1
+        views = torch.cat([example_of_token.flatten() + n * k for k in range(len(signs))])
         with ExitStack() as viewed:
             for group, spaces in zip(self.param_groups, self.spaces_of, strict=True):
-                u = [self.direction(self.t, first + i, group) for i in range(n)]
-                moves = [Move(each, sign * self.radius(group)) for sign in signs for each in u]
+                z = [self.direction(self.t, first + i, group) for i in range(n)]
+                moves = [Move(each, sign * self.radius(group)) for sign in signs for each in z]
                 for space in spaces:
                     viewed.enter_context(space.viewed_by(views, moves))
             yield
 
-    def estimate(  # type: ignore[override]
-        self, closure: Closure, pair: Closure | None = None, *, owners: Tensor
-    ) -> Estimate:
-        """As `ZerothOrderOptimizer.estimate`.
-
-        Args:
-            closure: returns the loss of each example, (B,).
-            pair: runs the model on the data and a copy behind it, and returns both copies' losses, (2, B).
-            owners: see `at_each`.
-        """
-        return self.estimate_of(self.query(closure, pair, owners=owners))
-
     @torch.no_grad()
-    def query(  # type: ignore[override]
-        self, closure: Closure, pair: Closure | None = None, *, owners: Tensor, first: int = 0
-    ) -> list[tuple[Loss, Loss]]:
-        """(loss at +eps, loss at -eps) of each example, along its own direction; see `estimate` and `at_each`."""
-        if pair is not None:
-            with self.at_each(owners, first, +1, -1):
-                plus, minus = pair()
+    def measure(self, batch: Batch) -> Measurement:
+        """(loss at +eps, loss at -eps) of each example, along its own direction."""
+        examples = batch.example_of_token
+        if batch.paired:
+            with self.perturbed_by_example(examples, batch.first, +1, -1):
+                plus, minus = batch.paired_losses()
         else:
-            with self.at_each(owners, first, +1):
-                plus = closure()
-            with self.at_each(owners, first, -1):
-                minus = closure()
-        return [(_rounded(p), _rounded(m)) for p, m in zip(plus.tolist(), minus.tolist(), strict=True)]
+            with self.perturbed_by_example(examples, batch.first, +1):
+                plus = batch.losses()
+            with self.perturbed_by_example(examples, batch.first, -1):
+                minus = batch.losses()
+        pairs = zip(plus.tolist(), minus.tolist(), strict=True)
+        return Measurement(tuple((_rounded(p), _rounded(m)) for p, m in pairs), size=1)
+
+    def estimate(self, measurements: Sequence[Measurement]) -> Estimate:
+        """The estimate of the examples of all micro-batches, one after the other."""
+        return self.estimate_of([pair for each in measurements for pair in each.losses])
 
 
 def _rounded(x: float) -> float:
-    """To what fp32 tells apart: a journal of many numbers stays small."""
+    """A number with the digits that fp32 has: a journal of many stays small."""
     return float(f"{x:.{DIGITS}g}")

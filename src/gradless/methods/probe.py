@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 FACTORS = tuple(2.0**k for k in range(-3, 4))
-"""Of the defaults of eps, at which d is measured."""
-DIRECTIONS = 3
-"""Of each factor, where all examples share them."""
+"""Multiples of the default eps at which d is measured."""
 
 
 def best_factor(derivatives: Callable[[float], Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""What chosen linear layers take in and put out at some tokens of a batch, to be read and to be shifted."""
+"""Inputs and outputs of chosen linear layers at some tokens of a batch: to be read, and to be shifted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Nodes:
+class LayerOutputs:
     """The inputs and outputs of linear layers.
 
     Args:
@@ -23,8 +23,8 @@ class Nodes:
 
     @contextmanager
     def read(self, tokens: Tensor) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """Yields, by name, what the last forward inside took in and put out at `tokens`, int64 (n,): fp32 (n, columns) and
-        (n, rows)."""
+        """Yields each layer's inputs and outputs in the last forward inside at `tokens`, int64 (n,): fp32 (n, columns) and
+        (n, rows), by the layer's name."""
         found = {  # there before the forward begins: what stays behind from its middle splits the memory that it frees
             name: (_room(tokens, layer.in_features), _room(tokens, layer.out_features)) for name, layer in self.layers.items()
         }

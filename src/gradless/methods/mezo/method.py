@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gradless.methods.base import Group, Loss, ZerothOrderOptimizer
+from gradless.batch import Loss
+from gradless.methods.base import Group, ZerothOrderOptimizer
 from gradless.noise import Distribution
 from gradless.spaces import Space
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from gradless import noise
+from gradless.batch import Batch, Loss
 from gradless.errors import GradlessError
-from gradless.methods.base import Closure, GridOptimizer, Group, Loss
+from gradless.methods.base import Estimate, GridOptimizer, Group, Measurement
 from gradless.noise import Distribution, Signs
 from gradless.spaces import Space
 from gradless.tensor import Move
+
+HOLD_IN_PARTS = "hold compares a query with the loss at x batch by batch; leave accumulation out with it."
 
 
 class ZOQO(GridOptimizer):
@@ -34,8 +40,8 @@ class ZOQO(GridOptimizer):
         whole_steps: never less than one step, as in the paper.
         hold: query x itself too, a third forward, and move only where one side of it is lower. Near the optimum a forced
             step of one level drifts away from it; this stops it there.
-        compare: orders two outcomes of the closure, above zero where the first is worse, 0 where they tie, below zero where
-            it is better: then the closure may return anything, and only which of two answers is better needs to be known.
+        compare: orders two outcomes of a batch: above zero if the first is worse, 0 if they tie, below zero if it is better.
+            Then an outcome may be anything, and only which of two is better needs to be known.
         span: this many neighbouring codes of a row share one coordinate of u; 1 in the paper.
         weight_decay: must be 0.
         q: directions a step.
@@ -77,22 +83,38 @@ class ZOQO(GridOptimizer):
         m = max(math.floor(mu), 1)
         return noise.uniform_grid(m) if self.shape == "uniform" else noise.discretized_gaussian(m, mu)
 
-    def query(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> list[tuple[Loss, Loss]]:
-        """See `ZerothOrderOptimizer.query`; with `hold`, a query that finds nothing better than x counts as a tie."""
-        losses = super().query(closure, pair, held=held)
-        if self.hold:
-            here = float(closure())
-            # A NaN is not above x: its pair stays, and the step is skipped and counted.
-            losses = [(here, here) if all(loss >= here for loss in pair) else pair for pair in losses]
-        return losses
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> Measurement:
+        """See `ZerothOrderOptimizer.measure`; with `hold`, a query that finds nothing better than x counts as a tie."""
+        measurement = super().measure(batch)
+        if not self.hold:
+            return measurement
+        here = float(batch.loss())
+        # A NaN is not above x: its pair stays, and the step is skipped and counted.
+        held = ((here, here) if all(loss >= here for loss in pair) else pair for pair in measurement.losses)
+        return replace(measurement, losses=tuple(held))
 
-    def losses_of(self, plus: Any, minus: Any) -> tuple[Loss, Loss]:
-        """The two losses, or what stands for them where there is only a comparison: half its sign, and minus half."""
+    def query(self, batch: Batch, query: int) -> tuple[Loss, Loss]:
+        """The two losses; or, if there is only a comparison, what stands for them: half its sign, and minus half."""
         if self.compare is None:
-            return super().losses_of(plus, minus)
+            return super().query(batch, query)
+        with self.perturbed(query, +1, many_forwards=batch.generates):
+            plus = batch.outcome()
+        with self.perturbed(query, -1, many_forwards=batch.generates):
+            minus = batch.outcome()
         order = self.compare(plus, minus)
         half = ((order > 0) - (order < 0)) / 2
         return half, -half
+
+    def estimate(self, measurements: Sequence[Measurement]) -> Estimate:
+        """See `ZerothOrderOptimizer.estimate`.
+
+        Raises:
+            GradlessError: `hold` with several micro-batches.
+        """
+        if self.hold and len(measurements) > 1:
+            raise GradlessError(HOLD_IN_PARTS)
+        return super().estimate(measurements)
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
         """The loss difference; only signs of sums of these are followed."""

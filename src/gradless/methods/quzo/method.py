@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from gradless import noise
+from gradless.batch import Loss
 from gradless.errors import GradlessError
-from gradless.methods.base import GridOptimizer, Group, Loss
+from gradless.methods.base import GridOptimizer, Group
 from gradless.noise import Distribution, RoundedGaussian, Stream
 from gradless.spaces import Space
 from gradless.tensor import Move

@@ -1,4 +1,4 @@
-"""A watch over a run's losses: where they rise, steps become shorter."""
+"""Shorter steps when a run's loss rises."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import statistics
 from collections import deque
 
 WINDOW = 20
-"""Steps whose mean loss is held against the lowest such mean so far."""
+"""Steps that a mean loss is taken over."""
 ERRORS = 6.0
-"""Standard errors of their difference by which it is above it, where it has risen by more than the lowest of many means may
-lie below others by chance."""
+"""How many standard errors the current mean must exceed the lowest one by. Large, because the minimum of many means is low by
+chance."""
 
 
-class Watch:
-    """By what a run's step sizes are multiplied.
+class Backoff:
+    """A factor of a run's step sizes.
 
     Attributes:
-        factor: 1 at first; halved when the mean loss of the last `WINDOW` steps exceeds the lowest mean of so many by `ERRORS`
-            standard errors. It follows from the losses alone, so that a replay halves where the run did.
+        factor: 1 at first; halved when the mean loss of the last `WINDOW` steps exceeds the lowest such mean by `ERRORS`
+            standard errors of their difference. It follows from the losses alone, so that a replay halves where the run did.
     """
 
     def __init__(self) -> None:
@@ -26,8 +26,8 @@ class Watch:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._lowest, self._error = math.inf, 0.0
 
-    def see(self, loss: float) -> None:
-        """The next step's loss."""
+    def observe(self, loss: float) -> None:
+        """Take in the next step's loss."""
         self._losses.append(loss)
         if len(self._losses) < WINDOW:
             return

@@ -1,20 +1,19 @@
-"""The watch over a run's losses, and a run that it saves."""
+"""Steps become shorter when the loss rises, and a run that this saves."""
 
 import pytest
 import torch
 
-from gradless import kernels
-from gradless.methods import QZO
-from gradless.methods.watch import WINDOW, Watch
+from gradless import QZO, kernels
+from gradless.methods.backoff import WINDOW, Backoff
 from gradless.spaces import BlockSpace
 from tests.test_kernels import quant
 
 
 def seen(losses):
-    watch = Watch()
+    backoff = Backoff()
     for loss in losses:
-        watch.see(float(loss))
-    return watch
+        backoff.observe(float(loss))
+    return backoff
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -30,12 +29,12 @@ def test_losses_that_stay_up_halve_once_a_window():
     assert seen(losses).factor == pytest.approx(0.125)
 
 
-def far_from_its_best(watched):
+def far_from_its_best(backing_off):
     """The estimates of a run on a quadratic that begins at its optimum, with steps that are far too long."""
     space, every = BlockSpace(quant("Q4_1", 8, 4)), torch.arange(8)
     method, best = QZO([space], lr=10.0, eps=1e-2, auto=True), kernels.dequantize(space.tensor, every, torch.float32)[0]
-    if not watched:
-        method.watch.see = lambda _: None
+    if not backing_off:
+        method.backoff.observe = lambda _: None
     away = lambda: float((kernels.dequantize(space.tensor, every, torch.float32)[0] - best).square().sum())  # noqa: E731
     return [method.step(away) for _ in range(400)]
 

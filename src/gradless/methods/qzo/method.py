@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from gradless.methods.base import Group, Loss, ZerothOrderOptimizer
+from gradless.batch import Loss
+from gradless.methods.base import Group, ZerothOrderOptimizer
 from gradless.noise import Distribution
 from gradless.spaces import Space
 

@@ -1,0 +1,1 @@
+"""EZO: a direction for each example."""

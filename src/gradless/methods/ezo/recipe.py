@@ -1,0 +1,69 @@
+"""EZO's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gradless.methods.recipe import RATIO, AutoOptions, DecayOptions, Defaults, Recipe, SearchOptions, check_auto
+from gradless.targets import Kind
+
+if TYPE_CHECKING:
+    from gradless.formats.checkpoint import Checkpoint
+    from gradless.formats.model import TunableModel
+    from gradless.methods.base import Group
+    from gradless.methods.ezo.method import EZO
+
+OFFSETS = Defaults(RATIO, 1e-2, auto=True)
+"""For blocks with offsets of their own."""
+SCALES = Defaults(RATIO, 6e-2, auto=True)
+"""For blocks without: their scales are tuned."""
+
+
+@dataclass
+class EZOOptions(SearchOptions, AutoOptions, DecayOptions):
+    """The options of EZO."""
+
+
+class EZORecipe(Recipe[EZOOptions]):
+    """See `EZO`."""
+
+    name = "ezo"
+    title = "EZO (gradless's own; each example along a direction of its own): offsets, or scales, of its quantized weights"
+    summary = "offsets, each example along a direction of its own"
+    options = EZOOptions
+    moves_scales = True
+
+    def method(self) -> type[EZO]:
+        from gradless.methods.ezo.method import EZO
+
+        return EZO
+
+    def check(self, options: EZOOptions) -> None:
+        check_auto(options)
+
+    def groups(self, model: TunableModel, options: EZOOptions) -> list[Group]:
+        """A group for the blocks with offsets, and one for those without."""
+        missing = f"{self.name} tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
+        by_default: dict[Defaults, list[str]] = {}
+        for name in self.group(model, options, Kind.BLOCKS, OFFSETS, missing)["names"]:
+            by_default.setdefault(OFFSETS if model.has_offset(name) else SCALES, []).append(name)
+        space = {"part": "offset", "relative": True}
+        return [
+            {"auto": False, **self.group(model, options, Kind.BLOCKS, defaults, missing), "names": names, **space}
+            for defaults, names in by_default.items()
+        ]
+
+    def tunable(self, file: Checkpoint) -> tuple[dict[str, int], str]:
+        linear = [file.quantized[name] for name in file.linear_layers()]
+        offsets = sum(tensor.has_offset for tensor in linear)
+        return (
+            {"tensors": len(linear), "with offsets": offsets},
+            f"the offsets of {offsets} of {len(linear)} linear layers, and the scales of the others",
+        )
+
+    def state_bytes(self, linear: Sequence[tuple[int, int]], blocks: int) -> int:
+        """An fp32 master for each block."""
+        del linear
+        return 4 * blocks

@@ -1,0 +1,1 @@
+"""MeZO, the full-precision baseline."""

@@ -1,0 +1,1 @@
+"""NZO: perturbed outputs of the last layers, for answers of one word."""

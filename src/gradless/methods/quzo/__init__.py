@@ -1,0 +1,1 @@
+"""QuZO: integer codes by stochastic rounding."""

@@ -1,0 +1,1 @@
+"""QZO: scales of quantized weights."""

@@ -1,0 +1,352 @@
+"""`Recipe`: all that a run must know of a method beside its equations. Importing a recipe is cheap: the command line reads the
+options of all methods before torch is there."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+
+from gradless.errors import GradlessError
+from gradless.flags import Range, above_zero, option, whole
+from gradless.targets import Kind, Targets
+
+if TYPE_CHECKING:
+    from gradless.batch import Batch
+    from gradless.formats.checkpoint import Checkpoint
+    from gradless.formats.model import TunableModel
+    from gradless.methods.base import Group, ZerothOrderOptimizer
+
+RATIO = 0.3
+"""Root mean square of a step, in units of a query's, if the step size follows the estimates."""
+SIZE = above_zero(10**6)
+"""What a step size or a perturbation can be, in any unit."""
+BITS, COUNT, ROWS = whole(2, 8), whole(1, 10**9), whole(1, 1 << 16)
+
+
+def number_or_auto(text: str) -> float | str:
+    """Read the value of --lr."""
+    return text if text == "auto" else float(text)
+
+
+# -- options that several methods read ------------------------------------------------------------------------------------
+
+
+@dataclass
+class SearchOptions:
+    """What every method reads. None takes the method's default for the kind of model."""
+
+    lr: float | str | None = option(
+        None,
+        "Step size at the start (zoqo: eta, in grid steps; nzo: by how much a step changes the answers' scores), or auto: from "
+        "the estimates' size and --ratio (ezo's default, and mezo's for plain weights), and --eps, if not given, from a "
+        "short probe.",
+        parse=number_or_auto,
+        metavar="N|auto",
+        within=SIZE,
+    )
+    eps: float | None = option(None, "Size of a query's perturbation (quzo, and zoqo's mu: in grid steps).", within=SIZE)
+    target_modules: str | None = option(
+        None,
+        "Tune these modules instead of all linear layers: names that their paths end with, or a regular expression.",
+        metavar="A,B,..|REGEX",
+    )
+    exclude_modules: str | None = option(None, "Leave these modules out.", metavar="A,B,..|REGEX")
+
+
+@dataclass
+class AutoOptions:
+    """Step sizes that follow the estimates."""
+
+    ratio: float | None = option(
+        None,
+        f"--lr auto: the root mean square of a step, in units of eps (default: {RATIO}, of mezo .2).",
+        within=above_zero(10**3),
+    )
+
+
+@dataclass
+class QueryOptions:
+    """Directions."""
+
+    q: int | None = option(
+        None,
+        "Queries (directions) a step, each of which costs two forwards (default: 1); nzo: an example, each of which costs two "
+        "tokens (default: 8).",
+        within=COUNT,
+    )
+
+
+@dataclass
+class SharedDirections(QueryOptions):
+    """Directions that all examples of a batch share."""
+
+    distribution: str = option(
+        "gaussian",
+        "Distribution of directions (zoqo: gaussian, which is discretized, or uniform; quzo: gaussian).",
+        choices=("gaussian", "rademacher", "uniform"),
+    )
+
+
+@dataclass
+class DecayOptions:
+    """Weight decay."""
+
+    weight_decay: float = option(0.0, "Decay of the tuned values a step, times lr.", within=Range(0, 1000))
+
+
+@dataclass
+class PartOptions:
+    """The field of a block."""
+
+    part: str | None = option(
+        None,
+        "Which value of a block is tuned (default: scale, of nzo both); types without an offset, or without codebooks, tune "
+        "their scale.",
+        choices=("scale", "offset", "both", "codebook"),
+    )
+
+
+@dataclass
+class AbsoluteOptions:
+    """The unit of steps."""
+
+    absolute: bool = option(
+        False, "Perturb by eps itself (qzo, as in the paper: not relative to each scale; quzo, zoqo: not in grid steps)."
+    )
+
+
+def check_auto(options: Any) -> None:
+    """Refuse step sizes that contradict each other, for a method whose steps can choose their own.
+
+    Raises:
+        GradlessError: see above.
+    """
+    if isinstance(options.lr, str) and options.lr != "auto":
+        raise GradlessError(f"lr is {options.lr!r}; it is a number, or auto.")
+    if options.ratio is not None and options.lr not in (None, "auto"):
+        raise GradlessError("ratio is for --lr auto; leave one of the two out.")
+
+
+# -- what a recipe gives ----------------------------------------------------------------------------------------------------
+
+
+class Defaults(NamedTuple):
+    """A step size and a perturbation that learn if a user gives none; docs/results.md has the runs behind them."""
+
+    lr: float
+    eps: float
+    auto: bool = False
+    """Whether lr is a ratio: steps choose their own size."""
+
+
+FLOATS = Defaults(1e-3, 3e-2)
+"""For the unquantized tensors of a quantized file."""
+
+
+class Setting(Protocol):
+    """What a recipe sees of a run before its first step."""
+
+    @property
+    def model(self) -> TunableModel: ...
+
+    @property
+    def options(self) -> Any: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def answer_words(self) -> int:
+        """How many words all rows choose among, if these are single tokens and the model keeps copies of a token apart; else
+        0."""
+
+    def first_batches(self, rows: int | None = None) -> Sequence[Batch]:
+        """The first rows that are trained on, in micro-batches; by default one micro-batch."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run searches, in plain values: with the base and the journal's steps, all that a replay needs.
+
+    Attributes:
+        method: its name and its constructor's arguments.
+        groups: the parameter groups: kind and names of their tensors, and their options.
+        eps_factor: by how much a probe multiplied every eps; None if there was none.
+    """
+
+    method: dict[str, Any]
+    groups: list[Group]
+    eps_factor: float | None = None
+
+
+OptionsT = TypeVar("OptionsT", bound=SearchOptions)
+
+
+class Recipe(ABC, Generic[OptionsT]):
+    """A method's name, options, defaults, parameter groups, calibration, and what plans and cards say of it.
+
+    Attributes:
+        name: what --method takes.
+        title: for a model card: the method, its paper, and what it tunes.
+        summary: what it tunes, for --help.
+        options: the dataclass of the options that it reads.
+        queries: queries a step unless an option says otherwise.
+        tunes_codes: whether it tunes integer codes, and so LoRA adapters on a grid too.
+        moves_scales: whether it moves the scales of groups.
+        pairs: whether both sides of a query go through one forward if the batch is short.
+        tokens_added: tokens that it passes beside each example's own.
+        held_packed: whether weights stay as the quantized file has them.
+        ratio: the default of --ratio.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    options: ClassVar[type[SearchOptions]]
+    queries: ClassVar[int] = 1
+    tunes_codes: ClassVar[bool] = False
+    moves_scales: ClassVar[bool] = False
+    pairs: ClassVar[bool] = True
+    tokens_added: ClassVar[int] = 0
+    held_packed: ClassVar[bool] = True
+    ratio: ClassVar[float] = RATIO
+
+    @abstractmethod
+    def method(self) -> type[ZerothOrderOptimizer]:
+        """The method's class."""
+
+    @abstractmethod
+    def groups(self, model: TunableModel, options: OptionsT) -> list[Group]:
+        """The parameter groups.
+
+        Raises:
+            GradlessError: the model has nothing that the method tunes.
+        """
+
+    @abstractmethod
+    def tunable(self, file: Checkpoint) -> tuple[dict[str, int], str]:
+        """What the method would tune of a file, by default: counts, and a phrase that follows "would tune"."""
+
+    @abstractmethod
+    def state_bytes(self, linear: Sequence[tuple[int, int]], blocks: int) -> int:
+        """Bytes of the method's state beside the weights: for linear layers (outputs, inputs) and their number of blocks."""
+
+    def check(self, options: OptionsT) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            GradlessError: see above.
+        """
+        if isinstance(options.lr, str):
+            raise GradlessError(f"lr is {options.lr!r}; it is a number for {self.name}.")
+
+    def suits(self, options: OptionsT, *, quantized: bool, one_word: bool) -> bool:
+        """Whether --method auto may take it: for a model with quantized weights or without, and rows that choose among the same
+        few one-token words or do not."""
+        del options, quantized, one_word
+        return False
+
+    def arguments(self, options: OptionsT) -> dict[str, Any]:
+        """The constructor's arguments beside groups and seed, as plain values."""
+        del options
+        return {}
+
+    def copies(self, options: OptionsT) -> int:
+        """How many copies of its answer token an example needs."""
+        del options
+        return 0
+
+    def scale_eps(self, *, centred: bool) -> float | None:
+        """The default perturbation of scales, relative to each; None if the method moves no scales by itself."""
+        del centred
+        return None
+
+    def setup(self, setting: Setting, earlier: Setup | None = None) -> Setup:
+        """How a run searches. Steps that choose their own size get their eps from a probe.
+
+        Args:
+            setting: the run.
+            earlier: what this run began with, if it is resumed: its calibration is not made again.
+        """
+        options = setting.options
+        method = {"name": self.name, "seed": setting.seed, **self.arguments(options)}
+        groups = self.groups(setting.model, options)
+        if options.eps or getattr(options, "unquantized_eps", None) or not any(group.get("auto") for group in groups):
+            return Setup(method, groups)
+        factor = self._probe(setting, Setup(method, groups)) if earlier is None else earlier.eps_factor or 1.0
+        return Setup(method, [{**group, "eps": factor * group["eps"]} for group in groups], factor)
+
+    def group(
+        self,
+        model: TunableModel,
+        options: OptionsT,
+        kind: Kind,
+        defaults: Defaults,
+        missing: str,
+        *,
+        target: str | None = None,
+    ) -> Group:
+        """One group over all tunable tensors of a kind.
+
+        Args:
+            model: see `groups`.
+            options: see `groups`.
+            kind: of the tensors.
+            defaults: for lr and eps.
+            missing: what to say if there are no such tensors.
+            target: the modules, if the user names none.
+        """
+        names = model.tunable(kind, Targets(options.target_modules or target, options.exclude_modules))
+        if not names:
+            raise GradlessError(f"{missing}.")
+        ratio = getattr(options, "ratio", None)
+        group: Group = {
+            "kind": kind,
+            "names": names,
+            "lr": defaults.lr if options.lr is None else options.lr,
+            "eps": options.eps or defaults.eps,
+            "weight_decay": getattr(options, "weight_decay", 0.0),
+        }
+        if options.lr == "auto" or (options.lr is None and (defaults.auto or ratio is not None)):
+            return {**group, "lr": ratio or self.ratio, "auto": True}
+        return group
+
+    def _probe(self, setting: Setting, setup: Setup) -> float:
+        """By how much to multiply every eps: see `probe.best_factor`."""
+        import torch
+
+        from gradless.methods.probe import best_factor
+
+        optimizer = build(setting.model, setup, self.method())
+        optimizer.q = optimizer.probe_queries
+        batch, *_ = setting.first_batches()
+
+        def derivatives(factor: float) -> torch.Tensor:
+            for group, given in zip(optimizer.param_groups, setup.groups, strict=True):
+                group["eps"] = factor * given["eps"]
+            return torch.tensor([float(plus - minus) / (2 * factor) for plus, minus in optimizer.measure(batch).losses])
+
+        with torch.inference_mode():
+            return best_factor(derivatives)
+
+
+def build(model: TunableModel, setup: Setup, method: type[ZerothOrderOptimizer]) -> ZerothOrderOptimizer:
+    """A method over the spaces of a model.
+
+    Args:
+        model: what is searched.
+        setup: how, as `Recipe.setup` gives it or a journal keeps it.
+        method: the class of `setup.method`'s name.
+    """
+    made = []
+    for group in setup.groups:
+        of_spaces = {name: value for name, value in group.items() if name in SPACE_OPTIONS}
+        of_method = {name: value for name, value in group.items() if name not in SPACE_OPTIONS}
+        made.append({**of_method, "spaces": model.spaces(**of_spaces)})
+    return method(made, **{name: value for name, value in setup.method.items() if name != "name"})
+
+
+SPACE_OPTIONS = ("kind", "names", "part", "relative", "master", "clamp", "residual", "stride")
+"""The options of a group that are its spaces' and not the method's."""

@@ -1,0 +1,1 @@
+"""ZOQO: sign steps of integer codes."""

@@ -1,0 +1,65 @@
+"""ZOQO's recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gradless.errors import GradlessError
+from gradless.flags import option
+from gradless.methods.codes import CodeOptions, CodeRecipe
+from gradless.methods.recipe import Defaults
+
+if TYPE_CHECKING:
+    from gradless.methods.zoqo.method import ZOQO
+
+
+@dataclass
+class ZOQOOptions(CodeOptions):
+    """The options of ZOQO."""
+
+    whole_steps: bool = option(False, "ZOQO: move by a whole grid step at least, as in the paper; no residual then.")
+    hold: bool = option(False, "ZOQO: a third forward a step, at x itself; move only where a side of it is lower.")
+
+
+class ZOQORecipe(CodeRecipe[ZOQOOptions]):
+    """See `ZOQO`. Its update is in grid steps, and only signs of its differences count."""
+
+    name = "zoqo"
+    title = "ZOQO ([arXiv 2501.06736](https://arxiv.org/abs/2501.06736)): its integer codes"
+    summary = "integer codes, by signs"
+    options = ZOQOOptions
+    plain, few_levels, adapters = Defaults(0.04, 0.53), Defaults(0.04, 0.53), Defaults(0.05, 2.4)
+    power = 1
+
+    def method(self) -> type[ZOQO]:
+        from gradless.methods.zoqo.method import ZOQO
+
+        return ZOQO
+
+    def check(self, options: ZOQOOptions) -> None:
+        super().check(options)
+        if options.hold and getattr(options, "accumulate", 1) > 1:
+            raise GradlessError("hold compares a query with the loss at x batch by batch; leave accumulation out with it.")
+
+    def arguments(self, options: ZOQOOptions) -> dict[str, Any]:
+        return {
+            "q": options.q or self.queries,
+            "distribution": options.distribution,
+            "whole_steps": options.whole_steps,
+            "hold": options.hold,
+        }
+
+    def eps_of_share(self, share: float) -> float:
+        from gradless.methods.zoqo.method import mu_of_share
+
+        return mu_of_share(share)
+
+    def scaled_eps(self, eps: float, unit: float) -> float:
+        """Below one step mu is no standard deviation: there the root of the share of codes that it moves is what scales."""
+        from gradless.methods.zoqo.method import mu_of_share
+        from gradless.noise import discretized_gaussian
+
+        if eps * unit < eps < 1:
+            return mu_of_share(discretized_gaussian(1, eps).share * unit**2)
+        return eps * unit

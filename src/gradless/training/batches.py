@@ -1,0 +1,143 @@
+"""Batches of tokenized examples, in an order that follows from the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from gradless import noise, objectives
+from gradless.batch import Batch
+from gradless.errors import GradlessError
+from gradless.independence import independence, keeps_copies
+from gradless.layers import QuantLinear
+from gradless.objectives import TokenizedExample
+
+PAIR_TOKENS = 1024
+"""Most tokens of a batch whose two losses come from one forward; in a longer one unpacking is a small part."""
+
+
+class TokenBatch(Batch):
+    """A batch of tokenized examples, with the loss of `objectives`.
+
+    Args:
+        model: the language model.
+        inputs: what `objectives.collate` returns, on the model's device.
+    """
+
+    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
+        self._model, self.inputs = model, inputs
+        self.size = len(inputs["sizes"])
+        self.paired = independence(model).halves and inputs["input_ids"].numel() <= PAIR_TOKENS
+
+    def loss(self) -> Tensor:
+        return self.losses().mean()
+
+    def paired_loss(self) -> tuple[Tensor, Tensor]:
+        plus, minus = self.paired_losses().mean(1)
+        return plus, minus
+
+    def losses(self) -> Tensor:
+        return objectives.losses(self._model, self.inputs)[0]
+
+    def paired_losses(self) -> Tensor:
+        return objectives.losses(self._model, objectives.doubled(self.inputs))[0].view(2, -1)
+
+    @property
+    def example_of_token(self) -> Tensor:
+        if not independence(self._model).halves:
+            raise GradlessError(
+                f"this method needs to know which tokens are whose, and not all layers of {type(self._model).__name__} see a "
+                "batch's tokens in their order; use --method qzo."
+            )
+        examples: Tensor = self.inputs["owners"]
+        return examples
+
+    def token_losses(self) -> Tensor:
+        logits, _ = objectives.supervised_logits(self._model, self.inputs)
+        return nn.functional.cross_entropy(logits, self.inputs["targets"].to(logits.device), reduction="none")
+
+    @property
+    def labels(self) -> Tensor:
+        labels: Tensor = self.inputs["labels"]
+        return labels
+
+    def answer_scores(self) -> Tensor:
+        return objectives.asked(self._model, self.inputs)
+
+    @property
+    def answer_tokens(self) -> Tensor:
+        return objectives.asked_tokens(self.inputs)
+
+    def layers(self, names: list[str]) -> Mapping[str, nn.Module]:
+        layers = {module.packed.name: module for module in self._model.modules() if isinstance(module, QuantLinear)}
+        return {name: layers[name] for name in names}
+
+
+def token_batch(model: Any, examples: Sequence[TokenizedExample], copies: int = 0) -> TokenBatch:
+    """Lay examples out as the model needs it.
+
+    Args:
+        model: the language model.
+        examples: of the batch.
+        copies: how many copies of its answer token each example gets; see `objectives.collate`.
+    """
+    inputs = objectives.collate(examples, rows=independence(model).rows, copies=copies)
+    return TokenBatch(model, {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()})
+
+
+def shared_words(model: Any, data: Any) -> tuple[int, ...]:
+    """The token ids of the words among which all rows choose, if the model keeps copies of a token apart; else ()."""
+    words = {example.words for example in data} if is_tokenized(data) else set()
+    shared = (words.pop() or ()) if len(words) == 1 else ()
+    return shared if shared and keeps_copies(model) else ()
+
+
+def is_tokenized(data: Any) -> bool:
+    """Whether a data set is a sequence of tokenized examples."""
+    return isinstance(data, Sequence) and len(data) > 0 and isinstance(data[0], TokenizedExample)
+
+
+class SeededSampler(Sampler[int]):
+    """Indices in an order that follows from seed and epoch alone."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed, self.epoch = n, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(noise.permutation(self.seed, self.epoch, self.n).tolist())
+
+    def __len__(self) -> int:
+        return self.n
+
+
+class MicroBatches:
+    """The rows of every step: each epoch goes through all of them once, in an order that follows from seed and epoch.
+
+    Args:
+        n: rows.
+        batch_size: rows of a micro-batch; the last of an epoch may have fewer.
+        accumulate: micro-batches of a step; the last step of an epoch may have fewer.
+        seed: of the run.
+    """
+
+    def __init__(self, n: int, *, batch_size: int, accumulate: int, seed: int) -> None:
+        self._sampler, self._size, self._accumulate = SeededSampler(n, seed), batch_size, accumulate
+        self._steps = -(-n // (batch_size * accumulate))
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    def of_step(self, step: int) -> list[list[int]]:
+        """The numbers of a step's rows, micro-batch by micro-batch."""
+        epoch, number = divmod(step, self._steps)
+        if self._order is None or self._order[0] != epoch:
+            self._sampler.set_epoch(epoch)
+            self._order = epoch, torch.tensor(list(self._sampler))
+        rows = self._size * self._accumulate
+        of_step = self._order[1][number * rows : (number + 1) * rows]
+        return [part.tolist() for part in torch.split(of_step, self._size)]
