@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradless import LabelAttack, QueryLog, SignHunter, ZOQOAttack, ZOSignSGDAttack
-from gradless.ball import Ball
+from gradless.attacks.ball import Ball
+from gradless.attacks.criteria import Misclassification, TargetedMisclassification
+from gradless.attacks.directions import Chunks
 from gradless.errors import GradlessError
-from gradless.noise import Chunks, Direction
+from gradless.noise import Direction
 
 SHAPE = (2, 4, 4)
 
@@ -60,13 +62,14 @@ def test_every_promise_of_a_result(method, bits, norm, eps, pixel_bits, targeted
     x, model = images(6, seed), Counted(linear_model(seed))
     clean = model.model(x).argmax(1)
     labels = (clean + 1) % 5 if targeted else clean
-    more = {"bits": bits, "norm": norm, "pixel_bits": pixel_bits, "targeted": targeted, "seed": seed, "max_queries": 60}
+    criterion = TargetedMisclassification(labels) if targeted else Misclassification(labels)
+    more = {"bits": bits, "norm": norm, "pixel_bits": pixel_bits, "seed": seed, "max_queries": 60}
     if method == "chunks" and norm == "l2" and bits == 2:
         with pytest.raises(GradlessError, match="take more bits"):
-            METHODS[method](eps, **more).attack(model, x, labels)
+            METHODS[method](eps, **more).attack(model, x, criterion)
         return
     attack = METHODS[method](eps, **more)
-    result = attack.attack(model, x, labels)
+    result = attack.attack(model, x, criterion)
     assert len(model.inputs) == int(result.queries.sum()), "every call is counted"
     assert int(result.queries.max()) <= 60
     after = model.model(result.images).argmax(1)
@@ -226,9 +229,11 @@ def nan_once(batch):
         ({"predict": lambda batch: torch.zeros(len(batch))}, "one float an image"),
         ({"images": images(4) * 2}, r"pixels must lie in \[0, 1\]"),
         ({"images": images(4) * float("nan")}, "pixels must lie in"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, "4 images need integers"),
-        ({"labels": torch.tensor([0, 1, 2, 9])}, "label 9 does not fit a model with 5 classes"),
-        ({"labels": torch.tensor([0.0, 1, 2, 3])}, "labels are torch.float32"),
+        ({"criterion": torch.zeros(3, dtype=torch.int64)}, "4 images need integers"),
+        ({"criterion": torch.tensor([0, 1, 2, 9])}, "label 9 does not fit a model with 5 classes"),
+        ({"criterion": torch.tensor([0.0, 1, 2, 3])}, "labels are torch.float32"),
+        ({"criterion": Misclassification(torch.zeros(3, dtype=torch.int64))}, "has 3 classes; 4 images need as many"),
+        ({"criterion": TargetedMisclassification([0, 1, 2, 9])}, "label 9 does not fit a model with 5 classes"),
         ({"max_queries": 1}, "max_queries is 1; one step takes 2"),
         ({"eps": 0.0}, "eps is 0.0"),
         ({"bits": 9}, "bits is 9"),
@@ -242,7 +247,7 @@ def nan_once(batch):
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(change, says):
-    given = {"predict": linear_model(), "images": images(4), "labels": torch.arange(4)}
+    given = {"predict": linear_model(), "images": images(4), "criterion": torch.arange(4)}
     options = {"eps": 0.1} | {name: value for name, value in change.items() if name not in given}
     given |= {name: value for name, value in change.items() if name in given}
     with pytest.raises(GradlessError, match=says):
@@ -420,8 +425,8 @@ def test_classes_of_any_form_are_the_same(form, n):
         (lambda s: {"scores": s.argmax(1)}, "returned scores of shape"),
         (lambda s: {"labels": s}, "returned labels of shape"),
         (lambda s: s.topk(3), "returned classes of shape"),
-        (lambda s: tuple(s.topk(3)), "alone or in a way that tells them"),
-        (lambda s: (torch.tensor(1.0), s, s), "alone or in a way that tells them"),
+        (lambda s: tuple(s.topk(3)), "alone or so that they can be told"),
+        (lambda s: (torch.tensor(1.0), s, s), "alone or so that they can be told"),
         (lambda s: s.index_fill(1, torch.tensor([2]), float("nan")), "a score that is no finite number for image 0"),
     ],
 )
