@@ -121,6 +121,32 @@ def test_zoqo_with_chunks_is_signhunter_at_any_bits():
         assert torch.allclose(ours.images, hunter.images, atol=1e-6)
 
 
+@given(seed=st.integers(0, 99), targeted=st.booleans())
+def test_a_loss_below_zero_is_an_adversarial_input(seed, targeted):
+    generator = torch.Generator().manual_seed(seed)
+    scores, classes = torch.randn(9, 5, generator=generator), torch.randint(0, 5, (12,), generator=generator)
+    asked = torch.randperm(12, generator=generator)[:9]
+    criterion = (TargetedMisclassification if targeted else Misclassification)(classes)
+    named = scores.argmax(1)
+    adversarial = (named == classes[asked]) if targeted else (named != classes[asked])
+    losses, alone = criterion.losses(scores, asked), criterion.losses(named, asked)
+    assert torch.equal(losses < 0, adversarial)
+    assert torch.equal(alone, torch.where(adversarial, -1.0, 1.0)), "of a class alone the loss is a sign"
+    for loss, row, c in zip(losses.tolist(), scores.tolist(), classes[asked].tolist(), strict=True):
+        others = max(score for j, score in enumerate(row) if j != c)
+        assert loss == pytest.approx(others - row[c] if targeted else row[c] - others)
+
+
+@pytest.mark.parametrize("criterion", [Misclassification, TargetedMisclassification])
+def test_a_criterion_reads_classes_of_any_form(criterion):
+    for form in ([2, 0, 1], np.eye(3)[[2, 0, 1]], torch.tensor([[2], [0], [1]])):
+        assert criterion(form).classes.tolist() == [2, 0, 1]
+    with pytest.raises(GradlessError, match="n images need integers"):
+        criterion([0.5, 1.5])
+    with pytest.raises(GradlessError, match="n images need integers"):
+        criterion(3)
+
+
 @given(size=st.integers(1, 70), m=st.integers(1, 5))
 def test_chunks_are_halved_down_to_single_coordinates(size, m):
     chunks = Chunks(size, m)

@@ -77,7 +77,7 @@ class LabelAttack(Attack):
         def losses() -> Tensor:
             nonlocal sides
             rows, signs, x = space.active, space.point(), space.values[space.active].float()
-            if sides % 2 == 0:  # a new query: where the last one moved x, the smaller radius that it saw is x's
+            if sides % 2 == 0:  # a new query; if the last one moved x, its smaller radius is that of x
                 moved = rows[(x != at[rows]).any(1)]
                 radius[moved], at[rows], seen[rows] = seen[moved], x, math.inf
             sides += 1

@@ -20,7 +20,7 @@ _SCHEMA = {
     "header": "CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
     "calls": """CREATE TABLE calls (
         call INTEGER PRIMARY KEY,
-        answers BLOB NOT NULL  -- an `ANSWER` for each image asked
+        answers BLOB NOT NULL  -- of each image asked: `ANSWER`
     ) STRICT""",
 }
 _WHAT = "a log of queries"
