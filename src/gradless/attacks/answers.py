@@ -79,9 +79,8 @@ def read_answer(returned: Any, images: int) -> Tensor:
         outputs = {f"output {i}": value for i, value in enumerate(returned)}
         scores = _of_kind(outputs, images, scores=True)
         others = [value for name, value in scores.items() if name != "output 0"]
-        if "output 0" in scores and all(
-            map(Tensor.is_floating_point, others)
-        ):  # integers beside it may be its columns' classes
+        # Integers beside the first scores may be the classes of their columns.
+        if "output 0" in scores and all(map(Tensor.is_floating_point, others)):
             return choose({"output 0": returned[0]}, images)
         return choose(outputs, images)
     return choose({"an array": returned}, images)

@@ -22,7 +22,7 @@ class Criterion(ABC):
         classes: int64 (images,).
 
     Raises:
-        GradlessError: these are no classes.
+        GradlessError: the classes cannot be read.
     """
 
     def __init__(self, classes: ArrayLike, /) -> None:
@@ -30,7 +30,7 @@ class Criterion(ABC):
 
     @abstractmethod
     def loss(self, lead: Tensor) -> Tensor:
-        """The loss that follows from the `lead` of the image's class: fp32 (n,), below zero if the input is adversarial."""
+        """The loss that follows from the class's lead (see `lead_of`): fp32 (n,), below zero if the input is adversarial."""
 
     def losses(self, answer: Tensor, images: Tensor) -> Tensor:
         """The losses of a model's answer to one input of each of some images.
@@ -45,7 +45,7 @@ class Criterion(ABC):
         Raises:
             GradlessError: the scores lack a class.
         """
-        return self.loss(lead(answer, self.classes[images]))
+        return self.loss(lead_of(self.classes[images], answer))
 
 
 class Misclassification(Criterion):
@@ -68,12 +68,12 @@ class TargetedMisclassification(Criterion):
         return -lead
 
 
-def lead(answer: Tensor, classes: Tensor) -> Tensor:
-    """How far each class c is ahead of all others: s_c - max_{j != c} s_j of scores s; of labels, 1 if it is c, else -1.
+def lead_of(classes: Tensor, answer: Tensor) -> Tensor:
+    """How far each class c is ahead of all others: s_c - max_{j != c} s_j with scores s; 1 or -1 with labels.
 
     Args:
-        answer: scores (n, classes) or labels, int64 (n,).
         classes: int64 (n,).
+        answer: scores (n, classes) or labels, int64 (n,).
 
     Returns:
         fp32 (n,).
@@ -94,7 +94,7 @@ def as_criterion(given: Criterion | ArrayLike, images: int) -> Criterion:
     """The criterion that was given for this many images; labels alone mean `Misclassification`.
 
     Raises:
-        GradlessError: these are no labels, or not one for each image.
+        GradlessError: the labels cannot be read, or there is not one for each image.
     """
     if not isinstance(given, Criterion):
         return Misclassification(read_labels(given, images))

@@ -86,7 +86,7 @@ class OnnxFile:
             return images.numpy().astype(taken)
         pixels = images * 255
         if bool(((pixels - pixels.round()).abs() > 1e-2).any()):
-            raise GradlessError(f"--model {self.path} takes bytes; give --pixel-bits 8, so that images are asked as bytes.")
+            raise GradlessError(f"--model {self.path} takes bytes; give --pixel-bits 8, so that images are rounded to bytes.")
         return pixels.round().to(torch.uint8).numpy()
 
 
