@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -29,7 +28,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from worklist import Row, WorkList, figure, model_path
 
 from gradless import QZO
-from gradless.methods.base import Closure, Group, Loss
+from gradless.batch import Batch, Loss
+from gradless.methods.base import Group, Measurement
+from gradless.methods.qzo.recipe import QZORecipe
+from gradless.methods.registry import RECIPES
 from gradless.noise import Direction
 from gradless.tensor import Move
 
@@ -63,13 +65,12 @@ class FZOO(QZO):
     (Dang et al., 2025, arXiv 2506.09034)."""
 
     @torch.no_grad()
-    def query(self, closure: Closure, pair: Closure | None = None, *, held: bool = False) -> list[tuple[Loss, Loss]]:
-        del pair
-        here, there = float(closure()), []
+    def measure(self, batch: Batch) -> Measurement:
+        here, losses = float(batch.loss()), []
         for query in range(self.q):
-            with self.at(query, +1, held=held):
-                there.append(float(closure()))
-        return [(loss, here) for loss in there]
+            with self.perturbed(query, +1, many_forwards=batch.generates):
+                losses.append((float(batch.loss()), here))
+        return Measurement(tuple(losses), batch.size)
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
         return (plus - minus) / group["eps"]
@@ -77,10 +78,21 @@ class FZOO(QZO):
     def step_size(self, group: int, d: Sequence[Loss]) -> float:
         options, deviation = self.param_groups[group], float(torch.tensor(d).std())
         usable = 0 < deviation < math.inf
-        return float(self.watch.factor * options["lr"] * options["eps"] * math.sqrt(len(d)) / deviation) if usable else 0.0
+        return float(self.backoff.factor * options["lr"] * options["eps"] * math.sqrt(len(d)) / deviation) if usable else 0.0
 
 
-CHANGED = {"QZO": QZO, "momentum": Momentum, "subspace": Subspace, "FZOO": FZOO}
+class Changed(QZORecipe):
+    """QZO's recipe around a changed method."""
+
+    def __init__(self, name: str, changed: type[QZO]) -> None:
+        self.name, self.title, self.changed = name.lower(), f"{name}, a change of QZO", changed  # type: ignore[misc]
+
+    def method(self) -> type[QZO]:
+        return self.changed
+
+
+CHANGES = [Changed(name, changed) for name, changed in (("momentum", Momentum), ("subspace", Subspace), ("FZOO", FZOO))]
+RECIPES.update({each.name: each for each in CHANGES})
 
 
 def rows() -> dict[str, Row]:
@@ -108,8 +120,7 @@ def rows() -> dict[str, Row]:
 
 def tune(row: Row) -> Row:
     shared: dict[str, Any] = {"lr": "auto", "eps": 2e-2, "distribution": "rademacher"}
-    with patch.dict(METHODS, {"qzo": CHANGED[row["change"]]}):
-        return WORK.tune({**row, **shared}, model_path(), 10**6)
+    return WORK.tune({**row, **shared, "method": row["change"].lower()}, model_path(), 10**6)
 
 
 def table(done: dict[str, Row]) -> str:

@@ -187,7 +187,7 @@ def test_an_endpoint_keeps_below_its_rate(server):
             "the model failed .RuntimeError: out of cheese",
         ),
         (PREDICT, "other", "has no attribute 'other'"),
-        ("predict = 3", "predict", "is int, nothing that can be called"),
+        ("predict = 3", "predict", "is int; it must be callable"),
         (PREDICT, "", "give module:attribute"),
     ],
 )
@@ -405,7 +405,7 @@ def test_onnx_files_give_the_model_s_own_answers(tmp_path, module, images, weigh
         ({"shape": (108,)}, "takes images of shape (108,), and these are of shape (3, 6, 6)"),
         ({"dtype": "UINT8"}, "takes bytes; give --pixel-bits 8"),
         ({"dtype": "INT64"}, "takes tensor(int64)"),
-        ({"outputs": ("more", "plain")}, "alone or in a way that tells them"),
+        ({"outputs": ("more", "plain")}, "alone or so that they can be told"),
         ({"outputs": ("one",)}, "of two classes return both scores"),
     ],
 )

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradless import LabelAttack, QueryLog, SignHunter, ZOQOAttack, ZOSignSGDAttack
-from gradless.ball import Ball
+from gradless.attacks.ball import Ball
+from gradless.attacks.criteria import Misclassification, TargetedMisclassification
+from gradless.attacks.directions import Chunks
 from gradless.errors import GradlessError
-from gradless.noise import Chunks, Direction
+from gradless.noise import Direction
 
 SHAPE = (2, 4, 4)
 
@@ -60,13 +62,14 @@ def test_every_promise_of_a_result(method, bits, norm, eps, pixel_bits, targeted
     x, model = images(6, seed), Counted(linear_model(seed))
     clean = model.model(x).argmax(1)
     labels = (clean + 1) % 5 if targeted else clean
-    more = {"bits": bits, "norm": norm, "pixel_bits": pixel_bits, "targeted": targeted, "seed": seed, "max_queries": 60}
+    criterion = TargetedMisclassification(labels) if targeted else Misclassification(labels)
+    more = {"bits": bits, "norm": norm, "pixel_bits": pixel_bits, "seed": seed, "max_queries": 60}
     if method == "chunks" and norm == "l2" and bits == 2:
         with pytest.raises(GradlessError, match="take more bits"):
-            METHODS[method](eps, **more).attack(model, x, labels)
+            METHODS[method](eps, **more).attack(model, x, criterion)
         return
     attack = METHODS[method](eps, **more)
-    result = attack.attack(model, x, labels)
+    result = attack.attack(model, x, criterion)
     assert len(model.inputs) == int(result.queries.sum()), "every call is counted"
     assert int(result.queries.max()) <= 60
     after = model.model(result.images).argmax(1)
@@ -116,6 +119,32 @@ def test_zoqo_with_chunks_is_signhunter_at_any_bits():
         ours = ZOQOAttack(0.1, bits=bits).attack(model, x, labels)
         assert torch.equal(ours.queries, hunter.queries)
         assert torch.allclose(ours.images, hunter.images, atol=1e-6)
+
+
+@given(seed=st.integers(0, 99), targeted=st.booleans())
+def test_a_loss_below_zero_is_an_adversarial_input(seed, targeted):
+    generator = torch.Generator().manual_seed(seed)
+    scores, classes = torch.randn(9, 5, generator=generator), torch.randint(0, 5, (12,), generator=generator)
+    asked = torch.randperm(12, generator=generator)[:9]
+    criterion = (TargetedMisclassification if targeted else Misclassification)(classes)
+    named = scores.argmax(1)
+    adversarial = (named == classes[asked]) if targeted else (named != classes[asked])
+    losses, alone = criterion.losses(scores, asked), criterion.losses(named, asked)
+    assert torch.equal(losses < 0, adversarial)
+    assert torch.equal(alone, torch.where(adversarial, -1.0, 1.0)), "of a class alone the loss is a sign"
+    for loss, row, c in zip(losses.tolist(), scores.tolist(), classes[asked].tolist(), strict=True):
+        others = max(score for j, score in enumerate(row) if j != c)
+        assert loss == pytest.approx(others - row[c] if targeted else row[c] - others)
+
+
+@pytest.mark.parametrize("criterion", [Misclassification, TargetedMisclassification])
+def test_a_criterion_reads_classes_of_any_form(criterion):
+    for form in ([2, 0, 1], np.eye(3)[[2, 0, 1]], torch.tensor([[2], [0], [1]])):
+        assert criterion(form).classes.tolist() == [2, 0, 1]
+    with pytest.raises(GradlessError, match="n images need integers"):
+        criterion([0.5, 1.5])
+    with pytest.raises(GradlessError, match="n images need integers"):
+        criterion(3)
 
 
 @given(size=st.integers(1, 70), m=st.integers(1, 5))
@@ -226,9 +255,11 @@ def nan_once(batch):
         ({"predict": lambda batch: torch.zeros(len(batch))}, "one float an image"),
         ({"images": images(4) * 2}, r"pixels must lie in \[0, 1\]"),
         ({"images": images(4) * float("nan")}, "pixels must lie in"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, "4 images need integers"),
-        ({"labels": torch.tensor([0, 1, 2, 9])}, "label 9 does not fit a model with 5 classes"),
-        ({"labels": torch.tensor([0.0, 1, 2, 3])}, "labels are torch.float32"),
+        ({"criterion": torch.zeros(3, dtype=torch.int64)}, "4 images need integers"),
+        ({"criterion": torch.tensor([0, 1, 2, 9])}, "label 9 does not fit a model with 5 classes"),
+        ({"criterion": torch.tensor([0.0, 1, 2, 3])}, "labels are torch.float32"),
+        ({"criterion": Misclassification(torch.zeros(3, dtype=torch.int64))}, "has 3 classes; 4 images need as many"),
+        ({"criterion": TargetedMisclassification([0, 1, 2, 9])}, "label 9 does not fit a model with 5 classes"),
         ({"max_queries": 1}, "max_queries is 1; one step takes 2"),
         ({"eps": 0.0}, "eps is 0.0"),
         ({"bits": 9}, "bits is 9"),
@@ -242,7 +273,7 @@ def nan_once(batch):
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(change, says):
-    given = {"predict": linear_model(), "images": images(4), "labels": torch.arange(4)}
+    given = {"predict": linear_model(), "images": images(4), "criterion": torch.arange(4)}
     options = {"eps": 0.1} | {name: value for name, value in change.items() if name not in given}
     given |= {name: value for name, value in change.items() if name in given}
     with pytest.raises(GradlessError, match=says):
@@ -420,8 +451,8 @@ def test_classes_of_any_form_are_the_same(form, n):
         (lambda s: {"scores": s.argmax(1)}, "returned scores of shape"),
         (lambda s: {"labels": s}, "returned labels of shape"),
         (lambda s: s.topk(3), "returned classes of shape"),
-        (lambda s: tuple(s.topk(3)), "alone or in a way that tells them"),
-        (lambda s: (torch.tensor(1.0), s, s), "alone or in a way that tells them"),
+        (lambda s: tuple(s.topk(3)), "alone or so that they can be told"),
+        (lambda s: (torch.tensor(1.0), s, s), "alone or so that they can be told"),
         (lambda s: s.index_fill(1, torch.tensor([2]), float("nan")), "a score that is no finite number for image 0"),
     ],
 )

@@ -344,9 +344,9 @@ def _plan(parsed: argparse.Namespace) -> int:
 def _attack(parsed: argparse.Namespace) -> int:
     names = {field.name for field in fields(AttackOptions)}
     options = AttackOptions(**{name: value for name, value in vars(parsed).items() if name in names})
-    from gradless import run_attack
+    from gradless.attacks.run import attack
 
-    result = run_attack.attack(parsed.model, parsed.images, options, quiet=parsed.json)
+    result = attack(parsed.model, parsed.images, options, quiet=parsed.json)
     if parsed.json:
         print(json.dumps(result))
     else:

@@ -155,12 +155,6 @@ def uniform_grid(m: int) -> Integers:
 
 
 @cache
-def sparse(m: int, share: float) -> Integers:
-    """-m or m on this share of the coordinates, 0 on the others."""
-    return Integers((round(2**15 * share),) * m)
-
-
-@cache
 def discretized_gaussian(m: int, spread: float) -> Integers:
     """P(k) proportional to phi(k / spread), |k| <= m (ZOQO's other noise; spread is mu / s, well below 1 for sparse moves).
 
@@ -196,47 +190,6 @@ def _from_probabilities(lower: Sequence[Decimal]) -> Integers:
     """From P(-m), ..., P(-1); steps too rare for 16 bits to draw are left out."""
     tail = [round(edge * 2**16) for edge in accumulate(lower)]
     return Integers(tuple(filter(None, tail)) or (0,))
-
-
-@dataclass(frozen=True)
-class Chunks(Distribution):
-    """SignHunter's directions (Al-Dujaili and O'Reilly, 2020): m on one chunk of coordinates, 0 on all others.
-
-    Step 0 moves all coordinates of a problem, the next two a half each, then quarters, and so on to single ones; then again.
-
-    Attributes:
-        size: coordinates of a problem; problems lie one after the other.
-        m: in grid steps.
-    """
-
-    size: int
-    m: int = 1
-
-    @property
-    def steps(self) -> int:
-        """Until it begins again."""
-        return sum(map(len, self._levels))
-
-    @property
-    def _levels(self) -> list[range]:
-        """Of each level, where its chunks begin."""
-        depth = (self.size - 1).bit_length()
-        return [range(0, self.size, -(-self.size // 2**level)) for level in range(depth + 1)]
-
-    def chunk(self, step: int) -> tuple[int, int]:
-        """A step's first coordinate, and the first behind its last."""
-        step %= self.steps
-        for level in self._levels:
-            if step < len(level):
-                return level[step], level[step] + level.step
-            step -= len(level)
-        raise AssertionError
-
-    def draw(self, direction: Direction, name: str, start: int, count: int, device: torch.device | str) -> Tensor:
-        del name  # nothing random here
-        place = torch.arange(start, start + count, device=device) % self.size
-        first, last = self.chunk(direction.step)
-        return torch.where((place >= first) & (place < last), float(self.m), 0.0)
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradless import kernels
-from gradless.ball import Ball
 from gradless.errors import GradlessError
 from gradless.grids import Grid
 from gradless.kernels.reference import f32, stopped
-from gradless.noise import Chunks, Direction, Signs
 from gradless.tensor import Move, Part, QuantTensor
 
 AT_ONCE = 1 << 17
@@ -262,97 +259,6 @@ class GridSpace(Space):
         self.values.copy_(after)
         self._shown = None
         return changed
-
-
-def image_names(numbers: Tensor) -> list[str]:
-    """By which images of these numbers, int64 (n,), draw."""
-    return [f"image {number}" for number in numbers.tolist()]
-
-
-class ImageSpace(Space):
-    """Perturbations of a batch of images, each a problem of its own: values in units of their ball, (problems, pixels).
-
-    An image draws its coordinates by its own name, so what happens to it depends on no other image. Along `Chunks` a coordinate
-    moves toward the farther of its two ends.
-
-    Args:
-        images: fp32 (problems, pixels), inside the pixels' range.
-        ball: where perturbations may be; int16 values on its grid, or fp32 where it has none.
-        first: the number of the first image.
-        start: where all values begin, as far as the ball lets them.
-
-    Attributes:
-        rows: int64 (active,), the problems that are being searched; views and moves are of these alone.
-    """
-
-    name = "images"
-
-    def __init__(self, images: Tensor, ball: Ball, *, first: int = 0, start: float = 0.0) -> None:
-        self.ball, self.first = ball, first
-        self.rows = torch.arange(len(images), device=images.device)
-        self._bounds = ball.bounds(images)
-        begun = ball.project(torch.full_like(images, start), self._bounds)
-        self.values = begun if ball.bits is None else begun.to(torch.int16)
-        self._view: Move | None = None
-        self._drawn_last: tuple[Direction, Tensor, Tensor] | None = None
-
-    @property
-    def codes(self) -> int:
-        return 0 if self.ball.bits is None else self.values.numel()
-
-    @cached_property
-    def _middle(self) -> Tensor:
-        """Between the two ends of each coordinate: fp32 (problems, pixels)."""
-        far = torch.full_like(self._bounds[0], 2.0 * self.ball.levels)
-        return (self.ball.project(far, self._bounds) + self.ball.project(-far, self._bounds)) / 2
-
-    def active(self, of_all: Tensor) -> Tensor:
-        """The active problems' share of what all have: (problems, ..) -> (active, ..), itself where all are active."""
-        return of_all if len(self.rows) == len(of_all) else of_all[self.rows]
-
-    def restart(self, rows: Tensor, x: Tensor) -> None:
-        """Begin some problems anew at x, (n, pixels)."""
-        lower, upper = self._bounds
-        self.values[rows] = self.ball.project(x, (lower[rows], upper[rows])).to(self.values.dtype)
-        self._drawn_last = None
-
-    def point(self) -> Tensor:
-        """The active problems' x as it is viewed now: fp32 (active, pixels)."""
-        x = self.active(self.values).float()
-        return x if self._view is None else self._moved(x, self._view)
-
-    def view(self, *moves: Move) -> None:
-        (self._view,) = moves or (None,)
-
-    def move(self, moves: Sequence[Move]) -> int:
-        changed = 0
-        for move in moves:
-            before = self.active(self.values)
-            after = self._moved(before.float(), move).to(before.dtype)
-            changed += int((after != before).sum())
-            self.values[self.rows] = after
-            self._drawn_last = None
-        return changed if self.codes else 0
-
-    def _moved(self, x: Tensor, move: Move) -> Tensor:
-        direction, by = move.direction, move.coefficient
-        u = direction.of(self._drawn) if isinstance(direction, Signs) else self._drawn(direction)
-        by = by.unsqueeze(1) if isinstance(by, Tensor) else by
-        lower, upper = map(self.active, self._bounds)
-        return self.ball.project((by * u).add_(x if move.decay == 1 else x * move.decay), (lower, upper))
-
-    def _drawn(self, direction: Direction) -> Tensor:
-        """Coordinates of the active problems, (active, pixels): those of a query serve both of its sides, and its move."""
-        if self._drawn_last is None or self._drawn_last[0] != direction or self._drawn_last[1] is not self.rows:
-            self._drawn_last = direction, self.rows, self._draw(direction)
-        return self._drawn_last[2]
-
-    def _draw(self, direction: Direction) -> Tensor:
-        pixels, device = self.values.shape[1], self.values.device
-        if isinstance(direction.distribution, Chunks):
-            across = torch.where(self.active(self.values) > self.active(self._middle), -1.0, 1.0)
-            return across * direction.values(self.name, 0, pixels, device)
-        return kernels.coordinates_of_each(direction, image_names(self.first + self.rows), pixels, device)
 
 
 class DenseSpace(Space):

@@ -260,7 +260,7 @@ def _journal() -> Target:
 
 
 def _npz() -> Target:
-    from gradless.run_attack import read_images
+    from gradless.attacks.run import read_images
 
     def make(folder: Path, random: Random) -> Path:
         held = io.BytesIO()

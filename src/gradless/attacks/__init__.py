@@ -1,1 +1,1 @@
-"""Black-box attacks: the methods that tune weights, searching images instead."""
+"""Black-box attacks: the methods that tune weights search images here. Only the command line imports this room."""

@@ -1,4 +1,4 @@
-"""What users' labels and models' answers are read as: numbers of classes, or scores."""
+"""Reads users' labels and models' answers, in the forms that libraries give them, as classes or scores."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from gradless.errors import GradlessError
 
 SCORES, CLASSES = ("logits", "scores", "probabilities", "probs"), ("labels", "label", "classes")
-"""Names of outputs that say what they are."""
+"""Names of outputs that identify them as scores or as classes."""
 _MOST = 2**31
-"""Classes are kept as int32."""
+"""Classes must be below this, since they are kept as int32."""
 
 
-def read_labels(given: Any, images: int) -> Tensor:
-    """The classes that a user gives to images.
+def read_labels(given: Any, images: int | None = None) -> Tensor:
+    """The classes that a user gives, one an image.
 
     Args:
         given: integers (n,) or (n, 1), or one-hot rows (n, classes) of any dtype.
-        images: n.
+        images: n; None for as many as are given.
 
     Returns:
         int64 (n,).
@@ -30,12 +30,14 @@ def read_labels(given: Any, images: int) -> Tensor:
     Raises:
         GradlessError: they are something else.
     """
-    need = f"{images} images need integers from 0 on, (n,) or (n, 1), or one-hot rows (n, classes)"
+    need = f"{'n' if images is None else images} images need integers from 0 on, (n,) or (n, 1), or one-hot rows (n, classes)"
     try:
         labels = tensor_of(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise GradlessError(f"labels cannot be read ({error}); {need}.") from error
     what = f"labels are {labels.dtype} of shape {tuple(labels.shape)}"
+    if images is None and labels.ndim:
+        images = len(labels)
     if labels.ndim == 2 and labels.shape[1] > 1 and len(labels) == images:
         if not bool(((labels == 0) | (labels == 1)).all()) or not bool((labels.sum(1) == 1).all()):
             raise GradlessError(f"{what} whose rows are not one-hot; {need}.")
@@ -47,19 +49,19 @@ def read_labels(given: Any, images: int) -> Tensor:
 
 
 def read_answer(returned: Any, images: int) -> Tensor:
-    """What a model says of a batch.
+    """A model's answer to a batch.
 
     Args:
         returned: scores (n, classes), also with more dimensions of one; classes, integers (n,) or (n, 1); or a model's
-            output, a mapping, a tuple or a list that holds one of them. Of several arrays by their places that of scores is
-            taken, the first one if it is such a one; classes only where there are no scores.
+            output, a mapping, a tuple or a list that holds one of them. In a tuple of several arrays scores come before
+            classes, and the first array comes first if it can be scores.
         images: n.
 
     Returns:
         Scores, fp32 or fp64 (n, classes), or classes, int64 (n,), on the CPU.
 
     Raises:
-        GradlessError: it cannot be told what is meant.
+        GradlessError: the answer cannot be identified.
     """
     if isinstance(returned, Tensor):
         return choose({"an array": returned}, images)
@@ -77,32 +79,31 @@ def read_answer(returned: Any, images: int) -> Tensor:
         outputs = {f"output {i}": value for i, value in enumerate(returned)}
         scores = _of_kind(outputs, images, scores=True)
         others = [value for name, value in scores.items() if name != "output 0"]
-        if "output 0" in scores and all(
-            map(Tensor.is_floating_point, others)
-        ):  # integers beside it may be its columns' classes
+        # Integers beside the first scores may be the classes of their columns.
+        if "output 0" in scores and all(map(Tensor.is_floating_point, others)):
             return choose({"output 0": returned[0]}, images)
         return choose(outputs, images)
     return choose({"an array": returned}, images)
 
 
 def read_classes(returned: Any, images: int) -> Tensor:
-    """The classes, int64 (n,), that a model's answer names, or gives the largest scores; see `read_answer`."""
+    """The classes, int64 (n,), in a model's answer: those with the largest scores if it has scores; see `read_answer`."""
     answer = read_answer(returned, images)
     return answer.argmax(1) if answer.ndim == 2 else answer
 
 
 def choose(outputs: Mapping[Any, Any], images: int) -> Tensor:
-    """The one of a model's outputs that is its answer to a batch: scores if there are any, else classes.
+    """The output of a model that is its answer to a batch: scores if there are any, else classes.
 
     Args:
-        outputs: by their names; those of `SCORES` and `CLASSES` must be what they are called.
-        images: in the batch.
+        outputs: by name; one named as in `SCORES` or `CLASSES` must hold what its name says.
+        images: number of images in the batch.
 
     Returns:
         As `read_answer`.
 
     Raises:
-        GradlessError: none, or several, could be.
+        GradlessError: no output, or more than one, can be the answer.
     """
     scores = _of_kind(outputs, images, scores=True)
     if len(scores) > 1:
@@ -111,16 +112,16 @@ def choose(outputs: Mapping[Any, Any], images: int) -> Tensor:
     if len(found) == 1:
         (answer,) = found.values()
         return answer.double() if scores and not answer.is_floating_point() else answer
-    held = "; ".join(f"{name} {_described(value)}" for name, value in outputs.items()) or "nothing"
+    returned = "; ".join(f"{name} {_described(value)}" for name, value in outputs.items()) or "nothing"
     raise GradlessError(
-        f"the model was given {images} images and returned {held}; it must return scores (n, classes) or labels (n,)"
+        f"the model was given {images} images and returned {returned}; it must return scores (n, classes) or labels (n,)"
         f"{_hint(outputs, images)}."
     )
 
 
 def _hint(outputs: Mapping[Any, Any], images: int) -> str:
     if len(outputs) > 1:
-        return ", alone or in a way that tells them from what else it returns"
+        return ", alone or so that they can be told from its other outputs"
     try:
         (value,) = map(tensor_of, outputs.values())
     except (TypeError, ValueError, RuntimeError):
@@ -133,7 +134,7 @@ def _hint(outputs: Mapping[Any, Any], images: int) -> str:
 
 
 def _of_kind(outputs: Mapping[Any, Any], images: int, *, scores: bool) -> dict[Any, Tensor]:
-    """Those outputs that can be scores, or classes, as tensors of their final shape and dtype."""
+    """The outputs that can be scores, or classes, as tensors of their final shape and dtype."""
     found: dict[Any, Tensor] = {}
     for name, value in outputs.items():
         if str(name).lower() in (CLASSES if scores else SCORES):
@@ -153,7 +154,7 @@ def _of_kind(outputs: Mapping[Any, Any], images: int, *, scores: bool) -> dict[A
 
 
 def _several(values: tuple[Any, ...] | list[Any], images: int) -> bool:
-    """Whether these are outputs, of which each is about all images; else they are rows, one for each image."""
+    """Whether these are outputs for the whole batch, rather than rows, one for each image."""
     shapes = [tuple(value.shape) for value in values if hasattr(value, "shape")]
     if not shapes or len(values) != images:
         return bool(shapes)
@@ -166,7 +167,7 @@ def tensor_of(value: Any) -> Tensor:
     """An array of any library, or lists of numbers, as a dense tensor on the CPU: bool, int64, fp32 or fp64.
 
     Raises:
-        TypeError, ValueError, RuntimeError: it is none.
+        TypeError, ValueError, RuntimeError: it is not an array of numbers.
     """
     value = getattr(value, "raw", value)  # eagerpy's, which Foolbox uses
     if isinstance(value, list | tuple) and any(hasattr(each, "shape") for each in value):
@@ -197,7 +198,7 @@ def tensor_of(value: Any) -> Tensor:
 
 
 def _column(values: Tensor) -> Tensor:
-    """(n,) of (n, 1)."""
+    """(n, 1) as (n,); anything else as it is."""
     return values.squeeze(1) if values.ndim == 2 and values.shape[1] == 1 else values
 
 

@@ -11,49 +11,49 @@ from art.estimators.estimator import BaseEstimator
 
 from gradless.attacks.answers import read_classes
 from gradless.attacks.base import Attack, AttackResult
+from gradless.attacks.criteria import Misclassification, TargetedMisclassification
 
 Array = np.ndarray[Any, Any]
 
 
 class BlackBoxEvasion(EvasionAttack):  # type: ignore[misc]
-    """One of our attacks on an ART classifier, which is asked through its `predict` alone.
+    """One of our attacks on an ART classifier, of which only `predict` is called.
 
     Args:
         estimator: the classifier; its pixels must lie in the attack's range.
-        attack: such as `ZOQOAttack(8 / 255)`.
+        attack: an attack such as `ZOQOAttack(8 / 255)`.
+        targeted: whether `generate` gets the classes to be reached, as in ART's own attacks.
 
     Attributes:
-        result: of the last call of `generate`, with the queries of every image.
+        result: the result of the last call of `generate`, with every image's queries.
     """
 
-    attack_params: ClassVar[list[str]] = [*EvasionAttack.attack_params, "attack"]
+    attack_params: ClassVar[list[str]] = [*EvasionAttack.attack_params, "attack", "targeted"]
     _estimator_requirements = (BaseEstimator, ClassifierMixin)
 
-    def __init__(self, estimator: Any, attack: Attack) -> None:
+    def __init__(self, estimator: Any, attack: Attack, targeted: bool = False) -> None:
         super().__init__(estimator=estimator)
-        self.attack = attack
+        self.attack, self.targeted = attack, targeted
         self.result: AttackResult | None = None
 
-    @property
-    def targeted(self) -> bool:
-        """Whether `y` are classes to be reached."""
-        return self.attack.targeted
-
     def generate(self, x: Array, y: Array | None = None, **_: Any) -> Array:
-        """Adversarial images, and those that were not found unchanged.
+        """Adversarial images; an image for which none was found is returned unchanged.
 
         Args:
             x: (n, ...).
-            y: classes, see `answers.read_labels`; without it the classifier is asked for them, outside the count.
+            y: classes, see `answers.read_labels`: the right ones, or the targets. Without it the classifier is asked for the
+                right ones, and these calls do not count.
 
         Returns:
             fp32, of the shape of x.
 
         Raises:
-            ValueError: the attack is targeted and y is missing, or as `Attack.attack`.
+            ValueError: the attack is targeted and y is missing.
+            GradlessError: see `Attack.attack`.
         """
         if y is None and self.targeted:
             raise ValueError("a targeted attack needs y, the classes to be reached.")
-        labels = read_classes(self.estimator.predict(x), len(x)) if y is None else y
-        self.result = self.attack.attack(lambda batch: self.estimator.predict(batch.numpy()), x, labels)
+        classes = read_classes(self.estimator.predict(x), len(x)) if y is None else y
+        criterion = (TargetedMisclassification if self.targeted else Misclassification)(classes)
+        self.result = self.attack.attack(lambda batch: self.estimator.predict(batch.numpy()), x, criterion)
         return self.result.images.numpy()

@@ -25,17 +25,21 @@ from gradless.errors import GradlessError
 Answer = tuple[int, httpx2.Headers, bytes]
 """A call's status, headers and body."""
 TRIES = 5
+"""Most times that a call is made."""
 BUSY = (429, 502, 503, 504)
+"""Statuses of a server that is busy."""
 BACKOFF = 0.5
-"""Seconds before the second try of a call; twice as many before each of the next."""
+"""Seconds before the second try of a call; they double before each further one."""
 LONGEST = 300.0
-"""Seconds that a busy server may ask for."""
-MEGABYTE, MOST = 2**20, 64 * 2**20
-"""Bytes of an answer: one and one for each image, and at most so many."""
+"""Longest wait, in seconds, that a busy server may ask for."""
+MEGABYTE = 2**20
+"""Bytes that an answer may have, plus as many for each image."""
+MOST = 64 * MEGABYTE
+"""Most bytes of any answer."""
 
 
 def shown(address: str) -> str:
-    """An address as it may be written down: without user and password, and with a short hash for the values behind a "?"."""
+    """An address for files and messages: without user and password, and with a short hash in place of what follows a "?"."""
     try:
         parts = urlsplit(address)
     except ValueError:
@@ -47,16 +51,16 @@ def shown(address: str) -> str:
 class Endpoint:
     """POST {"images": [..]} -> {"scores": [[..]]} or {"labels": [..]}.
 
-    It waits so as to stay below the rate, and as long as a busy server (429, 502 to 504) asks for. A call whose connection
-    breaks is made again; one that takes too long, or is sent elsewhere, is not.
+    It waits to stay below the rate, and as long as a busy server (`BUSY`) asks. A call whose connection breaks is made again;
+    a call that takes too long, or is redirected, is not.
 
     Args:
-        address: of the model; a user and a password in it go into the request's header, and into no file or message.
-        rate: images a second at most; None for no limit.
-        timeout: seconds that a call may take, from the connection to the last byte.
+        address: the model's address. A user and a password in it go into the request's header only.
+        rate: most images a second; None for no limit.
+        timeout: most seconds for a call, from the connection to the last byte.
 
     Raises:
-        GradlessError: the address is none.
+        GradlessError: the address cannot be read.
     """
 
     def __init__(self, address: str, rate: float | None = None, timeout: float = 30.0) -> None:
@@ -74,7 +78,7 @@ class Endpoint:
         """Scores (n, classes) or classes (n,).
 
         Raises:
-            GradlessError: there is no answer, or none that can be read.
+            GradlessError: there is no answer, or it cannot be read.
         """
         time.sleep(max(0.0, self._next - time.monotonic()))
         if self.rate is not None:
@@ -106,7 +110,7 @@ class Endpoint:
         raise AssertionError
 
     async def _post(self, body: bytes, most: int) -> Answer:
-        """One call; the body is read of status 200 alone.
+        """One call; the body is read only if the status is 200.
 
         Raises:
             GradlessError: the body is longer than `most` bytes.
@@ -123,12 +127,12 @@ class Endpoint:
                     text += part
                     if len(text) > most:
                         raise GradlessError(
-                            f"{self.name} answered with more than {most} bytes; that is no answer to its images."
+                            f"{self.name} answered with more than {most} bytes, too many for an answer to its images."
                         )
             return response.status_code, response.headers, bytes(text)
 
     def _may_come_back(self, error: Exception) -> bool:
-        """Whether a failed call can succeed if it is made again; a server that has never been there is not waited for."""
+        """Whether to make a failed call again: a broken connection is worth it, a server that has never answered is not."""
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
@@ -139,7 +143,7 @@ class Endpoint:
         return isinstance(error, httpx2.NetworkError | httpx2.RemoteProtocolError | OSError)
 
     def _asked_wait(self, asked: str | None, otherwise: float) -> float:
-        """Seconds until a busy server wants to be asked again; it says so in seconds, or as a date."""
+        """Seconds until a busy server wants the next call, which it gives in seconds or as a date."""
         seconds = math.nan
         with contextlib.suppress(TypeError, ValueError):
             seconds = float(asked or "")
@@ -168,7 +172,7 @@ class Endpoint:
 
 
 def _done(call: Coroutine[Any, Any, Answer]) -> Answer:
-    """The result of a coroutine, also where another one is running, as in a notebook."""
+    """The result of a coroutine, even while an event loop is running, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -178,7 +182,7 @@ def _done(call: Coroutine[Any, Any, Answer]) -> Answer:
 
 
 def _cause(error: BaseException) -> str:
-    """What lies at the bottom of an error, in one line."""
+    """The first cause of an error, in one line."""
     while (below := error.__cause__ or error.__context__) is not None:
         error = below
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

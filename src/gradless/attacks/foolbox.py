@@ -6,24 +6,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import foolbox
 import torch
-from foolbox.criteria import Misclassification, TargetedMisclassification
 from torch import Tensor
 
 from gradless.attacks.base import Attack, AttackResult
+from gradless.attacks.criteria import Criterion, Misclassification, TargetedMisclassification
 from gradless.errors import GradlessError
 
 
 @dataclass
 class FoolboxAttack:
-    """`attack(model, images, criterion, epsilons=..)` on a Foolbox model over torch.
+    """`attack(model, images, criterion, epsilons=...)` on a Foolbox model over torch.
 
     Args:
-        make: eps -> one of our attacks, such as `lambda eps: ZOQOAttack(eps, bits=4)`; where the criterion has a target, it
-            must be a targeted one.
+        make: makes one of our attacks of an eps, such as `lambda eps: ZOQOAttack(eps, bits=4)`.
 
     Attributes:
-        results: of the last call, one for each epsilon, with the queries of every image.
+        results: the results of the last call, one for each epsilon, with every image's queries.
     """
 
     make: Callable[[float], Attack]
@@ -35,33 +35,36 @@ class FoolboxAttack:
         Args:
             model: a Foolbox model; its bounds must be the attack's range of pixels.
             inputs: (n, ...).
-            criterion: labels, see `answers.read_labels`, `Misclassification` or `TargetedMisclassification`.
+            criterion: Foolbox's `Misclassification` or `TargetedMisclassification`; labels are short for the first.
             epsilons: a number, or several.
 
         Returns:
-            Raw and clipped images, which are the same here, and bool (n,): what is adversarial. For several epsilons, lists of
-            images and bool (epsilons, n).
+            Raw and clipped images, which are the same here, and bool (n,), which of them are adversarial. For several epsilons
+            lists of images, and bool (epsilons, n).
 
         Raises:
-            GradlessError: another criterion, or an attack that is not for it.
+            GradlessError: another criterion, or a model with other bounds than the attack's pixels.
         """
         several = isinstance(epsilons, Iterable)
-        targeted = isinstance(criterion, TargetedMisclassification)
-        if targeted:
-            labels = criterion.target_classes.raw
-        else:
-            labels = criterion.labels.raw if isinstance(criterion, Misclassification) else criterion
-        if not hasattr(labels, "shape"):
-            raise GradlessError(
-                f"a criterion of type {type(criterion).__name__}; labels, or (Targeted)Misclassification, it must be."
-            )
+        ours = _ours(criterion)
         attacks = [self.make(float(eps)) for eps in (epsilons if several else [epsilons])]
         for each in attacks:
-            if each.targeted != targeted:
-                raise GradlessError(f"targeted is {each.targeted}, and the criterion says {targeted}.")
             if tuple(model.bounds) != (each.ball.low, each.ball.high):
                 raise GradlessError(f"the model's bounds are {tuple(model.bounds)}; give the attack the same pixels.")
-        self.results = [each.attack(lambda batch: model(batch.to(inputs.device)), inputs, labels) for each in attacks]
+        self.results = [each.attack(lambda batch: model(batch.to(inputs.device)), inputs, ours) for each in attacks]
         images = [result.images.to(inputs.device) for result in self.results]
         success = torch.stack([result.success for result in self.results]).to(inputs.device)
         return (images, list(images), success) if several else (images[0], images[0].clone(), success[0])
+
+
+def _ours(criterion: Any) -> Criterion:
+    """Our criterion that means the same as a Foolbox user's."""
+    if isinstance(criterion, foolbox.criteria.TargetedMisclassification):
+        return TargetedMisclassification(criterion.target_classes)
+    if isinstance(criterion, foolbox.criteria.Misclassification):
+        return Misclassification(criterion.labels)
+    if hasattr(criterion, "shape"):
+        return Misclassification(criterion)
+    raise GradlessError(
+        f"the criterion is a {type(criterion).__name__}; pass labels, a Misclassification or a TargetedMisclassification."
+    )

@@ -1,4 +1,4 @@
-"""An attack that sees labels alone: ZOQO on comparisons, from an adversarial start far outside the ball."""
+"""An attack on a model that gives classes but no scores: ZOQO on comparisons, from adversarial images outside the ball."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradless import kernels
+from gradless.attacks.ball import Ball
 from gradless.attacks.base import Attack
+from gradless.attacks.directions import Chunks, coordinates_of_images
 from gradless.attacks.oracle import Oracle
-from gradless.ball import Ball
+from gradless.attacks.space import ImageSpace
 from gradless.methods.zoqo.method import ZOQO
-from gradless.noise import Chunks, Direction, Rademacher
-from gradless.spaces import ImageSpace, image_names
+from gradless.noise import Direction, Rademacher
 
 STARTS = 50
-"""Tries to find an adversarial start for an image."""
+"""Most tries to find an adversarial start for an image."""
 
 
 class LabelAttack(Attack):
@@ -27,13 +27,15 @@ class LabelAttack(Attack):
 
         L(s) = the least r for which clip(image + r s) is adversarial,   s in {-1, 1},  r a whole number of grid steps
 
-    A label tells whether r is enough for s, so one query compares two candidates: is s' adversarial at a radius smaller than
-    that of s? Only if it is, its own radius is looked for by bisection. s is searched by ZOQO with SignHunter's chunks, from
-    the first of some signs (all up, all down, random) whose radius is no more than the pixels' range; RayS (Chen and Gu,
-    2020) searches the same L along its own path.
+    A class tells whether r is enough for s. So one query compares two candidates: is s' adversarial at a radius smaller than
+    that of s? Only if it is, a bisection finds its own radius. ZOQO with SignHunter's chunks searches s. The first s is the
+    first of several candidates (all up, all down, then random) that is adversarial at the whole range of pixels. RayS (Chen and
+    Gu, 2020) searches the same L along its own path.
 
     Args:
-        eps: as the rest, see `Attack`; `bits` is 8 unless another number is given.
+        eps: radius of the ball, in units of the pixels.
+        bits: bits of the perturbation's grid.
+        more: the other options of `Attack`.
     """
 
     def __init__(self, eps: float, *, bits: int = 8, **more: Any) -> None:
@@ -45,7 +47,7 @@ class LabelAttack(Attack):
 
     @property
     def _wide(self) -> Ball:
-        """Where adversarial starts are: as far as pixels reach."""
+        """The ball of adversarial starts: the whole range of pixels."""
         return replace(self.ball, norm="linf", reach=(self.ball.high - self.ball.low) / self.ball.eps)
 
     def search(self, images: Tensor, first: int) -> tuple[ImageSpace, ZOQO]:
@@ -56,7 +58,7 @@ class LabelAttack(Attack):
     def losses(self, space: ImageSpace, oracle: Oracle, images: Tensor, first: int) -> Callable[[], Tensor]:
         wide, reach = self._wide, images.shape[1] ** -0.5 if self.ball.norm == "l2" else 1.0
         inside = replace(self.ball, reach=reach).farthest
-        radius = torch.full((len(images),), wide.farthest + 1)  # of x, which is `held`; none is known to be enough yet
+        radius = torch.full((len(images),), wide.farthest + 1)  # L(x), x being `at`; beyond the range while it is not known
 
         def adversarial(rows: Tensor, signs: Tensor, r: Tensor) -> Tensor:
             x = wide.project(signs * r.unsqueeze(1), wide.bounds(images[rows]))
@@ -70,14 +72,14 @@ class LabelAttack(Attack):
             hit = adversarial(rows, signs, radius[rows] - 1)
             radius[rows[hit]] -= 1
             space.restart(rows[hit], signs[hit])
-        held, seen, sides = space.values.float(), radius.clone(), 0
+        at, seen, sides = space.values.float(), radius.clone(), 0
 
         def losses() -> Tensor:
             nonlocal sides
-            rows, signs, x = space.rows, space.point(), space.values[space.rows].float()
-            if sides % 2 == 0:
-                moved = rows[(x != held[rows]).any(1)]
-                radius[moved], held[rows], seen[rows] = seen[moved], x, math.inf
+            rows, signs, x = space.active, space.point(), space.values[space.active].float()
+            if sides % 2 == 0:  # a new query; if the last one moved x, its smaller radius is that of x
+                moved = rows[(x != at[rows]).any(1)]
+                radius[moved], at[rows], seen[rows] = seen[moved], x, math.inf
             sides += 1
             result, other = radius[rows], (signs != x).any(1)
             result[other] = least(rows[other], signs[other])
@@ -85,7 +87,7 @@ class LabelAttack(Attack):
             return result
 
         def least(rows: Tensor, signs: Tensor) -> Tensor:
-            """The least radius of these signs; that of x, and one more, where it is no smaller."""
+            """The least radius of these signs if it is smaller than that of x, else the radius of x plus one."""
             high, low = radius[rows] - 1, torch.full((len(rows),), inside - 1)
             hit = adversarial(rows, signs, high)
             while bool((wide_open := hit & (high - low > 1)).any()):
@@ -98,8 +100,8 @@ class LabelAttack(Attack):
         return losses
 
     def _start(self, attempt: int, numbers: Tensor, pixels: int) -> Tensor:
-        """Signs to begin images of these numbers with: all up, all down, then random ones."""
+        """The signs of one try, (n, pixels), for the images of these numbers: all up, all down, then random."""
         if attempt < 2:
             return torch.full((len(numbers), pixels), 1.0 - 2 * attempt)
         u = Direction(self.seed, attempt, 0, Rademacher())
-        return kernels.coordinates_of_each(u, image_names(numbers), pixels, torch.device("cpu"))
+        return coordinates_of_images(u, numbers, pixels, torch.device("cpu"))

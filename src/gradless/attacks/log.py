@@ -1,7 +1,7 @@
-"""Every answer that was paid for: an attack that is interrupted asks nothing twice.
+"""`QueryLog`: the answers of a model, on the disk, so that an interrupted attack asks nothing twice.
 
-One SQLite file. An answer is committed to the disk before the attack goes on. An attack is a function of its options and of
-these answers, so beginning it again with the same file repeats it, without a query, up to where it stopped.
+One SQLite file. An answer is committed to the disk before the attack goes on. An attack depends only on its options and on
+these answers. Begun again with the same file it repeats itself, without a query, up to the point of the interruption.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _SCHEMA = {
 }
 _WHAT = "a log of queries"
 ANSWER = np.dtype([("image", "<i4"), ("class", "<i4"), ("input", "<i8"), ("loss", "<f4")])
-"""Which image it was, what the input was taken for, the input's name, the loss."""
+"""One answer: the image's number, the class that the model named, the input's name, the loss."""
 
 
 class QueryLog:
-    """The answers to an attack's calls of its model.
+    """The answers to an attack's calls of the model.
 
     Args:
-        path: of the file; made where it is missing.
-        header: what the attack is, as plain JSON values.
+        path: the file; it is created if it is missing.
+        header: the attack's options, as plain JSON values.
 
     Attributes:
-        calls: how many calls' answers it holds.
+        calls: the number of calls in the log.
 
     Raises:
-        GradlessError: the file is no such log, or another attack's.
+        GradlessError: the file is no such log, or the log of another attack.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
@@ -53,27 +53,35 @@ class QueryLog:
             rows = self._database.connection.execute("SELECT name, value FROM header").fetchall()
             found = {name: json.loads(value) for name, value in rows}
             calls = self._database.connection.execute("SELECT answers FROM calls").fetchall()
-            held = [np.frombuffer(answers, ANSWER) for (answers,) in calls]
+            logged = [np.frombuffer(answers, ANSWER) for (answers,) in calls]
         for name in {**found, **header}:
             if found.get(name) != header.get(name):
                 raise GradlessError(
                     f"{path} is of an attack whose {name} is {found.get(name)!r}, not {header.get(name)!r}; "
-                    "resume with what it was begun with, or choose another output folder."
+                    "resume with the options that it began with, or choose another output folder."
                 )
 
-        self.calls = len(held)
-        self._held = {(image, name): (loss, taken) for answers in held for image, taken, name, loss in answers.tolist()}
+        self.calls = len(logged)
+        self._logged = {(image, name): (loss, taken) for part in logged for image, taken, name, loss in part.tolist()}
 
     def answers(self, images: Sequence[int], names: Sequence[int]) -> dict[int, tuple[float, int]]:
-        """The loss and the class that inputs of images were answered with, by their places; without those never asked."""
-        asked = enumerate(zip(images, names, strict=True)) if self._held else ()
-        return {i: self._held[of] for i, of in asked if of in self._held}
+        """Logged answers to some inputs.
+
+        Args:
+            images: the numbers of the images.
+            names: the names of their inputs.
+
+        Returns:
+            Loss and class, by the input's place in `names`; an input that is not in the log is left out.
+        """
+        asked = enumerate(zip(images, names, strict=True)) if self._logged else ()
+        return {i: self._logged[of] for i, of in asked if of in self._logged}
 
     def append(self, answers: np.ndarray[Any, Any]) -> None:
-        """Commit the answers to a call, (n,) of `ANSWER`, to the disk.
+        """Commit the answers of one call, (n,) of `ANSWER`, to the disk.
 
         Raises:
-            GradlessError: they could not be written; all before them are safe.
+            GradlessError: they could not be written; earlier ones are safe.
         """
         with self._database.writing(f"{len(answers)} answers") as transaction:
             transaction.execute("INSERT INTO calls (answers) VALUES (?)", (answers.tobytes(),))

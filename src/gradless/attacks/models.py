@@ -1,4 +1,4 @@
-"""Models to attack, by what a user calls them: a Python callable, an ONNX file, an address."""
+"""Loads the model to attack by its name: a Python callable, an ONNX file, or an address."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def load(name: str, *, rate: float | None = None, timeout: float = 30.0) -> Pred
 
     Args:
         name: `module:attribute` (a callable or a torch module), a path ending in .onnx, or an http(s) address.
-        rate: for an address, images a second at most.
-        timeout: for an address, seconds that a call may take.
+        rate: for an address: most images a second.
+        timeout: for an address: most seconds for a call.
 
     Raises:
         GradlessError: there is no such model, or its library is missing.
@@ -44,28 +44,28 @@ def load(name: str, *, rate: float | None = None, timeout: float = 30.0) -> Pred
     finally:
         sys.path.remove("")
     if not callable(found):
-        raise GradlessError(f"--model {name} is {type(found).__name__}, nothing that can be called with a batch of images.")
+        raise GradlessError(f"--model {name} is {type(found).__name__}; it must be callable with a batch of images.")
     return TorchModule(found) if isinstance(found, nn.Module) else found
 
 
 def is_address(name: str) -> bool:
-    """Whether a model of this name is asked over HTTP."""
+    """Whether the name is an http(s) address."""
     return name.lower().startswith(("http://", "https://"))
 
 
 def called(name: str) -> str:
-    """A model's name as it may be written down: without what an address has for the server alone."""
+    """A model's name for files and messages: an address without its secrets, see `endpoint.shown`."""
     return shown(name) if is_address(name) else name
 
 
 class TorchModule:
-    """A torch module in eval mode, which gets its images on the device that it lies on."""
+    """A torch module in eval mode; images are moved to the device of its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval()
-        held = next(chain(module.parameters(), module.buffers()), None)
-        self.device = None if held is None else held.device
+        one = next(chain(module.parameters(), module.buffers()), None)
+        self.device = None if one is None else one.device
 
     def __call__(self, batch: Tensor) -> Any:
-        """What the module returns for a batch."""
+        """The module's output for a batch."""
         return self.module(batch.to(self.device))

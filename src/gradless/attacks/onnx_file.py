@@ -17,17 +17,17 @@ _TAKEN = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(do
 
 
 class OnnxFile:
-    """Asks an ONNX file: its one input takes the images, and one of its outputs is the answer.
+    """Asks an ONNX file. Its one input takes the images, and one of its outputs is the answer.
 
-    Images are cast to the input's dtype; an input of bytes takes pixels times 255, which must be whole. If the file says how
-    many images a batch has, others are cut into such batches, and the last one is filled with copies. Of several outputs that
-    of scores is taken, classes only where there are none, and maps from classes to scores (ZipMap's) are read as scores.
+    Images are cast to the input's dtype. An input of bytes takes pixels times 255, which must be whole numbers. If the file
+    fixes the batch size, images are split into such batches, and the last batch is filled up with copies. Among several
+    outputs scores come before classes. Maps from classes to scores (ZipMap's) are read as scores.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Raises:
-        GradlessError: there is no such model, it is none that takes images, or onnxruntime is missing.
+        GradlessError: there is no such model, it does not take images, or onnxruntime is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,10 +38,10 @@ class OnnxFile:
         if not path.is_file():
             raise GradlessError(f"--model {path}: there is no such file.")
         self.path, options = path, onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what fails is said below
+        options.log_severity_level = 4  # errors are reported below
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own classes have no base of their own
+        except Exception as error:  # onnxruntime's classes of errors share no base
             raise GradlessError(f"--model {path} cannot be loaded by onnxruntime: {_first_line(error)}") from error
         inputs = self._session.get_inputs()
         if len(inputs) != 1:
@@ -55,7 +55,7 @@ class OnnxFile:
         """Scores (n, classes) or classes (n,) of images (n, ...).
 
         Raises:
-            GradlessError: the images do not fit, the run fails, or it cannot be told which output is meant.
+            GradlessError: the images do not fit, the run fails, or no output can be identified as the answer.
         """
         sizes = self._input.shape or []
         wanted, given = sizes[1:], list(batch.shape[1:])
@@ -71,7 +71,7 @@ class OnnxFile:
         return torch.cat([self._run(batch[i : i + size], size) for i in range(0, len(batch), size)])
 
     def _run(self, part: Tensor, size: int) -> Tensor:
-        """The answer to images, of which a batch has `size`."""
+        """The answer to at most `size` images, asked as a batch of that size."""
         images = self._cast(torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])]))
         try:
             values = self._session.run(None, {self._input.name: images})
@@ -86,7 +86,7 @@ class OnnxFile:
             return images.numpy().astype(taken)
         pixels = images * 255
         if bool(((pixels - pixels.round()).abs() > 1e-2).any()):
-            raise GradlessError(f"--model {self.path} takes bytes; give --pixel-bits 8, so that images are asked as bytes.")
+            raise GradlessError(f"--model {self.path} takes bytes; give --pixel-bits 8, so that images are rounded to bytes.")
         return pixels.round().to(torch.uint8).numpy()
 
 

@@ -1,4 +1,4 @@
-"""The attacked model: something that answers, and a count of what each image has asked."""
+"""The attacked model, with a count of each image's queries."""
 
 from __future__ import annotations
 
@@ -12,48 +12,46 @@ import torch
 from torch import Tensor
 
 from gradless.attacks.answers import read_answer
+from gradless.attacks.criteria import Criterion
 from gradless.attacks.log import ANSWER, QueryLog
 from gradless.attacks.trial import Trial
 from gradless.errors import GradlessError
 from gradless.noise import Words, key
 
 Predict = Callable[[Any], Any]
-"""A batch of images, fp32 (n, *shape) on the CPU, its own to change, -> its answer to them, see `answers.read_answer`."""
+"""A model: images, fp32 (n, *shape) on the CPU, -> its answer, see `answers.read_answer`. It may write into the images."""
 TRIED = (2**63 - 1, 2**63 - 2)
-"""Names, in the log, of the input that is asked again."""
+"""Names in the log of the trial's two queries."""
 
 
 @dataclass
 class Oracle:
-    """Answers an attack's queries: each input once, or `repeat` times, and none beyond an image's budget.
+    """Answers an attack's queries: each input once (or `repeat` times), and none beyond an image's budget.
 
-    The loss of a query is the margin by which the model is still right: for scores s, s_y - max_{j != y} s_j, or
-    max_{j != t} s_j - s_t where class t is the target; for labels, 1 or -1. Below zero the image is adversarial.
+    A query's loss is the criterion's; an input whose loss is below zero is adversarial.
 
     Args:
         predict: the model.
-        shape: of an image.
-        labels: int64 (images,), the classes to be left, or to be reached.
-        targeted: whether these are to be reached.
-        max_queries: an image's budget.
-        max_total_queries: that of all images together; None for no limit.
-        batch_size: images in a call of the model.
-        repeat: calls for an input, as many queries: the mean of its scores, or its most frequent class, is the answer.
-        trial: what is done with the first input that the model answers; None for nothing.
-        log: answers are kept there, and taken from there where an attack is resumed.
+        shape: shape of an image.
+        criterion: what makes an input adversarial.
+        max_queries: budget of an image.
+        max_total_queries: budget of all images together; None for no limit.
+        batch_size: most images in a call of the model.
+        repeat: calls for each input, a query each. The answer is the mean of the scores, or the most frequent class.
+        trial: the check made of the first answer; None for none.
+        log: keeps the answers, and gives those that it has from an attack that was interrupted.
 
     Attributes:
-        queries: int64 (images,), what each has spent.
-        found: bool (images,), whether an adversarial input has been seen.
-        images: fp32 (images, pixels), these inputs.
+        queries: int64 (images,), queries spent.
+        found: bool (images,), whether an adversarial input was found.
+        images: fp32 (images, pixels), the adversarial inputs.
         points: fp32 (images, pixels), their perturbations in units.
-        classes: int32 (images,), what they are taken for.
+        classes: int32 (images,), the classes that the model names for them; -1 if there is none.
     """
 
     predict: Predict
     shape: tuple[int, ...]
-    labels: Tensor
-    targeted: bool = False
+    criterion: Criterion
     max_queries: int = 10_000
     max_total_queries: int | None = None
     batch_size: int = 256
@@ -68,7 +66,7 @@ class Oracle:
     _tried: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        n, pixels = len(self.labels), int(np.prod(self.shape))
+        n, pixels = len(self.criterion.classes), int(np.prod(self.shape))
         self.queries, self.found = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.bool)
         self.images, self.points = torch.zeros(n, pixels), torch.zeros(n, pixels)
         self.classes = torch.full((n,), -1, dtype=torch.int32)
@@ -81,27 +79,27 @@ class Oracle:
                 self._tried = True
 
     def open(self, rows: Tensor) -> Tensor:
-        """Which of the images may still ask: bool (n,)."""
+        """Which images may still ask: bool (n,), of numbers of images, int64 (n,)."""
         return ~self.found[rows] & (self.queries[rows] <= self.max_queries - self.repeat) & (self._left() >= self.repeat)
 
     def _left(self) -> int:
-        """Of the budget of all images."""
+        """Queries left in the budget of all images."""
         return 2**62 if self.max_total_queries is None else self.max_total_queries - int(self.queries.sum())
 
     def ask(self, rows: Tensor, images: Tensor, points: Tensor, inside: Tensor | None = None) -> Tensor:
-        """The losses of one input of each of these images; 0 for those that are done and whose input is new.
+        """The losses of one input of each of some images. An image that may not ask any more gets 0 for a new input.
 
         Args:
-            rows: int64 (n,), which images.
+            rows: int64 (n,), the numbers of the images.
             images: fp32 (n, pixels), their inputs.
-            points: fp32 (n, pixels), what to remember an adversarial input by.
-            inside: bool (n,), which of them end the search when they are adversarial; all, unless it is given.
+            points: fp32 (n, pixels), the inputs' perturbations; kept of an adversarial input.
+            inside: bool (n,), which inputs end their image's search if they are adversarial. None: all.
 
         Returns:
             fp32 (n,), on the CPU.
 
         Raises:
-            GradlessError: the model's answer is no finite score or label for each input, or no class fits a label.
+            GradlessError: the model's answer is no finite score or label for each input, or the scores lack a class.
         """
         names = images.contiguous().view(torch.int32).long().mul_(self._name).sum(1).tolist()
         known = [self._known[row].get(name) for row, name in zip(rows.tolist(), names, strict=True)]
@@ -128,16 +126,16 @@ class Oracle:
         return losses
 
     def _answer(self, rows: Tensor, names: list[int], images: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses and classes, (n,), of one input of each of these images: the log's, and for the rest the model's."""
+        """Losses and classes, (n,), of one input of each of these images: from the log if it has them, else from the model."""
         losses, classes = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.int32)
-        held = {} if self.log is None else self.log.answers(rows.tolist(), names)
-        for i, answer in held.items():
+        logged = {} if self.log is None else self.log.answers(rows.tolist(), names)
+        for i, answer in logged.items():
             losses[i], classes[i] = answer
-        if len(held) < len(rows):
-            ask = torch.tensor([i for i in range(len(rows)) if i not in held])
+        if len(logged) < len(rows):
+            ask = torch.tensor([i for i in range(len(rows)) if i not in logged])
             asked, inputs = rows[ask], _some(images, ask)
             answers = self._call(inputs)
-            losses[ask], classes[ask] = self._margin(asked, answers)
+            losses[ask], classes[ask] = self._read(asked, answers)
             self._append(asked, [names[i] for i in ask.tolist()], losses[ask], classes[ask])
             if self.trial is not None and not self._tried:
                 self._tried = True
@@ -146,13 +144,13 @@ class Oracle:
         return losses, classes
 
     def _again(self, row: Tensor, name: int, image: Tensor) -> Tensor | None:
-        """The answer to an input that was answered already, by itself; None if no budget is left for it."""
+        """A second answer to an input, asked alone; None if no budget is left for it."""
         assert self.trial is not None
         if self.trial.counted and not (self._left() > 0 and int(self.queries[row]) < self.max_queries):
             return None
         self.queries[row] += self.trial.counted
         answer = self._call(image)
-        self._append(row, [name], *self._margin(row, answer))
+        self._append(row, [name], *self._read(row, answer))
         return answer[0]
 
     def _append(self, rows: Tensor, names: list[int], losses: Tensor, classes: Tensor) -> None:
@@ -162,8 +160,8 @@ class Oracle:
             self.log.append(paid)
 
     def _call(self, images: Tensor) -> Tensor:
-        """The model's answer, scores (n, classes) or classes (n,), to one input of each of these images."""
-        with torch.inference_mode(False), torch.no_grad():  # the model may take gradients of its own, or write into its batch
+        """The model's answer, scores (n, classes) or classes (n,), to one input of each of some images."""
+        with torch.inference_mode(False), torch.no_grad():  # so that the model may take gradients, or write into its batch
             shape = (-1, *self.shape)
             answers = [read_answer(self.predict(images.clone().view(shape)), len(images)) for _ in range(self.repeat)]
         if len({answer.shape for answer in answers}) > 1:
@@ -172,25 +170,18 @@ class Oracle:
             return answers[0]
         return torch.stack(answers).mean(0) if answers[0].ndim == 2 else torch.stack(answers).mode(0).values
 
-    def _margin(self, rows: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses and classes, (n,), of the model's answer to one input of each of these images."""
-        labels = self.labels[rows]
-        if answer.ndim == 1:
-            return torch.where((answer == labels) == self.targeted, -1.0, 1.0), answer.int()
+    def _read(self, rows: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and classes, (n,), that follow from the model's answer to one input of each of these images."""
         finite = answer.isfinite()
         if not finite.all():
             row = int(rows[(~finite).nonzero()[0, 0]])
             raise GradlessError(
                 f"the model returned a score that is no finite number for image {row} (its query {int(self.queries[row])})."
             )
-        if int(labels.max()) >= answer.shape[1]:
-            raise GradlessError(f"label {int(labels.max())} does not fit a model with {answer.shape[1]} classes.")
-        own = answer.gather(1, labels.unsqueeze(1)).squeeze(1)
-        others = answer.scatter(1, labels.unsqueeze(1), float("-inf")).amax(1)
-        margin = (own - others).float()
-        return -margin if self.targeted else margin, answer.argmax(1).int()
+        classes = answer.argmax(1) if answer.ndim == 2 else answer
+        return self.criterion.losses(answer, rows), classes.int()
 
 
 def _some(images: Tensor, rows: Tensor) -> Tensor:
-    """These rows of images, in ascending order; all of them as they are."""
+    """These rows of images, in ascending order; without a copy if they are all."""
     return images if len(rows) == len(images) else images[rows]

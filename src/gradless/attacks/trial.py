@@ -1,4 +1,4 @@
-"""Whether a model answers one input always alike: an attack that asks no input twice would not notice."""
+"""`Trial`: a check that a model answers the same input the same way. An attack asks no input twice, and would not notice."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from torch import Tensor
 
 from gradless.errors import GradlessError
 
-AGAIN, ALONE = 1e-5, 1e-3
-"""What answers to one input may differ by, as shares of its scores' spread: asked in the same way, and in another batch."""
+AGAIN = 1e-5
+"""Largest difference, relative to the scores' spread, between two answers to the same batch."""
+ALONE = 1e-3
+"""Largest difference, relative to the scores' spread, between answers to one input in two batches."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Asks the first input of an attack again, by itself, and once more if the answers differ.
+    """Asks the first input of an attack again, alone, and once more if the answers differ.
 
     Args:
-        counted: whether these are queries of its image.
-        say: gets a sentence about a model whose answers depend on what else is in a batch.
+        counted: whether these calls count as queries of the image.
+        say: called with a sentence if the model's answer depends on the other images of its batch.
     """
 
     counted: bool
     say: Callable[[str], None]
 
     def check(self, first: Tensor, images: int, again: Callable[[], Tensor | None]) -> None:
-        """Compare an input's answers.
+        """Compare the answers to one input.
 
         Args:
-            first: its scores (classes,), or its class.
-            images: how many were in its batch.
-            again: asks it by itself; None if there is no budget for that.
+            first: the first answer: scores (classes,), or a class ().
+            images: the number of images in its batch.
+            again: asks the input alone; returns None if no budget is left.
 
         Raises:
-            GradlessError: the model answers one and the same batch differently.
+            GradlessError: the model gives different answers to the same batch.
         """
         alone = again()
         if alone is None or not (gap := _gap(first, alone)) > AGAIN:
@@ -47,20 +49,20 @@ class Trial:
                 if gap > ALONE:
                     self.say(
                         "the model's answer to an image depends on what else is in its batch (by "
-                        f"{gap:.1%} of its scores' spread): what is found holds in these batches; with --batch-size 1 every "
-                        "image is asked alone."
+                        f"{gap:.1%} of its scores' spread): an adversarial image may be one only in its batch. With "
+                        "--batch-size 1 every image is asked alone."
                     )
                 return
             gap = changed
         raise GradlessError(
-            f"the model answered one input twice, and differently (by {gap:.1%} of its scores' spread): a finding would be "
-            "chance. Give --repeat 10, say, with --overwrite or another output: every input is then asked ten times, which "
-            "counts as ten queries, and the mean of its scores decides."
+            f"the model answered one input twice, and differently (by {gap:.1%} of its scores' spread), so an adversarial "
+            "image could be chance. Give --repeat 10, for example, with --overwrite or another output: every input is then "
+            "asked ten times, which counts as ten queries, and the mean of its scores decides."
         )
 
 
 def _gap(one: Tensor, other: Tensor) -> float:
-    """How far two answers are apart, in units of the first one's spread; classes that differ are one apart."""
+    """The difference of two answers, in units of the first one's spread; 1 for two different classes."""
     if one.ndim == 0 or one.shape != other.shape:
         return float(one.shape != other.shape or bool(one != other))
     apart, spread = float((one - other).abs().max()), float(one.max() - one.min())

@@ -8,28 +8,32 @@ from typing import Any, Literal
 from torch import Tensor
 
 from gradless.attacks.base import Attack, falling
+from gradless.attacks.directions import Chunks, sparse
+from gradless.attacks.space import ImageSpace
 from gradless.errors import GradlessError
 from gradless.methods.zoqo.method import ZOQO
-from gradless.noise import Chunks, sparse
-from gradless.spaces import ImageSpace
 
 
 class ZOQOAttack(Attack):
-    """Sign steps of a perturbation that never leaves its b-bit grid; see `gradless.methods.ZOQO` for the equations.
+    """Sign steps of a perturbation that never leaves its b-bit grid; the equations are in `gradless.methods.ZOQO`.
 
-    With `chunks` u is SignHunter's: from one end of the grid to the other on one chunk of the pixels, all of them at first,
-    then halves, quarters, .. to single ones, and so on from all of them. x begins at the grid's upper end, so one side of
-    a query is x itself, which has been asked already: a step costs one query. With `random` a few pixels, drawn anew for
-    each step, move by mu up or down, which costs two: the paper's noise moves nearly all of them where a grid is fine,
-    and takes more queries so. Without a grid eps itself is its step.
+    With `chunks` u is SignHunter's: one chunk of the pixels moves from one end of the grid to the other. The first chunk is the
+    whole image, then come halves, quarters and so on to single pixels, and then the whole image again. x begins at the grid's
+    upper end, so one side of each query is x itself. The model has seen it already: a step costs one query.
+
+    With `random` a few pixels, drawn anew for each step, move by mu up or down, and a step costs two queries a direction. The
+    paper's noise moves nearly all pixels of a fine grid, and needs more queries than this. Without a grid a grid step is eps.
 
     Args:
+        eps: radius of the ball, in units of the pixels.
+        bits: bits of the perturbation's grid; None for no grid.
         directions: "chunks" or "random".
         mu: how far random directions move a pixel, as a share of eps; at least a grid step.
-        share: of the pixels that they move; where mu is less than three grid steps, fewer by as much.
-        eta: root mean square of the first step with random directions, over all pixels, as a share of eps; see `falling`.
+        share: share of the pixels that random directions move; proportionally less if mu is below three grid steps.
+        eta: size of the first step with random directions, as a share of eps: the root mean square over all pixels. The next
+            steps shrink, see `falling`.
         q: random directions a step.
-        eps: as the rest, see `Attack`; `bits` is 8 unless another number, or None for no grid, is given.
+        more: the other options of `Attack`.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class ZOQOAttack(Attack):
     def search(self, images: Tensor, first: int) -> tuple[ImageSpace, ZOQO]:
         levels, pixels = self.ball.levels, images.shape[1]
         if self.directions == "chunks":
-            reach = pixels**-0.5 if self.ball.norm == "l2" else 1.0  # of a corner of the cube inside the ball
+            reach = pixels**-0.5 if self.ball.norm == "l2" else 1.0  # the cube that fits into the ball
             space = ImageSpace(images, replace(self.ball, reach=reach), first=first, start=levels)
             far = 2 * levels
             return space, ZOQO([space], lr=far, whole_steps=True, seed=self.seed, distribution=Chunks(pixels, far))
@@ -75,9 +79,14 @@ class ZOQOAttack(Attack):
 
 
 class SignHunter(ZOQOAttack):
-    """SignHunter (Al-Dujaili and O'Reilly, 2020): signs of the gradient, flipped chunk by chunk where that lowers the margin.
+    """SignHunter (Al-Dujaili and O'Reilly, 2020): flips signs of the perturbation chunk by chunk, and keeps a flip that lowers
+    the margin.
 
     The candidate is clip(image + eps s), s in {-1, 1}: ZOQO with chunks, without a grid.
+
+    Args:
+        eps: radius of the ball, in units of the pixels.
+        more: the other options of `Attack`.
     """
 
     def __init__(self, eps: float, **more: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where the perturbation of an image may be."""
+"""`Ball`: the perturbations that an attack may make of an image."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from gradless.errors import GradlessError
 
 Norm = Literal["linf", "l2"]
 SLACK = 1e-4
-"""Of a grid step: what rounding to fp32 may take from a quotient that is a whole number."""
+"""Rounding error, in grid steps, that a quotient may have and still count as a whole number."""
 
 
 @dataclass(frozen=True)
 class Ball:
-    """A norm ball, a grid over it, and the pixels' range, which the image and its perturbation must not leave together.
+    """A norm ball around each image, with an optional grid of perturbations and the range of pixels.
 
-    Perturbations are counted in units: of the grid's steps, or of eps where there is no grid.
+    Perturbations are counted in units: a unit is a grid step, or eps if there is no grid.
 
     Attributes:
         eps: the radius, in units of the pixels.
         norm: "linf" or "l2".
-        bits: of the grid over [-eps, eps]: 2**bits - 1 levels, zero and both ends among them. None: no grid.
-        low: the smallest pixel.
-        high: the largest one.
-        reach: how far a single coordinate may go, as a multiple of eps.
-        pixel_bits: an image plus its perturbation is cut to the grid of so many bits over the pixels' range, toward the image.
+        bits: the grid has 2**bits - 1 even levels over [-eps, eps], among them zero and both ends. None for no grid.
+        low: the smallest pixel value.
+        high: the largest pixel value.
+        reach: the bound of a single coordinate, as a multiple of eps.
+        pixel_bits: perturbed images are rounded to pixels of this many bits, toward the original image. None: not rounded.
 
     Raises:
-        GradlessError: values that leave nothing.
+        GradlessError: a value out of its range, or a grid whose single step goes beyond `reach`.
     """
 
     eps: float
@@ -57,7 +57,7 @@ class Ball:
 
     @property
     def levels(self) -> int:
-        """The grid's steps from zero to eps; 1 where there is no grid."""
+        """Grid steps from zero to eps; 1 if there is no grid."""
         return 1 if self.bits is None else 2 ** (self.bits - 1) - 1
 
     @property
@@ -67,21 +67,33 @@ class Ball:
 
     @property
     def farthest(self) -> float:
-        """How far a single coordinate may go, in units; whole ones on a grid."""
+        """The bound of a single coordinate, in units; a whole number on a grid."""
         most = self.reach * self.levels
         return most if self.bits is None else float(int(most + SLACK))
 
     def bounds(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest level that pixels and reach allow: fp32 (n, pixels) in units, of images (n, pixels)."""
+        """The lowest and the highest perturbation of each pixel, given the pixels' range and `reach`.
+
+        Args:
+            images: fp32 (n, pixels).
+
+        Returns:
+            Two of fp32 (n, pixels), in units.
+        """
         lower, upper = (self.low - images) / self.unit, (self.high - images) / self.unit
         if self.bits is not None:
             lower, upper = (lower - SLACK).ceil(), (upper + SLACK).floor()
         return lower.clamp(min=-self.farthest), upper.clamp(max=self.farthest)
 
     def project(self, x: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
-        """Perturbations brought inside their images' bounds, and onto the grid: fp32 (n, pixels) in units.
+        """The nearest perturbations inside the bounds and on the grid; an l2 ball then shrinks them toward zero.
 
-        Every coordinate goes to the nearest level within the bounds; then, in l2, toward zero.
+        Args:
+            x: fp32 (n, pixels), in units.
+            bounds: see `bounds`.
+
+        Returns:
+            fp32 (n, pixels), in units.
         """
         x = x.clamp(*bounds) if self.bits is None else x.round().clamp_(*bounds)
         if self.norm == "l2":
@@ -91,7 +103,7 @@ class Ball:
         return x
 
     def shown(self, x: Tensor, images: Tensor) -> Tensor:
-        """The perturbed images: fp32 (n, pixels), inside the pixels' range."""
+        """The perturbed images, inside the pixels' range: fp32 (n, pixels), of perturbations and images of that shape."""
         change = self.unit * x
         if self.pixel_bits is not None:
             step = (self.high - self.low) / (2**self.pixel_bits - 1)

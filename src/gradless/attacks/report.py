@@ -1,4 +1,4 @@
-"""What came of an attack, as one HTML file that needs nothing else."""
+"""The report of an attack: one HTML file, pictures included."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradless.attacks.base import AttackResult
 from gradless.files import write_text
 
 SHOWN = 24
-"""Images in the grid: those that took the fewest queries, spread evenly to those that took the most, failures last."""
+"""Most images in the grid: spread evenly from the fewest queries to the most, failures last."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; } td, th { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #ddd; }
@@ -26,14 +26,15 @@ figure img { width: 31%; image-rendering: pixelated; } figcaption { font-size: .
 
 
 def write_report(path: Path, about: dict[str, Any], images: Tensor, labels: Tensor, result: AttackResult) -> None:
-    """Write figures, success against the budget, and a grid of original, perturbation and adversarial image with their labels.
+    """Write the figures, a curve of success against the budget, and a grid of original, perturbation and adversarial images.
 
     Args:
-        path: of the file.
-        about: what the attack was, plain values.
-        images: fp32 (n, ...), the originals; drawn where they are (height, width), (channels, ..) or (.., channels).
-        labels: int64 (n,).
-        result: of the attack.
+        path: the file.
+        about: the attack's options, as plain values.
+        images: fp32 (n, ...), the originals: (height, width), (channels, height, width) or (height, width, channels). Other
+            shapes are drawn as one row.
+        labels: int64 (n,), the criterion's classes.
+        result: the attack's result.
     """
     summary = {name: "–" if value is None else value for name, value in result.summary().items()}
     rows = "".join(

@@ -1,4 +1,4 @@
-"""What `gradless attack` does."""
+"""`gradless attack`: from a model and a file of images to a folder of results."""
 
 from __future__ import annotations
 
@@ -14,44 +14,46 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from gradless.attacks.answers import read_classes
+from gradless.attacks.answers import read_classes, read_labels
 from gradless.attacks.base import Attack, AttackResult
+from gradless.attacks.criteria import Criterion, Misclassification, TargetedMisclassification
 from gradless.attacks.labels import LabelAttack
 from gradless.attacks.log import QueryLog
 from gradless.attacks.models import TorchModule, called, is_address, load
 from gradless.attacks.onnx_file import OnnxFile
 from gradless.attacks.options import AttackOptions
 from gradless.attacks.oracle import Oracle, Predict
+from gradless.attacks.report import write_report
 from gradless.attacks.trial import Trial
 from gradless.attacks.zo_sign_sgd import ZOSignSGDAttack
 from gradless.attacks.zoqo import SignHunter, ZOQOAttack
 from gradless.errors import GradlessError
 from gradless.files import claim, locked, set_aside, write_text
 from gradless.readers.npz import read_arrays
-from gradless.report.attack import write_report
 
 ATTACKS: dict[str, type[Attack]] = {"zoqo": ZOQOAttack, "signhunter": SignHunter, "zo_signsgd": ZOSignSGDAttack}
 WRITTEN = ("queries.db", "queries.db-wal", "queries.db-shm", "result.npz", "report.html", "summary.json")
+"""The files of an output folder."""
 MAY_CHANGE = {"output", "resume", "overwrite", "rate", "timeout", "max_total_queries"}
-"""What a resumed attack may set anew without becoming another."""
+"""Options that may differ when an attack is resumed."""
 LATER = {"repeat": 1}
-"""Options that logs of older attacks do not name, and what they were; a log names them where they are something else."""
+"""Options that older logs lack, with the values that they had then. A log names them only if their values differ."""
 
 
 def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = False) -> dict[str, Any]:
-    """Attack every image of a .npz file and write what came of it.
+    """Attack every image of a .npz file and write the results.
 
     Args:
         model: see `models.load`.
-        images: a .npz with `images` (n, ..., of floats in [0, 1] or of bytes) and `labels`, see `answers.read_labels`.
+        images: a .npz with `images` (n, ...), floats in [0, 1] or bytes, and `labels`, see `answers.read_labels`.
         options: see `AttackOptions`.
         quiet: print nothing.
 
     Returns:
-        `AttackResult.summary()` and the paths of what was written.
+        `AttackResult.summary()` and the paths of the files written.
 
     Raises:
-        GradlessError: options, images or answers that cannot be; answers so far are kept in queries.db.
+        GradlessError: options, images or answers that cannot be used; the answers so far are kept in queries.db.
     """
     options.check()
     pixels, labels = read_images(Path(images))
@@ -61,9 +63,11 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
 
 def _attack(model: str, pixels: torch.Tensor, labels: Any, options: AttackOptions, *, quiet: bool) -> dict[str, Any]:
     output, method = Path(str(options.output)), make(options)
-    held = (output / "queries.db").is_file()
-    claim(output, "an attack", held=held, resume=options.resume, overwrite=options.overwrite)
-    pixels, classes = method.checked(pixels, labels)
+    begun = (output / "queries.db").is_file()
+    claim(output, "an attack", held=begun, resume=options.resume, overwrite=options.overwrite)
+    pixels = method.checked(pixels)
+    goal = TargetedMisclassification if options.targeted else Misclassification
+    criterion = goal(read_labels(labels, len(pixels)))
     predict = load(model, rate=options.rate, timeout=options.timeout)
     header = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
     header = {name: value for name, value in header.items() if name not in LATER or value != LATER[name]}
@@ -74,34 +78,34 @@ def _attack(model: str, pixels: torch.Tensor, labels: Any, options: AttackOption
             with Line(len(pixels), quiet=quiet) as line:
                 asked = _Model(predict, log.path)
                 if isinstance(predict, TorchModule | OnnxFile):
-                    line.say(_right(asked, pixels, classes, options))
+                    line.say(_right(asked, pixels, criterion, options))
                 trial = Trial(is_address(model), line.say) if options.repeat == 1 else None
-                result = method.attack(asked, pixels, classes, log=log, progress=line, trial=trial)
+                result = method.attack(asked, pixels, criterion, log=log, progress=line, trial=trial)
                 at_once = int((result.success & (result.queries <= options.repeat)).sum())
                 if 2 * at_once > len(pixels):
-                    what = "by their first query: does the model get them wrong as they are?"
-                    line.say(f"{at_once} of {len(pixels)} images were found {what}")
+                    why = "does the model get them wrong as they are?"
+                    line.say(f"{at_once} of {len(pixels)} images were found by their first query: {why}")
         finally:
             log.close()
             if log.calls:
                 drop()
-    return _write(output, header, pixels, classes, result)
+    return _write(output, header, pixels, criterion.classes, result)
 
 
-def _right(predict: Predict, images: torch.Tensor, labels: torch.Tensor, options: AttackOptions) -> str:
-    """What a model that costs nothing to ask says of the images as they are."""
+def _right(predict: Predict, images: torch.Tensor, criterion: Criterion, options: AttackOptions) -> str:
+    """A sentence on how many of the unchanged images the model takes for the criterion's classes. These calls do not count."""
     agreed, size = 0, options.batch_size
     with torch.no_grad():
         for start in range(0, len(images), size):
             classes = read_classes(predict(images[start : start + size].clone()), len(images[start : start + size]))
-            agreed += int((classes == labels[start : start + size]).sum())
+            agreed += int((classes == criterion.classes[start : start + size]).sum())
     what = "takes for their targets" if options.targeted else "is right on"
-    return f"the model {what} {agreed} of {len(labels)} images as they are"
+    return f"the model {what} {agreed} of {len(images)} images as they are"
 
 
 @dataclass
 class _Model:
-    """The model, whose failures are told apart from ours."""
+    """The model, wrapped so that its own exceptions become a `GradlessError` that names the log."""
 
     predict: Predict
     log: Path
@@ -113,7 +117,7 @@ class _Model:
             raise
         except Exception as error:
             raise GradlessError(
-                f"the model failed ({type(error).__name__}: {error}); its answers so far are in {self.log}: mend it and "
+                f"the model failed ({type(error).__name__}: {error}); its answers so far are in {self.log}: fix it and "
                 "run the same command with --resume."
             ) from error
 
@@ -123,7 +127,7 @@ def make(options: AttackOptions) -> Attack:
     more: dict[str, Any] = {} if options.method != "zoqo" else {"directions": options.directions}
     if options.method != "signhunter":
         more["bits"] = 8 if options.bits is None and options.method == "zoqo" else options.bits
-    shared = ("norm", "pixel_bits", "targeted", "max_queries", "max_total_queries", "batch_size", "repeat", "seed")
+    shared = ("norm", "pixel_bits", "max_queries", "max_total_queries", "batch_size", "repeat", "seed")
     assert options.eps is not None
     more |= {name: getattr(options, name) for name in shared}
     if options.labels_only:
@@ -136,10 +140,10 @@ def read_images(path: Path) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
     """Images, fp32, and labels of a .npz file; bytes are divided by 255.
 
     Raises:
-        GradlessError: it cannot be read, lacks one of them, or has images of neither floats nor bytes.
+        GradlessError: it cannot be read, lacks one of the two, or its images are neither floats nor bytes.
     """
-    held = read_arrays(path, ("images", "labels"))
-    images, labels = held["images"], held["labels"]
+    arrays = read_arrays(path, ("images", "labels"))
+    images, labels = arrays["images"], arrays["labels"]
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise GradlessError(f"{path} is no .npz with arrays `images` of floats in [0, 1] or of bytes: they are {images.dtype}.")
     whole = images.dtype == np.uint8
@@ -157,9 +161,10 @@ def _write(
 
 
 class Line:
-    """A live line: images done, success rate and median queries so far."""
+    """A live line: images done, images found and median queries so far."""
 
     EVERY_SECONDS = 10.0
+    """Seconds between two printed lines if the output is no terminal."""
 
     def __init__(self, images: int, *, quiet: bool) -> None:
         self.quiet, self.console = quiet, Console(stderr=True)
