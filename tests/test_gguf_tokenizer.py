@@ -226,9 +226,9 @@ def test_pieces_of_one_score_are_refused(tmp_path):
 
 
 def test_every_key_is_known_or_refused(tmp_path):
-    with pytest.raises(GradlessError, match=r"what tokenizer\.ggml\.add_prefix changes is not known"):
+    with pytest.raises(GradlessError, match=r"the key tokenizer\.ggml\.add_prefix is unknown"):
         load_tokenizer(bpe(tmp_path / "one.gguf", "gpt-2", **{"ggml.add_prefix": True}))
-    with pytest.raises(GradlessError, match=r"what tokenizer\.rwkv\.world changes is not known"):
+    with pytest.raises(GradlessError, match=r"the key tokenizer\.rwkv\.world is unknown"):
         load_tokenizer(bpe(tmp_path / "one.gguf", "gpt-2", **{"rwkv.world": "x"}))
 
 

@@ -1,4 +1,4 @@
-"""What a run shows while it tunes, and how it is stopped."""
+"""The progress line of a run, and how the run is stopped."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gradless.training.options import RunOptions
 from gradless.training.trainer import ZOTrainer
 
 NO_LIMIT = 10**9
-"""Steps of a run that ends by the clock."""
+"""Number of steps of a run that a time limit ends."""
 
 
 @contextmanager
 def stopping_on_interrupt(line: ProgressLine) -> Iterator[None]:
-    """Let the first Ctrl-C stop the run after its current step; a second one stops at once."""
+    """The first Ctrl-C inside stops the run after its current step, a second one at once."""
 
     def stop(_number: int, _frame: Any) -> None:
         line.interrupted = True
@@ -39,7 +39,7 @@ def stopping_on_interrupt(line: ProgressLine) -> Iterator[None]:
 
 
 class ProgressLine(TrainerCallback):  # type: ignore[misc]
-    """A live line: step, loss, accuracy, step time, resident memory, time left. It also ends a run that is out of time."""
+    """A live line: step, loss, accuracy, step time, resident memory, time left. It also ends a run whose time is up."""
 
     SMOOTHING = 0.95
     EVERY_SECONDS = 10.0
