@@ -1,8 +1,8 @@
 """A transformers model with the packed tensors of a GGUF file.
 
 `gguf_config` reads the configuration. Here the model is made on the meta device, and every tensor of the file is put in the
-place that its name says. Nothing is dequantized: `layers` replaces linear layers and embeddings, and only the small float tensors
-are copied.
+place that its name says. Nothing is dequantized: `layers` replaces linear layers and embeddings, and only the small float
+tensors are copied.
 """
 
 from __future__ import annotations
