@@ -182,8 +182,8 @@ def test_a_template_without_labels():
         (b'{"text": "a", "text": "b"}\n', "line 1 names 'text' twice"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
         (b'{"text": "a"}\n{"text": "\x00"}\n', "line 2 is not JSON"),
-        (b'["a"]\n', "line 1 is a list, and not a JSON object"),
-        (b'"a"\n', "line 1 is the text 'a', and not a JSON object"),
+        (b'["a"]\n', "line 1 is a list; it must be a JSON object"),
+        (b'"a"\n', "line 1 is the text 'a'; it must be a JSON object"),
         (b"null\n", "line 1 is null"),
         (b"[" * 100_000, "line 1 is nested too deeply"),
         (b'{"n": ' + b"9" * 5000 + b"}", "line 1 is not JSON that can be read"),
@@ -213,10 +213,10 @@ def test_byte_order_marks_blank_lines_and_carriage_returns(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('["a", "b"]', "row 1 is the text 'a', and not a JSON object"),
+        ('["a", "b"]', "row 1 is the text 'a'; it must be a JSON object"),
         ('[["a"]]', "row 1 is a list"),
         ('[{"text": "a"}, "b"]', "row 2 is the text 'b'"),
-        ("5", "neither a JSON array of rows nor a file as SQuAD's"),
+        ("5", "neither a JSON array of rows nor a file like SQuAD's"),
         ('{"messages": []}', "neither a JSON array of rows"),
         ('{"data": [1]}', "'data', entry 1 is a number; it must be an object with 'title', 'paragraphs'"),
         ('{"data": null}', "'data' is null; it must be a list"),
@@ -301,7 +301,7 @@ def test_parquet_that_holds_other_types(tmp_path):
         ("completion", {"prompt": {}, "completion": "b"}, "column 'prompt' is an object"),
         ("completion", {"prompt": "a", "completion": "b", "weight": 0}, "column 'weight' is not read"),
         ("completion", {"prompt": "a", "completion": "b", "label": False}, "column 'label' does not change what is learned"),
-        ("completion", {"prompt": "a", "completion": "b", "tools": "[]"}, "column 'tools' goes with a conversation"),
+        ("completion", {"prompt": "a", "completion": "b", "tools": "[]"}, "column 'tools' belongs to a conversation"),
     ],
 )
 def test_values_of_the_wrong_type_are_named(task, row, message):

@@ -1,7 +1,7 @@
-"""SQLite files that outlive kills, full disks and strangers.
+"""SQLite files that survive kills and full disks, and that are checked before they are read.
 
-A file appears whole, with its tables, or not at all. A transaction is on the disk when it returns. Until the file is closed its
-last transactions lie beside it, in SQLite's write-ahead log. What is opened must have the tables that are expected, no others,
+A file appears whole, with its tables, or not at all. A transaction is on the disk when it returns. Until the file is closed,
+its last transactions are in SQLite's write-ahead log beside it. A file is only opened if it has the expected tables, no others,
 and nothing that runs by itself (views, triggers).
 """
 
@@ -21,23 +21,22 @@ from gradless.files import replacing
 from gradless.readers.sentences import said
 
 COMPANIONS = ("-wal", "-shm", "-journal")
-"""What SQLite may keep beside a file that is not closed."""
+"""Suffixes of the files that SQLite may keep beside an open file."""
 PATIENCE = 60.0
 """Seconds to wait for another process."""
 
 
 class Database:
-    """An open file.
+    """An open SQLite file.
 
     Args:
         path: of the file.
-        schema: the CREATE TABLE statements that it may have, by table; the first must be there.
-        what: what such a file is, as in "is not a whole journal".
+        schema: table name -> its CREATE TABLE statement. The first table must be there, no others may be.
+        what: a name for such a file in messages, as in "is not a whole journal".
 
     Attributes:
-        connection: without transactions of its own; see `writing`.
-        log_is_missing: whether the file was not closed and its write-ahead log is not beside it; the last transactions may be
-            missing then.
+        connection: begins no transaction by itself; see `writing`.
+        log_is_missing: whether the file was not closed and its log is gone, perhaps with the last transactions.
 
     Raises:
         GradlessError: the file is no such database.
@@ -47,7 +46,7 @@ class Database:
         self.path, self.schema, self.what = path, schema, what
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         with self.reading():
-            # SQLite is asked, not the file's bytes: closing the file would lift the locks of this process's other connections.
+            # Ask SQLite, not the bytes: closing the file would release the locks of this process's other connections.
             log_is_there = Path(f"{path}-wal").exists()
             self.connection = self._connect()
             self.log_is_missing = not log_is_there and self.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -55,10 +54,10 @@ class Database:
 
     @classmethod
     def create(cls, path: Path, schema: Mapping[str, str], rows: Sequence[tuple[str, str]], what: str) -> Self:
-        """Write a new file, whole, with these rows in its first table, and open it.
+        """Write a new file with these rows in its first table, whole, and open it.
 
         Raises:
-            GradlessError: it cannot be written; nothing is there then.
+            GradlessError: the file cannot be written; no part of it remains.
         """
         with replacing(path) as temporary:
             try:
@@ -75,7 +74,7 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         try:
             return _opened(self.path)
-        except sqlite3.OperationalError:  # what a killed process left on a disk that cannot be written is folded in elsewhere
+        except sqlite3.OperationalError:  # a killed process's log on a read-only disk: fold it into a copy
             self._scratch = tempfile.TemporaryDirectory(prefix="gradless-")
             copy = Path(self._scratch.name) / self.path.name
             for suffix in ("", "-wal", "-journal"):
@@ -93,7 +92,7 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Turn whatever a damaged file brings up inside into a sentence."""
+        """Turn every error that a damaged file causes inside into one sentence."""
         try:
             yield
         except (sqlite3.Error, ValueError, OverflowError, TypeError, KeyError, RecursionError, OSError) as error:
@@ -101,10 +100,10 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self, what: str, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """One transaction; unless it is durable, a power failure may lose it.
+        """One transaction. A power failure may lose it unless it is `durable`.
 
         Raises:
-            GradlessError: it could not be written; all before it is safe.
+            GradlessError: the transaction could not be written; earlier ones are safe.
         """
         try:
             self.connection.execute("PRAGMA journal_mode=WAL")
@@ -119,7 +118,7 @@ class Database:
             ) from error
 
     def close(self) -> None:
-        """Fold the write-ahead log into the file; if someone else reads it, SQLite does so when they stop."""
+        """Fold the write-ahead log into the file. If another process reads it, SQLite does this when that process stops."""
         with contextlib.suppress(sqlite3.Error):
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self.connection.execute("PRAGMA journal_mode=DELETE")

@@ -1,4 +1,4 @@
-"""How good a model is on examples: loss, accuracy, F1, and for questions SQuAD's measures of generated answers."""
+"""Metrics of a model on examples: loss, accuracy, F1, and SQuAD's metrics of generated answers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from gradless.independence import independence
 from gradless.objectives import TokenizedExample, collate, example_loss, scores
 
 MAX_ANSWER_TOKENS = 50
+"""Largest number of tokens in a generated answer."""
 
 
 def batches(examples: Sequence[TokenizedExample], size: int) -> Iterator[list[TokenizedExample]]:
-    """Batches of examples of like length, for evaluation."""
+    """Batches of examples of similar length, for evaluation."""
     ordered = sorted(examples, key=len)
     for start in range(0, len(ordered), size):
         yield list(ordered[start : start + size])
@@ -40,12 +41,12 @@ def evaluate(
         examples: at least one.
         tokenizer: of the model.
         batch_size: examples in a forward.
-        generating: whether questions with answers are answered; otherwise only their loss is measured.
-        progress: called with the number of examples of each batch that is done.
+        generating: whether to generate answers to questions; otherwise only their loss is measured.
+        progress: called after each batch with its number of examples.
 
     Returns:
-        `loss`; `accuracy` and macro `f1` where there are candidates to choose from; for questions with answers,
-        `accuracy` is exact match and `f1` is SQuAD's, of at most 50 greedily generated tokens up to a newline.
+        `loss`; `accuracy` and macro `f1` if there are candidates to choose from. For questions with answers `accuracy` is
+        exact match and `f1` is SQuAD's, over at most 50 greedily generated tokens up to a newline.
     """
     total, right, confusion, rows = 0.0, 0, Counter[tuple[int, int]](), independence(model).rows
     for batch in batches(examples, batch_size):
@@ -70,7 +71,7 @@ def evaluate(
 
 
 def generate(model: Any, example: TokenizedExample, tokenizer: Any) -> str:
-    """The model's own answer, greedily, up to a newline."""
+    """The model's answer: greedy decoding up to a newline."""
     ids = torch.tensor([example.prompts[0]], device=model.device)
     output = model.generate(
         input_ids=ids,
@@ -86,7 +87,7 @@ def generate(model: Any, example: TokenizedExample, tokenizer: Any) -> str:
 
 
 def answer_scores(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """SQuAD's exact match and F1 of a predicted answer: the best over the accepted ones."""
+    """SQuAD's exact match and F1 of a predicted answer, each the best over the accepted answers."""
     predicted = _normalized(prediction)
     exact = f1 = 0.0
     for answer in map(_normalized, answers):
@@ -102,7 +103,7 @@ def _normalized(text: str) -> list[str]:
 
 
 def _macro_f1(confusion: Counter[tuple[int, int]]) -> float:
-    """The unweighted mean over the labels that occur of 2 TP / (2 TP + FP + FN)."""
+    """The unweighted mean of 2 TP / (2 TP + FP + FN) over the labels that occur."""
     labels = {label for _, label in confusion}
     f1 = []
     for label in labels:

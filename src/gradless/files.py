@@ -1,9 +1,10 @@
-"""Whole files or none: written in a private folder beside their place, flushed to the disk, then renamed. One writer at a time.
+"""Files are written whole or not at all: in a private folder beside their place, flushed to the disk, then renamed.
 
-A lock tells what a killed process left behind from what a live one is writing: the kernel lifts it with the process.
+A folder has one writer at a time. A lock tells the leftovers of a killed process from the work of a live one, because the
+kernel releases it with the process. The next start in a folder cleans up:
 
-    .NAME.RANDOM.tmp      a private folder in which something is being written; removed
-    .NAME.RANDOM.aside    what an --overwrite moved out of the way; put back
+    .NAME.RANDOM.tmp      a private folder for files that are being written; removed
+    .NAME.RANDOM.aside    files that --overwrite moved out of the way; put back
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from gradless.errors import GradlessError
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: nothing is locked there, and nothing is swept
+except ImportError:  # not a POSIX system: no locks and no sweep there
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-"""The file in a run's folder that its process holds locked; it says who that is."""
+"""The file in a run's folder that the writing process locks; it names that process."""
 WRITING, ASIDE = ".tmp", ".aside"
 ABSENT = ".absent"
-"""In a folder of what was set aside: the names, a line each, of what may be written meanwhile and was not there before."""
+"""A file in an .aside folder: the names, one a line, that did not exist before and may be written meanwhile."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the temporary path of a file, or a folder, to be made; put it in place of `path` if the block succeeds.
+    """Yield a temporary path for a new file or folder, and move it to `path` if the block succeeds.
 
-    The temporary lies in a folder that nobody else may enter, so that no link can be planted at its name. If the block fails,
-    `path` is as it was and nothing is left behind. A link at `path` is replaced, not what it points to.
+    Nobody else may enter the folder of the temporary path, so no link can be planted at its name. If the block fails, `path` is
+    unchanged and nothing is left behind. A link at `path` is replaced, not its target.
 
     Raises:
         GradlessError: the disk is full or cannot be written.
@@ -57,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.replace(path)
         _flush(path.parent)
     except Exception as error:
-        # tokenizers tells of a full disk by a bare Exception
+        # tokenizers raises a bare Exception if the disk is full
         if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
             raise
         raise GradlessError(
@@ -68,13 +69,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def set_aside(paths: Iterable[Path]) -> Iterator[Callable[[], None]]:
-    """Move files and folders of one folder out of the way of what is written inside.
+    """Move files and folders of one folder out of the way while the block writes new ones.
 
-    On success, or when the block calls the yielded function, they are deleted. On failure they are put back, and what was not
-    there before is removed; if the process is killed, the next `sweep` of their folder does so.
+    On success, or when the block calls the yielded function, the originals are deleted. On failure they are put back and new
+    files are removed. If the process is killed, the next `sweep` of the folder does this.
 
     Raises:
-        GradlessError: they cannot be moved; they are where they were.
+        GradlessError: the originals cannot be moved; they stay in place.
     """
     named = list(paths)
     present = [path for path in named if os.path.lexists(path)]
@@ -92,7 +93,7 @@ def set_aside(paths: Iterable[Path]) -> Iterator[Callable[[], None]]:
 
         def drop() -> None:
             if folder.exists():
-                doomed = folder.with_suffix(WRITING)  # from here on a sweep removes it
+                doomed = folder.with_suffix(WRITING)  # now a sweep removes it
                 with _moving(folder.parent):
                     folder.replace(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
@@ -105,24 +106,24 @@ def set_aside(paths: Iterable[Path]) -> Iterator[Callable[[], None]]:
             drop()
         finally:
             if folder.exists():
-                with suppress(OSError):  # what cannot be put back now stays aside, for the next sweep
+                with suppress(OSError):  # the next sweep tries again
                     _put_back(folder)
 
 
 @contextmanager
 def _moving(folder: Path) -> Iterator[None]:
-    """Say so if what a folder holds cannot be moved out of the way."""
+    """Turn an error of moving files in `folder` into a sentence."""
     try:
         yield
     except OSError as error:
         raise GradlessError(
-            f"what {folder} holds cannot be replaced ({error.strerror}), and nothing of it was changed; give another --output."
+            f"the content of {folder} cannot be replaced ({error.strerror}); nothing was changed there. Give another --output."
         ) from error
 
 
 @contextmanager
 def _private(parent: Path, name: str, kind: str) -> Iterator[Path]:
-    """A new folder that nobody else may enter, locked as long as this process uses it; then removed, if nothing lies aside."""
+    """A new folder that nobody else may enter, locked inside the block. A `WRITING` folder is removed afterwards."""
     folder, handle = _locked_folder(parent, name, kind)
     try:
         yield folder
@@ -133,7 +134,7 @@ def _private(parent: Path, name: str, kind: str) -> Iterator[Path]:
 
 
 def _locked_folder(parent: Path, name: str, kind: str) -> tuple[Path, int]:
-    """A new folder that nobody else may enter, and its open handle, which this process holds locked."""
+    """A new folder that nobody else may enter, and its open, locked handle."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=kind, dir=parent))
         try:
@@ -146,7 +147,7 @@ def _locked_folder(parent: Path, name: str, kind: str) -> tuple[Path, int]:
 
 
 def _lock(handle: int) -> bool:
-    """Lock an open file or folder unless someone holds it; whether it is ours now."""
+    """Try to lock an open file or folder. Returns whether this process holds it now."""
     if fcntl is None:
         return True
     try:
@@ -159,9 +160,9 @@ def _lock(handle: int) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes were writing in a folder, and put back what they had set aside.
+    """Remove the unfinished files of killed processes in a folder, and put back what they had set aside.
 
-    Other processes may write in it at the same time: what they hold locked is left.
+    Folders that a live process has locked are left alone.
     """
     if fcntl is None:
         return
@@ -169,7 +170,7 @@ def sweep(folder: Path) -> None:
         if left.suffix not in (WRITING, ASIDE) or left.is_symlink() or not left.is_dir():
             continue
         with suppress(OSError):
-            if left.stat().st_uid != os.geteuid():  # nobody puts back, or has removed, what is not theirs
+            if left.stat().st_uid != os.geteuid():  # only one's own files are put back or removed
                 continue
             handle = os.open(left, os.O_RDONLY)
             try:
@@ -183,7 +184,7 @@ def sweep(folder: Path) -> None:
 
 
 def _put_back(aside: Path) -> None:
-    """Put what was set aside where it was, in place of what was written since."""
+    """Put the originals back in place of the files written since."""
     absent = aside / ABSENT
     if absent.exists():
         for line in absent.read_text().splitlines(keepends=True):
@@ -206,7 +207,7 @@ def remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -216,11 +217,11 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder for this process, and make it if it is missing; what killed processes left in it is swept first.
+    """Lock a folder for this process, after a sweep. A missing folder is made.
 
     Args:
         folder: of a run or an attack.
-        what: "a run", say.
+        what: the folder's content in messages, such as "a run".
 
     Raises:
         GradlessError: another process holds it, or it cannot be written.
@@ -241,16 +242,16 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         sweep(folder)
         yield
     finally:
-        with suppress(OSError):  # a disk that cannot be written any more: nobody holds the lock that stays
+        with suppress(OSError):  # if the disk is read-only now, the file stays, but unlocked
             lock.unlink(missing_ok=True)
         os.close(handle)
         if made:
-            with suppress(OSError):  # it holds something now
+            with suppress(OSError):  # fails if it has content now
                 folder.rmdir()
 
 
 def _held(lock: Path, what: str) -> int:
-    """The open file of a lock that this process holds from now on."""
+    """Lock the lock file and return its open handle."""
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         if not _lock(handle):
@@ -259,7 +260,7 @@ def _held(lock: Path, what: str) -> int:
             raise GradlessError(f"{lock.parent} is in use: {holder} is writing {what} there; wait, or give another --output.")
         if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
             break
-        os.close(handle)  # its holder has removed it meanwhile
+        os.close(handle)  # its holder has removed it in the meantime
     try:
         os.ftruncate(handle, 0)
         os.pwrite(
@@ -274,17 +275,17 @@ def _held(lock: Path, what: str) -> int:
 
 
 def claim(output: Path, what: str, *, held: bool, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, unless told what to do with it.
+    """Refuse a used output folder, unless the user resumes or overwrites it.
 
     Args:
         output: the folder.
-        what: "a run", say.
-        held: whether it holds one.
+        what: its content in messages, such as "a run".
+        held: whether it has such content.
         resume: the user wants to go on with it.
-        overwrite: the user wants it replaced.
+        overwrite: the user wants to replace it.
 
     Raises:
-        GradlessError: what is held and what is wanted do not go together.
+        GradlessError: the folder's content and the user's wish contradict each other.
     """
     if resume and overwrite:
         raise GradlessError("--resume and --overwrite contradict each other; give one.")
@@ -297,12 +298,12 @@ def claim(output: Path, what: str, *, held: bool, resume: bool, overwrite: bool)
 
 
 def covers(target: Path, source: Path) -> bool:
-    """Whether writing `target` would replace `source`: it is that path, or a folder around it."""
+    """Whether writing `target` would replace `source`: they are the same path, or `target` is a folder around it."""
     return target.resolve() in (source.resolve(), *source.resolve().parents)
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again; it need not exist."""
+    """The folder of gradless in the user's cache directory; it may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradless"
 
 
@@ -314,18 +315,18 @@ def write_text(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A file, or the files of a folder, as they were at one time: enough to see cheaply whether they are the same still."""
+    """Device, inode, size and time of a file, or of a folder's files: a cheap check whether they have changed."""
 
     seen: dict[Path, tuple[int, int, int, int]]
 
     @classmethod
     def of(cls, path: Path) -> Snapshot:
-        """Look at a file or a folder, which must be there."""
+        """The snapshot of an existing file or folder."""
         files = [path] if path.is_file() else sorted(filter(Path.is_file, path.iterdir()))
         return cls({file: _face(file) for file in files})
 
     def check(self) -> None:
-        """Raise if a file is another one now.
+        """Compare with the files as they are now.
 
         Raises:
             GradlessError: a file was replaced, changed or removed.
@@ -333,7 +334,7 @@ class Snapshot:
         for file, before in self.seen.items():
             if not file.is_file() or _face(file) != before:
                 raise GradlessError(
-                    f"{file} was changed while it was in use, so that nothing was made from it: put back the file that the run "
+                    f"{file} was changed while it was in use, so nothing was made from it: put back the file that the run "
                     "began with, then run the same command with --resume."
                 )
 

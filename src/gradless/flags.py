@@ -1,4 +1,4 @@
-"""Fields of a dataclass that are flags of a command."""
+"""Dataclass fields as command line flags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradless.errors import GradlessError
 
 @dataclass(frozen=True)
 class Range:
-    """What a number can be: from `least`, or above it, to `most`."""
+    """The allowed values of a number: from `least` (exclusive if `above`) to `most`."""
 
     least: float
     most: float
@@ -41,15 +41,15 @@ def above_zero(most: float) -> Range:
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field with its help text and what argparse should know of it."""
+    """A dataclass field with its help text and further metadata for argparse."""
     return field(default=default, metadata={"help": text, **more})
 
 
 def check_ranges(options: Any) -> None:
-    """Refuse numbers that are out of their option's `within`, a `Range`; None and texts, such as auto, are none of its.
+    """Check every number against its option's `within`, a `Range`. None and allowed texts, such as "auto", pass.
 
     Raises:
-        GradlessError: one is, or is infinite or not a number.
+        GradlessError: a number is out of range, infinite or NaN.
     """
     for each in fields(options):
         value, within = getattr(options, each.name), each.metadata.get("within")
@@ -77,7 +77,7 @@ def check_choices(options: Any, each: Field[Any]) -> None:
 
 
 def add_flags(command: argparse.ArgumentParser, options: type, names: Collection[str] | None = None) -> None:
-    """Flags for the fields of a dataclass, or for the named ones; absent flags stay absent in what argparse returns."""
+    """Add flags for the fields of a dataclass, or only for `names`. Flags that are not given are absent from the result."""
     for each in fields(options):
         if names is not None and each.name not in names:
             continue

@@ -1,8 +1,8 @@
 """The durable record of a run: with the base file, it is the tuned model.
 
-One SQLite file. Every step is committed to the disk before it moves a weight, so a run that is killed at any moment holds
-each step either whole or not at all, and replaying its rows, which needs neither data nor forwards, gives the same bits.
-Rows are chained by digests: a journal that was edited is refused.
+It is one SQLite file. Every step is on the disk before it moves a weight, so after a kill each step is there whole or not at
+all. A replay of the rows gives the same bits, without data or forwards. The rows are chained by digests: an edited journal is
+refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gradless.methods.base import Estimate
 from gradless.readers.sentences import said
 
 FORMAT = 3
-"""Of the tables, and of the arithmetic behind them: noise, rounding, the order of operations."""
+"""Version of the tables and of the arithmetic behind them: noise, rounding, the order of operations."""
 
 _SCHEMA = {
     "header": "CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
@@ -41,11 +41,11 @@ _SCHEMA = {
     ) STRICT""",
     "evaluations": "CREATE TABLE evaluations (step INTEGER PRIMARY KEY, metrics TEXT NOT NULL, seconds REAL NOT NULL) STRICT",
     "finished": "CREATE TABLE finished (steps INTEGER NOT NULL, digest TEXT NOT NULL) STRICT",
-    "written": "CREATE TABLE written (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL) STRICT",  # runs before 0.1's end have none
+    "written": "CREATE TABLE written (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL) STRICT",  # missing in older runs
 }
 _WHAT = "a whole journal"
 DEFLATED = 8
-"""Bytes that a byte of Huffman codes without repeats can hold: each takes a bit or more."""
+"""Largest number of bytes that one byte of Huffman codes can hold: each takes at least a bit."""
 
 
 class Journal:
@@ -53,9 +53,9 @@ class Journal:
 
     Attributes:
         path: of the file.
-        header: what the run is: base hash, method, spaces, configuration, environment (plain JSON values).
-        steps: how many steps it holds, as far as they were checked.
-        seconds: the run's time at its last step.
+        header: the description of the run: base hash, method, spaces, configuration, environment (plain JSON values).
+        steps: number of checked steps.
+        seconds: run time at the last step.
     """
 
     def __init__(self, path: Path, database: Database) -> None:
@@ -68,10 +68,10 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> Journal:
-        """Begin a journal; `header` must survive JSON.
+        """Begin a journal; `header` holds plain JSON values.
 
         Raises:
-            GradlessError: it cannot be written; nothing is there then.
+            GradlessError: the file cannot be written; no part of it remains.
         """
         rows = [(name, json.dumps(value)) for name, value in {"format": FORMAT, **header}.items()]
         return cls(path, Database.create(path, _SCHEMA, rows, _WHAT))
@@ -82,10 +82,10 @@ class Journal:
 
         Args:
             path: of the file.
-            to_go_on: its run is to be resumed, and makes again what steps are missing at its end.
+            to_go_on: the run will be resumed, and repeats the steps that are missing at the end.
 
         Raises:
-            GradlessError: there is none, it is truncated or edited, or its format is another version's.
+            GradlessError: there is no journal, it is truncated or edited, or it has the format of another version.
         """
         if not path.is_file():
             raise GradlessError(f"there is no journal {path}; a run writes it as journal.db in its output folder.")
@@ -101,10 +101,10 @@ class Journal:
 
     @staticmethod
     def is_begun(path: Path) -> bool:
-        """Whether a file holds a journal: one that a kill cut off before its header was written does not."""
+        """Whether a file holds a journal with a header; a kill may have stopped the run before it was written."""
         if not path.is_file() or (path.stat().st_size == 0 and not path.with_name(path.name + "-wal").is_file()):
             return False
-        try:  # only to read: else SQLite folds in and removes the write-ahead log that a killed run left
+        try:  # read-only, or SQLite would fold in and remove the write-ahead log that a killed run left
             with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
                 return bool(connection.execute("SELECT name FROM sqlite_master").fetchall())
         except sqlite3.Error:
@@ -112,17 +112,17 @@ class Journal:
 
     @staticmethod
     def salvage(path: Path, target: Path) -> int:
-        """Write the steps of a damaged journal that are whole, up to the first that is not, to a new journal.
+        """Copy the steps of a damaged journal, up to the first damaged one, to a new journal.
 
         Args:
-            path: of the damaged journal, which is left as it is.
-            target: of the new one; replaced.
+            path: of the damaged journal, which is not changed.
+            target: of the new journal; an existing file is replaced.
 
         Returns:
             The number of steps.
 
         Raises:
-            GradlessError: not even the header can be read.
+            GradlessError: the header cannot be read.
         """
         with tempfile.TemporaryDirectory(prefix="gradless-") as scratch:
             for suffix in ("", "-wal"):
@@ -131,7 +131,7 @@ class Journal:
             with contextlib.closing(sqlite3.connect(Path(scratch) / "journal.db")) as connection:
                 header, whole = _whole_rows(connection, path)
         journal = Journal(target, Database.create(target, _SCHEMA, header, _WHAT))
-        with journal._database.writing("what was salvaged") as transaction:
+        with journal._database.writing("the salvaged steps") as transaction:
             transaction.executemany("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?)", whole)
         journal.close()
         return len(whole)
@@ -178,14 +178,14 @@ class Journal:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run has ended."""
         return bool(self._select("SELECT steps FROM finished"))
 
     def append(self, estimate: Estimate, seconds: float) -> None:
         """Commit a step to the disk. Call it before the step's update.
 
         Raises:
-            GradlessError: it could not be written; the journal is as it was.
+            GradlessError: the step could not be written; the journal is unchanged.
         """
         columns = (json.dumps(estimate.losses), json.dumps([*map(_packed, estimate.d)]), json.dumps(estimate.lr))
         digest = _chained(self._digest, estimate.step, *columns)
@@ -201,12 +201,12 @@ class Journal:
         self._digest, self.steps, self.seconds = digest, estimate.step + 1, seconds
 
     def moved(self, step: int, share: float) -> None:
-        """Note what share of the codes a step's update changed: for the curve; a replay finds it anew."""
+        """Note the share of codes that a step's update changed, for the curve. A replay computes it again."""
         with self._database.writing("a step's moves", durable=False) as transaction:
             transaction.execute("UPDATE steps SET moved = ? WHERE step = ?", (share, step))
 
     def moves(self) -> list[tuple[int, float]]:
-        """(step, share of the codes that its update changed), where noted."""
+        """(step, share of the codes that its update changed) of the steps that have it."""
         return [
             (step, moved) for step, moved in self._select("SELECT step, moved FROM steps WHERE moved IS NOT NULL ORDER BY step")
         ]
@@ -217,25 +217,25 @@ class Journal:
             transaction.execute("REPLACE INTO evaluations VALUES (?, ?, ?)", (step, json.dumps(metrics), seconds))
 
     def estimates(self) -> Iterator[Estimate]:
-        """Every step that the journal held when it was opened, or got since, checked again as it is read."""
+        """Every step that was there when the journal was opened, or was appended since. Each is checked again as it is read."""
         with self._database.reading():
             for (step, losses, d, lr), _, _ in islice(self._checked_rows(), self.steps):
                 pairs = tuple(tuple(pair) for pair in json.loads(losses))
                 yield Estimate(step, pairs, tuple(map(_unpacked, json.loads(d))), tuple(json.loads(lr)))
 
     def evaluations(self) -> list[dict[str, float]]:
-        """Every evaluation: its metrics, and `step` and `seconds`."""
+        """Every evaluation: its metrics, `step` and `seconds`."""
         with self._database.reading():
             rows = self._select("SELECT step, metrics, seconds FROM evaluations ORDER BY step")
             return [{**json.loads(metrics), "step": step, "seconds": seconds} for step, metrics, seconds in rows]
 
     def written(self) -> dict[str, str]:
-        """What the run wrote when it ended: the SHA-256 of each file of the tuned model, by its path in the run's folder."""
+        """The SHA-256 of each file of the tuned model, by its path in the run's folder."""
         known = self._select("SELECT name FROM sqlite_master WHERE name = 'written'")
         return dict(self._select("SELECT name, sha256 FROM written")) if known else {}
 
     def finish(self, written: Mapping[str, str] | None = None) -> None:
-        """Mark the run as finished, with what it wrote, and fold SQLite's write-ahead log in so that the file stands alone."""
+        """Mark the run as finished, note the checksums of its files, and fold the write-ahead log in."""
         with self._database.writing("the run's end") as transaction:
             transaction.execute("DELETE FROM finished")
             transaction.execute("INSERT INTO finished VALUES (?, ?)", (self.steps, self._digest))
@@ -250,7 +250,7 @@ class Journal:
 
 
 def _packed(d: Sequence[Any]) -> list[Any] | str:
-    """A group's derivatives: a list, or, of small whole numbers, base85 of their Huffman codes as deflate writes them."""
+    """A group's derivatives as a list; small whole numbers as base85 of deflate's Huffman codes."""
     if d and all(isinstance(each, int) and abs(each) < 128 for each in d):
         coder = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
         return base64.b85encode(coder.compress(bytes(each + 128 for each in d)) + coder.flush()).decode()
@@ -258,7 +258,7 @@ def _packed(d: Sequence[Any]) -> list[Any] | str:
 
 
 def _unpacked(d: list[Any] | str) -> tuple[Any, ...]:
-    """What `_packed` was given."""
+    """The inverse of `_packed`."""
     if not isinstance(d, str):
         return tuple(d)
     codes = base64.b85decode(d)
@@ -270,12 +270,12 @@ def _unpacked(d: list[Any] | str) -> tuple[Any, ...]:
 
 
 def _whole_rows(connection: sqlite3.Connection, path: Path) -> tuple[list[tuple[str, str]], list[tuple[Any, ...]]]:
-    """The header of a damaged journal, and its steps up to the first that is not what the run wrote, or cannot be read."""
+    """The header of a damaged journal, and its steps up to the first that was changed or cannot be read."""
     whole: list[tuple[Any, ...]] = []
     try:
         header = connection.execute("SELECT name, value FROM header ORDER BY name").fetchall()
     except sqlite3.Error as error:
-        raise GradlessError(f"{path} has no header that can be read ({said(error)}); nothing of it can be kept.") from error
+        raise GradlessError(f"{path} has no readable header ({said(error)}); nothing can be salvaged.") from error
     digest = _digest_of(header)
     with contextlib.suppress(sqlite3.Error):
         for row in connection.execute("SELECT step, losses, estimate, lr, seconds, moved, digest FROM steps ORDER BY step"):

@@ -1,4 +1,4 @@
-"""What a run shows while it tunes, and how it is stopped."""
+"""The progress line of a run, and how the run is stopped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EVERY_SECONDS = 10.0
 
 @contextmanager
 def stopping_on_interrupt(line: ProgressLine) -> Iterator[None]:
-    """Let the first Ctrl-C stop the run after its current step; a second one stops at once."""
+    """The first Ctrl-C inside stops the run after its current step, a second one at once."""
 
     def stop(_number: int, _frame: Any) -> None:
         line.stopped = True

@@ -1,4 +1,4 @@
-"""What `gradless verify` does: whether a run's base, journal and tuned files belong together, and what damage left of them."""
+"""`gradless verify`: whether base, journal and tuned files belong together, and what can be salvaged of a damaged journal."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ GOOD, BAD, UNKNOWN = "belongs", "does not belong", "unknown"
 
 
 def verify(run: str, *, base: str | None = None, salvage: bool = False) -> dict[str, Any]:
-    """Look at a run's folder without changing it.
+    """Check a run's folder. Nothing in it is changed, but `salvage` adds a file.
 
     Args:
         run: the folder, or a journal in it.
-        base: the model that the run began with; without it only the run's own files are looked at.
+        base: the model that the run began with; without it only the run's own files are checked.
         salvage: if the journal is damaged, write the whole steps before the damage to a new journal beside it.
 
     Returns:
-        `journal`, `base`, `tuned`: what each is ("belongs", "does not belong", "unknown"), and `why`, by the same names;
-        `steps`; `finished`; `salvaged`: the new journal's path; `whole`: whether nothing was found wrong.
+        `journal`, `base`, `tuned`: the state of each ("belongs", "does not belong", "unknown"); `why`: reasons, by the same
+        names; `steps`; `finished`; `salvaged`: the path of the new journal; `whole`: whether nothing wrong was found.
 
     Raises:
         GradlessError: there is no journal, or not even its header can be salvaged.
@@ -56,7 +56,7 @@ def verify(run: str, *, base: str | None = None, salvage: bool = False) -> dict[
 
 def _base(journal: Journal, base: str | None) -> tuple[str, str]:
     if base is None:
-        return UNKNOWN, "give --base to look at the model that the run began with"
+        return UNKNOWN, "give --base to check the model that the run began with"
     path = local(base)
     try:
         check_base(path, open_model(path), journal)
@@ -66,7 +66,7 @@ def _base(journal: Journal, base: str | None) -> tuple[str, str]:
 
 
 def _tuned(journal: Journal, base: str | None) -> tuple[str, str]:
-    """Whether the tuned files are those that the run wrote; if its journal does not name them, those that a replay writes."""
+    """The state of the tuned files: compared with the journal's checksums, or, if it has none, with a replay."""
     folder = journal.path.parent
     if not journal.finished:
         return UNKNOWN, "the run is not finished; go on with it by --resume"
@@ -87,7 +87,7 @@ def _tuned(journal: Journal, base: str | None) -> tuple[str, str]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for a person."""
+    """The report as text."""
     ended = "finished" if report["finished"] else "not finished"
     lines = []
     for part in ("journal", "base", "tuned"):

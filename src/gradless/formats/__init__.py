@@ -1,1 +1,1 @@
-"""Checkpoint formats: one file each, a reader and a writer. Unchanged in, byte-identical out."""
+"""Checkpoint formats, one file each with a reader and a writer. An untuned checkpoint is written back byte for byte."""

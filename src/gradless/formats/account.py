@@ -1,13 +1,13 @@
-"""An account of a load: every tensor of a file has a place in the model, and every parameter of the model was filled.
+"""The account of a load: every tensor of a file has a place in the model, and every parameter of the model is filled.
 
-    account = Account(path, model)              # the model as its class makes it, before anything is placed
-    account.place("blk.0.attn_q.weight", "model.layers.0.self_attn.q_proj.weight")     # once for each tensor that was placed
-    account.leave("model.layers.0.self_attn.q_proj.bias", values)                      # once for each that found no place
-    notes = account.settle(model)               # the model as it will run; raises what is wrong, in one sentence
+    account = Account(path, model)              # the model as its class makes it, before a tensor is placed
+    account.place("blk.0.attn_q.weight", "model.layers.0.self_attn.q_proj.weight")     # for each tensor with a place
+    account.leave("model.layers.0.self_attn.q_proj.bias", values)                      # for each tensor without one
+    notes = account.settle(model)               # the model as it will run; raises one sentence if something is wrong
 
-Nothing is believed by its name. A tensor without a place is refused, unless its values prove that leaving it out changes
-nothing: a bias of zeros for a layer that has none, or a buffer that holds what the model derives itself. Such tensors are
-noted, for the user to read, and stay in every export as they are.
+No tensor is ignored because of its name. A tensor without a place is refused, unless its values prove that leaving it out
+changes nothing: a bias of zeros for a layer that has none, or a buffer that equals the model's own. Such tensors are noted for
+the user, and every export keeps them.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from torch import Tensor, nn
 from gradless.errors import GradlessError
 
 SHOWN = 3
-"""Names that a sentence lists of many."""
+"""Largest number of names in a sentence."""
 MASKED = -1e4
-"""A score that an old mask buffer gives to what is hidden, or less."""
+"""Largest score that an old mask buffer gives to hidden tokens."""
 CLOSE = 2e-6
-"""How far, relatively, a derived fp32 buffer may be from the stored one: powers differ by some last bits between machines."""
+"""Largest relative difference between a derived fp32 buffer and the stored one: powers differ in the last bits between
+machines."""
 QUANTIZED = {
     *("qweight", "qzeros", "g_idx", "scales", "SCB", "absmax", "quant_map", "codes", "codebooks", "weight_format", "biases"),
     *("weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_shape"),
     *("weight_scales", "input_scale", "input_amax", "W_q", "zero", "scale", "_data", "_scale"),
 }
-"""What names of packed layers' tensors end with in the formats of other tools."""
+"""Endings of the names of packed layers' tensors in the formats of other tools."""
 ADAPTER = (".base_layer.", ".lora_", ".modules_to_save.", ".original_module.")
 
 
 class Account:
-    """What becomes of every tensor of a file, and of every parameter and persistent buffer of a model.
+    """The use of every tensor of a file, and the source of every parameter and persistent buffer of a model.
 
     Args:
-        path: of the file or folder, for the sentences.
+        path: of the file or folder, for messages.
         model: as its class makes it from the configuration; on the meta device or not.
 
     Attributes:
-        expected: names of its parameters and persistent buffers.
-        head: the name of its head's weight.
-        placed: by the model's name, the file's name of the tensor that filled it.
+        expected: names of the model's parameters and persistent buffers.
+        head: the name of the head's weight.
+        placed: name in the model -> name in the file of the tensor that fills it.
     """
 
     def __init__(self, path: Path, model: Any) -> None:
@@ -70,8 +71,8 @@ class Account:
 
         Args:
             name: of the tensor.
-            values: of the tensor, from which it may be proven harmless; None where they prove nothing.
-            place: what the model would call it, where that is another name.
+            values: of the tensor, which may prove it harmless; None if they cannot.
+            place: the model's name for it, if that is another name.
         """
         self._left[name] = (place or name, values)
 
@@ -80,7 +81,7 @@ class Account:
         self._unfit[name] = why
 
     def own_head(self) -> bool:
-        """Whether the file holds both a head and what the configuration ties it to: then they are not tied, and each counts."""
+        """Whether the file holds a head and also the embedding that it is tied to. Then they are not tied, and both count."""
         heads = [{target, source} for target, source in self.tied.items() if {target, source} & self.head]
         return any(pair <= self.placed.keys() for pair in heads)
 
@@ -91,10 +92,10 @@ class Account:
             model: with every tensor in its place, and tied.
 
         Returns:
-            What the user should know of tensors that change nothing and are not used, in sentences.
+            Sentences for the user about tensors that change nothing and are not used.
 
         Raises:
-            GradlessError: a tensor is left over, or a parameter or a buffer was filled by nothing.
+            GradlessError: a tensor is left over, or a parameter or buffer is not filled.
         """
         noted: dict[str, list[str]] = {}
         foreign = []
@@ -118,7 +119,7 @@ class Account:
         return notes
 
     def _is_tied(self, model: Any, name: str) -> bool:
-        """Whether the model's class ties a parameter to one that was filled, and both are one."""
+        """Whether the model's class ties a parameter to a filled one, and both are the same tensor."""
         pairs = [*self.tied.items(), *((source, target) for target, source in self.tied.items())]
         return any(one == name and other in self.placed and _is_one(model, one, other) for one, other in pairs)
 
@@ -156,11 +157,11 @@ def understood(config: Mapping[str, Any], what: str, used: Collection[str], neut
 
 
 def harmless(model: Any, place: str, values: Tensor) -> str | None:
-    """What a tensor is that has no place and changes nothing, or None where its values do not prove it.
+    """Why a tensor without a place changes nothing, or None if its values do not prove it.
 
     Args:
-        model: that has no place for it.
-        place: what the model would call it.
+        model: that has no place for the tensor.
+        place: the model's name for it.
         values: of the tensor.
     """
     path, _, attribute = place.rpartition(".")
@@ -193,17 +194,17 @@ def _module(model: Any, path: str) -> nn.Module | None:
 
 
 def _is_without_bias(module: nn.Module | None, values: Tensor) -> bool:
-    """Whether a module has a weight, and no bias where it could have one of these values."""
+    """Whether a module has a weight and no bias, and these values would fit as one."""
     if module is None or getattr(module, "bias", None) is not None or values.ndim != 1:
         return False
-    if (rows := getattr(module, "out_features", None)) is None:  # a packed layer's weight is not to be unpacked for this
+    if (rows := getattr(module, "out_features", None)) is None:  # do not unpack a packed layer's weight for this
         weight = getattr(module, "weight", None)
         rows = None if weight is None else len(weight)
     return bool(rows == len(values))
 
 
 def _equal(stored: Tensor, derived: Tensor) -> bool:
-    """Whether stored values are the derived ones, as their own type holds them."""
+    """Whether stored values equal the derived ones within the precision of their type."""
     if derived.is_meta or stored.shape != derived.shape:
         return False
     if not (stored.is_floating_point() and derived.is_floating_point()):
@@ -213,13 +214,13 @@ def _equal(stored: Tensor, derived: Tensor) -> bool:
 
 
 def _is_causal(values: Tensor) -> bool:
-    """Whether a (1, 1, n, n) or (n, n) mask lets each position see itself and what stands before it."""
+    """Whether a (1, 1, n, n) or (n, n) mask lets each position see itself and all earlier ones."""
     n = values.shape[-1]
     return values.numel() == n * n and torch.equal(values.reshape(n, n).bool(), torch.ones(n, n).tril().bool())
 
 
 def _is_one(model: Any, one: str, other: str) -> bool:
-    """Whether two names are of one tensor, packed or not."""
+    """Whether two names belong to the same tensor, packed or not."""
     (module, attribute), (twin, its) = (
         (_module(model, path), attribute) for path, _, attribute in (one.rpartition("."), other.rpartition("."))
     )
@@ -240,7 +241,7 @@ def _some(names: Collection[str]) -> str:
 
 
 def _advice(foreign: list[str], missing: list[str]) -> str:
-    """What to do about tensors without a place, and places without a tensor."""
+    """Advice about tensors without a place and places without a tensor."""
     if any(part in f".{name}" for name in foreign for part in ADAPTER):
         return "an adapter in it was not merged: merge it, save the model and give that"
     if any(name.rpartition(".")[2] in QUANTIZED for name in foreign):

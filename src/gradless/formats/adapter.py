@@ -1,7 +1,7 @@
-"""LoRA adapters (Hu et al., 2021, arXiv 2106.09685) whose factors live on a grid.
+"""LoRA adapters (Hu et al., 2021, arXiv 2106.09685) with factors on a grid.
 
-A frozen linear layer, packed or dense, gets y + (alpha / r) (x A.T) B.T. A and B are the levels of one grid times one scale a
-layer; the base is never written. An adapter is saved as a PEFT folder, and for a GGUF base also as a GGUF adapter.
+A frozen linear layer, packed or dense, returns y + (alpha / r) (x A.T) B.T. A and B are levels of one grid, times one scale for
+each layer. The base is never written. An adapter is saved as a PEFT folder, and for a GGUF base also as a GGUF adapter.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class LoRA:
-    """What the adapters of a run are.
+    """The settings of a run's adapters.
 
     Attributes:
         rank: r.
         alpha: the update is alpha / r times B A.
         bits: of the factors' symmetric integer grid, 2 to 8.
-        seed: of A's first values, uniform in +-1 / sqrt(in_features); B begins at zero.
+        seed: of A's initial values, uniform in +-1 / sqrt(in_features). B begins at zero.
     """
 
     rank: int
@@ -70,19 +70,19 @@ class Adapter:
     b: GridSpace
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B as a forward reads them now: fp32."""
+        """A and B as a forward reads them now, fp32."""
         return self.a.shown(), self.b.shown()
 
 
 class AdaptedModel(Plain):
-    """A loaded model whose linear layers have adapters: what is tuned are their codes, and the model itself is left alone.
+    """A loaded model with adapters on its linear layers. Only the codes of the adapters are tuned.
 
     Args:
         base: any model that gradless loads; its modules get hooks.
-        lora: what the adapters are.
+        lora: settings of the adapters.
 
     Raises:
-        GradlessError: the model has no linear layer, or none of so high a rank.
+        GradlessError: the model has no linear layer, or the rank is above those of all layers.
     """
 
     output_name = "adapter"
@@ -112,21 +112,21 @@ class AdaptedModel(Plain):
         """The layers that get adapters.
 
         Raises:
-            GradlessError: the targets leave nothing.
+            GradlessError: the targets choose nothing.
         """
         return targets.choose([(path, path) for path in self.layers], self.layers) if kind == "codes" else []
 
     def grid_length(self, name: str) -> float:
-        """How many steps the factors' grid has from end to end."""
+        """Number of steps of the factors' grid, from end to end."""
         del name
         return integers(self.lora.bits).length
 
     def step_size(self, name: str) -> float:
-        """The size of such a step in a layer's factors."""
+        """The size of one grid step in a layer's factors."""
         return new_adapter(name, self.layers[name], self.lora).a.scale
 
     def spaces(self, kind: str, names: list[str], *, clamp: bool = False, residual: bool = False) -> list[Space]:
-        """Make the named layers' adapters, once; the spaces of their factors."""
+        """Make the adapters of the named layers, once, and return the spaces of their factors."""
         assert kind == "codes"
         found: list[Space] = []
         for name in names:
@@ -137,11 +137,11 @@ class AdaptedModel(Plain):
         return found
 
     def written(self, path: Path) -> list[Path]:
-        """What `save` writes."""
+        """The paths that `save` writes."""
         return [path, path.with_name(path.name + ".gguf")] if _is_gguf(self.base) else [path]
 
     def save(self, path: Path, spaces: list[Space]) -> None:
-        """Write a PEFT folder; for a GGUF base a GGUF adapter beside it, under the folder's name and .gguf."""
+        """Write a PEFT folder, and for a GGUF base also a GGUF adapter beside it, named like the folder plus .gguf."""
         del spaces
         source = self.base.path
         write_peft(path, list(self.adapters.values()), self.lora, "" if source is None else str(source.resolve()))
@@ -154,7 +154,7 @@ def _is_gguf(base: QuantizedModel | DenseModel) -> TypeGuard[QuantizedModel]:
 
 
 def adaptable(base: QuantizedModel | DenseModel) -> dict[str, Any]:
-    """The linear layers that adapters go to, by their paths: those whose weights would be tuned otherwise."""
+    """Path -> linear layer that gets an adapter: the layers that are tuned if there are no adapters."""
     if isinstance(base, QuantizedModel):
         linear = set(base.linear_layers())
         return {path: m for path, m in base.model.named_modules() if isinstance(m, QuantLinear) and m.packed.name in linear}
@@ -163,7 +163,7 @@ def adaptable(base: QuantizedModel | DenseModel) -> dict[str, Any]:
 
 
 def new_adapter(path: str, layer: Any, lora: LoRA, *, clamp: bool = False, residual: bool = False) -> Adapter:
-    """A layer's factors as they begin: one scale for both, twice A's own range, so that B has room to grow from zero."""
+    """A layer's initial factors. Both have one scale, twice A's range, so that B can grow from zero."""
     grid, shape = integers(lora.bits), (lora.rank, layer.in_features)
     names = (f"{path}.lora_A.weight", f"{path}.lora_B.weight")
     words = Direction(lora.seed, 0).words(names[0], Stream.INITIAL)
@@ -176,7 +176,7 @@ def new_adapter(path: str, layer: Any, lora: LoRA, *, clamp: bool = False, resid
 
 
 def attach(layer: nn.Module, factors: Callable[[], tuple[Tensor, ...]], factor: float) -> None:
-    """Let a layer's forwards add factor * (x A.T) B.T, computed in fp32, with the (A, B) that `factors` gives."""
+    """Make a layer's forwards add factor * (x A.T) B.T in fp32; `factors` gives (A, B)."""
 
     def add(_layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
         a, b = factors()
@@ -186,7 +186,7 @@ def attach(layer: nn.Module, factors: Callable[[], tuple[Tensor, ...]], factor: 
 
 
 def write_peft(folder: Path, adapters: list[Adapter], lora: LoRA, base: str) -> None:
-    """Write adapters as PEFT's LoRA folder, in fp32, which holds every level of the grid exactly."""
+    """Write adapters as a PEFT LoRA folder, in fp32, which represents every level of the grid exactly."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -206,11 +206,11 @@ def write_peft(folder: Path, adapters: list[Adapter], lora: LoRA, base: str) -> 
 
 
 def attach_peft(base: QuantizedModel | DenseModel, folder: Path) -> None:
-    """Let a loaded model run with the adapter of a PEFT folder.
+    """Make a loaded model run with the adapter of a PEFT folder.
 
     Raises:
-        GradlessError: the folder holds no LoRA adapter, one for another model, or one with more than plain factors; no layer
-            has been changed then.
+        GradlessError: the folder holds no LoRA adapter, one for another model, or one with more than plain factors. No layer is
+            changed then.
     """
     if folder.is_file():
         raise GradlessError(f"{folder} is a file; give the PEFT folder of the adapter, which holds {CONFIG} and {WEIGHTS}.")
@@ -245,10 +245,10 @@ _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<factor>lora_[AB
 
 
 def _read_factors(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The factors of a PEFT folder, fp32, by their layers' names in the adapter.
+    """The factors of a PEFT folder, fp32, by the layers' names in the adapter.
 
     Raises:
-        GradlessError: they cannot be read, are not finite floats, or stand beside something else.
+        GradlessError: the factors cannot be read or are not finite floats, or there are other tensors.
     """
     path, pairs, adapters, others = folder / WEIGHTS, defaultdict[str, dict[str, Tensor]](dict), set(), []
     if not path.is_file() and path.with_suffix(".bin").is_file():
@@ -279,7 +279,7 @@ def _read_factors(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _fits(layer: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether these are the shapes of a layer's two factors, of any rank."""
+    """Whether the shapes are those of a layer's two factors, for any rank."""
     if layer is None or shapes.keys() != {"lora_A", "lora_B"} or not shapes["lora_A"]:
         return False
     rank = shapes["lora_A"][0]
@@ -287,23 +287,23 @@ def _fits(layer: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
 
 
 def _unwrapped(path: str) -> str:
-    """A layer's name in the language model alone, of which a model of images and text makes a part."""
+    """A layer's name in the language model alone, if that is a part of a model of images and text."""
     return ".".join(part for part in path.split(".") if part != "language_model")
 
 
 def _without_wrapper(paths: Iterable[str]) -> dict[str, str]:
-    """Layers' names by those that they have without a wrapper, where these are one layer's alone."""
+    """Name without a wrapper -> name, for names without a wrapper that are unique."""
     count = Counter(map(_unwrapped, paths))
     return {_unwrapped(path): path for path in paths if count[_unwrapped(path)] == 1}
 
 
 def _weight(layer: Any) -> Tensor:
-    """What a layer's forward reads."""
+    """The weight that a layer's forward reads."""
     return cast(Tensor, layer.packed.packed if isinstance(layer, QuantLinear) else layer.weight)
 
 
 def write_gguf(path: Path, base: QuantizedModel, adapters: list[Adapter], lora: LoRA) -> None:
-    """Write adapters as a GGUF file that llama.cpp applies to the base (F32; B's rows in the file's order)."""
+    """Write adapters as a GGUF file that llama.cpp applies to the base: F32, with B's rows in the file's order."""
     layers = dict(base.model.named_modules())
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(str(temporary), base.file.architecture)

@@ -1,4 +1,4 @@
-"""AutoRound's checkpoints: GPTQ's layout or AWQ's, by their `packing_format`."""
+"""AutoRound's checkpoints: their `packing_format` says whether they have GPTQ's layout or AWQ's."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PACKINGS = {
     "auto_round:auto_gptq": "gptq",
     "auto_round:auto_awq": "awq",
 }
-"""Whose layout each packing is."""
+"""`packing_format` -> the layout."""
 
 
 def from_config(config: dict[str, Any]) -> Layout:
-    """From `quantization_config`.
+    """The layout that a `quantization_config` describes.
 
     Raises:
-        GradlessError: it has another packing than is supported, or layers with settings of their own.
+        GradlessError: the packing is not supported, or a layer has its own settings.
     """
     packing = str(config.get("packing_format"))
     if packing not in PACKINGS:

@@ -1,6 +1,6 @@
-"""AWQ's checkpoints in gemm order: 4 bits, a zero point a group.
+"""AWQ's checkpoints in gemm order: 4 bits, one zero point for each group.
 
-Codes lie along the rows: a word holds rows 8 k .. 8 k + 7 of one column, in the order in which its kernel unpacks them.
+Codes lie along the rows: a word holds rows 8 k to 8 k + 7 of one column, in the order in which AWQ's kernel unpacks them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gradless.errors import GradlessError
 from gradless.formats.words import Words, check_settings, formats_named, pack_words, unpack_words
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The row, of eight, that each nibble of a word holds, from the lowest on."""
+"""The row (of eight) in each nibble of a word, lowest nibble first."""
 
 USED = ("w_bit", "q_group_size", "version", "desc_act")
 
@@ -24,10 +24,10 @@ class AWQ(Words):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """From `quantization_config`.
+        """The layout that a `quantization_config` describes.
 
         Raises:
-            GradlessError: it is another order than gemm's, or has other bits than 4, or a setting that gradless does not know.
+            GradlessError: the order is not gemm, the bits are not 4, or a setting is unknown.
         """
         check_settings(config, "AWQ", USED)
         orders = formats_named(config, "version", "format", "checkpoint_format") or {"gemm"}

@@ -1,9 +1,9 @@
-"""Loads that a file cannot make endless: what a configuration asks transformers for is bounded by the weights that are there.
+"""Bounds on a load: a configuration may ask transformers for no more than the weights hold.
 
-A configuration of some hundred bytes can ask for millions of layers or terabytes of weights. Parameters and buffers are counted
-while transformers registers them, on the meta device, whatever the configuration calls their numbers; only what loops before
-any module is there (the configuration's own classes) is bounded by name. Whatever transformers, its tokenizers and its
-validators raise becomes one sentence here.
+A configuration of some hundred bytes can ask for millions of layers or terabytes of weights. Parameters and buffers are
+counted while transformers registers them, on the meta device, whatever the configuration calls their sizes. Only numbers that
+drive loops before any module exists (in the configuration's classes) are bounded by name. Every error of transformers, its
+tokenizers and its validators becomes one sentence here.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from gradless.readers.json import read_object, shown_value
 from gradless.readers.sentences import said
 
 COUNTS = {"layer": 1000, "depth": 1000, "label": 1 << 16, "head": 1 << 16, "expert": 1 << 16}
-"""The most that a whole number of a config.json can be whose name has such a part."""
+"""Part of a name in config.json -> the largest number that such a name may have."""
 MOST_PARAMETERS, MOST_VALUES = 1 << 17, 1 << 44
-"""Tensors of a model, and values in them, where nothing else bounds them."""
+"""Largest number of tensors of a model, and of values in them if nothing else bounds these."""
 SPARE_VALUES, SPARE_IN_BUFFERS = 1 << 22, 1 << 26
-"""What small files may ask for beside what their size allows."""
+"""Values that a model may have in addition to those that the file's size allows: in parameters, and in buffers."""
 FAULT = "transformers cannot build the model in {}"
 
 P = ParamSpec("P")
@@ -37,8 +37,8 @@ R = TypeVar("R")
 
 
 def bounded(values_a_byte: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Bound what a load, whose only or last positional argument is a path, builds: by so many values for each byte of its
-    weights, twice (of tied weights and of what is loaded there are two)."""
+    """Bound the model that a load builds: twice `values_a_byte` values for each byte of its weights, because tied weights
+    and loaded ones count twice. The load's only or last positional argument must be a path."""
 
     def decorated(load: Callable[P, R]) -> Callable[P, R]:
         @wraps(load)
@@ -56,10 +56,10 @@ def bounded(values_a_byte: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def check_config(path: Path) -> None:
-    """Refuse a config.json that asks for more of something than any model has.
+    """Refuse a config.json with a number that is larger than any model's.
 
     Raises:
-        GradlessError: it does, or it cannot be read.
+        GradlessError: it has one, or it cannot be read.
     """
     level: list[tuple[str, Any]] = [("", read_object(path, infinities=True))]
     while level:
@@ -70,21 +70,23 @@ def check_config(path: Path) -> None:
             level += [(name, each) for each in value]
         elif isinstance(value, int | float):
             for part, most in COUNTS.items():
-                if part in name and "theta" not in name and not value <= most:  # a base of frequencies is no count
+                if (
+                    part in name and "theta" not in name and not value <= most
+                ):  # rope_theta is a base of frequencies, not a count
                     raise GradlessError(f"{path}: {name} is {shown_value(value)}; at most {most} are loaded.")
 
 
 @contextmanager
 def building(path: Path, *, values: int = MOST_VALUES, fault: str = FAULT) -> Iterator[None]:
-    """Bound what transformers builds inside, on the meta device, and turn whatever it raises into a sentence.
+    """Bound the model that transformers builds inside, on the meta device, and turn every error into a sentence.
 
     Args:
         path: of the model, for messages.
-        values: that its parameters may have in all; its buffers may have as many, and some more.
-        fault: what it says of the path where transformers raises.
+        values: that all parameters may have together; all buffers may have as many, and some more.
+        fault: beginning of the sentence for an error of transformers, with {} for the path.
 
     Raises:
-        GradlessError: it asks for more; or transformers raises anything.
+        GradlessError: the model is larger, or transformers raises an error.
     """
     tensors, held, buffered = 0, 0, 0
 
@@ -115,7 +117,7 @@ def building(path: Path, *, values: int = MOST_VALUES, fault: str = FAULT) -> It
     except Exception as error:
         raise GradlessError(unbuildable(path, error, fault)) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # Rust's, of tokenizers and safetensors
+        if type(error).__name__ != "PanicException":  # raised by Rust code of tokenizers and safetensors
             raise
         raise GradlessError(unbuildable(path, error, fault)) from error
     finally:
@@ -124,7 +126,7 @@ def building(path: Path, *, values: int = MOST_VALUES, fault: str = FAULT) -> It
 
 
 def unbuildable(path: str | Path, error: BaseException, fault: str = FAULT) -> str:
-    """Why transformers cannot build a model, in a sentence that begins with `fault`."""
+    """A sentence that says why transformers cannot build a model; it begins with `fault`."""
     if "trust_remote_code" in str(error):
         return f"{path} brings Python of its own, which is not run unless you trust it (--trust-remote-code)."
     return f"{fault.format(path)}: {said(error)}"

@@ -1,4 +1,4 @@
-"""Dense checkpoints: a folder of safetensors that transformers loads. What MeZO tunes, and what `dequantize` writes."""
+"""Dense checkpoints: folders of safetensors that transformers loads. MeZO tunes them, and `dequantize` writes them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from gradless.spaces import Space, check_finite, parameter_sites, parameters
 from gradless.targets import EVERYTHING, Targets
 
 ACCOUNTED = ("LOAD REPORT", "specifies to tie")
-"""What transformers' warnings say that the account of a load says too."""
+"""Parts of transformers' warnings that the account of a load repeats."""
 
 
 @dataclass
 class DenseModel(Plain):
-    """A dense transformers model, and the folder it came from where it came from one.
+    """A dense transformers model, and the folder that it came from, if any.
 
     Attributes:
-        notes: what a user should know of the load: see `Account.settle`, and what transformers warned of.
+        notes: sentences for the user about the load: those of `Account.settle`, and transformers' warnings.
     """
 
     model: Any
@@ -55,7 +55,7 @@ class DenseModel(Plain):
         tokenizer: Any = None,
         trust_remote_code: bool = False,
     ) -> DenseModel:
-        """Load a folder; safetensors only, and no Python of the folder's own unless it is trusted.
+        """Load a folder: safetensors only, and Python code in the folder only if it is trusted.
 
         Raises:
             GradlessError: the folder cannot be read, or its tensors are not those of the model that config.json describes.
@@ -72,7 +72,7 @@ class DenseModel(Plain):
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **how)
         except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
             if heard.report is not None:
-                _settled(path, heard, tensors)  # has the better sentence
+                _settled(path, heard, tensors)  # raises a better sentence
             raise GradlessError(unbuildable(path, error)) from error
         if heard.report is None:
             raise GradlessError(f"this version of transformers does not say what it loaded of {path}; install 5.23.")
@@ -81,7 +81,7 @@ class DenseModel(Plain):
         return cls(model, tokenizer or AutoTokenizer.from_pretrained(path, **how), path, notes)
 
     def fingerprint(self) -> str:
-        """One hash of the folder's weights, or of the parameters themselves where the model came from none."""
+        """One hash of the folder's weights, or of the parameters if there is no folder."""
         if self.path is None:
             digest = hashlib.sha256()
             for name, parameter in self.model.named_parameters():
@@ -91,14 +91,14 @@ class DenseModel(Plain):
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def identity(self) -> dict[str, str]:
-        """The SHA-256 of each file beside the weights that matters, by its name; none if the model came from no folder."""
+        """Name -> SHA-256 of each file beside the weights that matters; empty if there is no folder."""
         return {} if self.path is None else identity(self.path)
 
     def tunable(self, kind: str, targets: Targets = EVERYTHING) -> list[str]:
-        """Names of the parameters that are searched; of other kinds there are none.
+        """Names of the parameters that are searched; empty for other kinds.
 
         Raises:
-            GradlessError: the targets leave nothing.
+            GradlessError: the targets choose nothing.
         """
         if kind != "parameters":
             return []
@@ -118,11 +118,12 @@ class DenseModel(Plain):
         return parameters(self.model, lambda name, _module: name in wanted, master=master)
 
     def save(self, path: Path, spaces: list[Space]) -> None:
-        """Write the tuned folder, whole or not at all: a copy of the one that the model came from, in which only the numbers
-        differ that were tuned, each in the file's own type.
+        """Write the tuned folder, whole or not at all: a copy of the model's folder in which only tuned numbers differ.
+
+        Each keeps the file's own type.
 
         Raises:
-            GradlessError: what was tuned is not finite, or the disk is full.
+            GradlessError: a tuned number is not finite, or the disk is full.
         """
         check_finite(spaces)
         if self.path is None:
@@ -140,7 +141,7 @@ class DenseModel(Plain):
 
 
 def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
-    """Save a model and its tokenizer to a folder, under a temporary name first."""
+    """Save a model and its tokenizer to a folder, whole or not at all."""
     with replacing(path) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
@@ -149,12 +150,12 @@ def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
 
 @dataclass
 class _Heard:
-    """What transformers said during a load.
+    """Reports of transformers during a load.
 
     Attributes:
-        model: that it made.
-        report: which names it filled, and which not, before any of them was filled at random, tied or left out of the report.
-        warnings: the first lines of its other warnings.
+        model: the loaded model.
+        report: the names that were filled, and those that were not, before any was initialized, tied or left out.
+        warnings: the first lines of other warnings.
     """
 
     model: Any = None
@@ -164,8 +165,8 @@ class _Heard:
 
 @contextmanager
 def _overheard() -> Iterator[_Heard]:
-    """Read what transformers reports and warns of inside: a class may declare any name as not worth mentioning, and the
-    command line does not show warnings."""
+    """Record transformers' reports and warnings inside. A class may declare any name ignorable, and the command line shows no
+    warnings."""
     import copy
 
     from transformers import PreTrainedModel
@@ -200,7 +201,7 @@ def _overheard() -> Iterator[_Heard]:
 
 
 def _places(model: Any, names: list[str]) -> dict[str, tuple[str, bool]]:
-    """What the model calls each of a folder's tensors, and whether it makes something else of it first (fuses experts, say)."""
+    """Name in the folder -> (name in the model, whether transformers converts the tensor first, such as to fuse experts)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -218,7 +219,7 @@ def _places(model: Any, names: list[str]) -> dict[str, tuple[str, bool]]:
 
 
 def _settled(path: Path, heard: _Heard, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """The account of a dense load: its notes."""
+    """Settle the account of a dense load and return its notes."""
     model, report, contents = heard.model, heard.report, mapped(tensors)
     account, own = Account(path, model), model.state_dict()
     places = _places(model, list(tensors))
@@ -243,7 +244,7 @@ def _settled(path: Path, heard: _Heard, tensors: Mapping[str, TensorInfo]) -> li
 
 
 def _written(model: Any, path: Path, tensors: Mapping[str, TensorInfo], *, values: bool = True) -> dict[str, Tensor]:
-    """The model's parameters as its folder holds them, by the folder's names; without their values if only the form counts.
+    """The model's parameters by their names, and in the form, of the folder; on the meta device without `values`.
 
     Raises:
         GradlessError: transformers cannot write them in that form.
@@ -262,7 +263,7 @@ def _written(model: Any, path: Path, tensors: Mapping[str, TensorInfo], *, value
         else:
             written = next((reverted[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in reverted), None)
         if written is None:
-            continue  # a tensor that was noted, and stays as it is
+            continue  # a noted tensor, which stays as it is
         if written.shape != tensors[name].shape:
             raise GradlessError(
                 f"{path}: transformers writes {name} as {tuple(written.shape)}, not as it was; it cannot be tuned."

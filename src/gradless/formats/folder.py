@@ -1,6 +1,6 @@
-"""Folders of safetensors, in one file or in shards, whose linear layers are packed: by gradless or by another tool.
+"""Folders of safetensors, whole or in shards, with packed linear layers, from gradless or from another tool.
 
-A format is a `Layout` in a file of its own and a line in `LAYOUTS`, by the `quant_method` of the folder's config.json.
+A format is a `Layout` in its own file and a line in `LAYOUTS`, under the `quant_method` of the folder's config.json.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ LAYOUTS: dict[str, Callable[[dict[str, Any]], Layout]] = {
     "auto-round": autoround.from_config,
     "bitsandbytes": bitsandbytes.from_config,
 }
-"""Layouts by quant_method; each is made from config.json's `quantization_config`."""
+"""quant_method -> a function that makes the layout from config.json's `quantization_config`."""
 SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Files of settings that older tools write beside config.json, or instead of its `quantization_config`, and whose they are."""
+"""Settings file of an older tool, beside config.json or in place of its `quantization_config` -> that tool's quant_method."""
 FOREIGN = {"hf_quant_config.json": "modelopt", "quanto_qmap.json": "quanto", "quantization_map.json": "quanto"}
-"""Files that other tools write, whose formats gradless does not read."""
+"""File of a tool whose format gradless does not read -> the tool."""
 SAME = ("bits", "group_size", "sym", "desc_act", "w_bit", "q_group_size", "zero_point", "version")
-"""Settings that must not differ where they stand in two files."""
+"""Settings that must be equal if two files have them."""
 MATTERS = (
     *("config.json", *SETTINGS, "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja", "*.py"),
 )
-"""Which files beside the weights change what a folder's model computes, or which tokens it reads."""
+"""Files beside the weights that change what a folder's model computes, or which tokens it reads."""
 FORMAT = "gradless-packed"
-"""Where the metadata of our own packed folders name the block types: JSON, weight name -> block type."""
+"""Key in the metadata of our packed folders. The value is JSON: weight name -> block type."""
 ROWS = ("group_size", "q_group_size")
+"""Settings that may be -1, for one group a row."""
 LIMITS = dict.fromkeys(ROWS, (1, 1 << 20)) | {
     "bits": (1, 32),
     "w_bit": (1, 32),
@@ -54,13 +55,13 @@ LIMITS = dict.fromkeys(ROWS, (1, 1 << 20)) | {
     "in_group_size": (1, 1 << 10),
     "out_group_size": (1, 1 << 10),
 }
-"""What numbers of a `quantization_config` can be; those of `ROWS` also -1, for a group a row."""
+"""Number in a `quantization_config` -> its least and largest value."""
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 ADAPTER = "adapter_config.json"
-"""What PEFT's folders hold."""
+"""The file that marks a PEFT folder."""
 BLOBS = "blobs"
-"""Where the Hub's cache holds a repository's files, beside its snapshots of links."""
+"""Folder of a repository's files in the Hub's cache; the snapshots beside it are links to them."""
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Folder(Checkpoint):
         """Map a folder's weights.
 
         Raises:
-            GradlessError: weights are missing, truncated or in a pickle; the format is not supported, or its tensors contradict
+            GradlessError: weights are missing, truncated or in a pickle, the format is not supported, or tensors contradict
                 each other.
         """
         path = Path(path)
@@ -114,7 +115,7 @@ class Folder(Checkpoint):
 
     @property
     def files(self) -> list[Path]:
-        """The files of weights."""
+        """The files with weights."""
         return sorted({info.file for info in self.tensors.values()})
 
     def fingerprint(self) -> str:
@@ -132,7 +133,7 @@ class Folder(Checkpoint):
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder with all that is in it, but for the copy itself where that lies inside."""
+    """Copy a folder with its content, except the copy itself if that lies inside."""
     around = {target.resolve(), *target.resolve().parents}
 
     def skipped(folder: str, names: list[str]) -> set[str]:
@@ -142,17 +143,17 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def is_quantized(path: Path) -> bool:
-    """Whether a folder's linear layers are packed, by whatever tool."""
+    """Whether a folder's linear layers are packed, by any tool."""
     if quantization(path) is not None:
         return True
     return any(FORMAT in read_header(file)[1] for file in sorted(path.glob("*.safetensors")))
 
 
 def quantization(path: Path) -> dict[str, Any] | None:
-    """A quantizer's settings with their `quant_method`: config.json's `quantization_config`, or another tool's file; or None.
+    """A quantizer's settings with `quant_method`, from config.json's `quantization_config` or from a tool's file, or None.
 
     Raises:
-        GradlessError: they are no mapping, or two files contradict each other.
+        GradlessError: the settings are no mapping, or two files contradict each other.
     """
     file = path / "config.json"
     config = read_config(path) if file.is_file() else {}
@@ -180,13 +181,13 @@ def quantization(path: Path) -> dict[str, Any] | None:
 
 
 def identity(path: Path) -> dict[str, str]:
-    """The SHA-256 of each file beside a folder's weights that matters to its model, by its name: configuration, tokenizer."""
+    """Name -> SHA-256 of each file beside the weights that matters to the model: configuration, tokenizer."""
     files = {file for pattern in MATTERS for file in path.glob(pattern) if file.is_file()}
     return {file.name: sha256(file) for file in sorted(files)}
 
 
 def _check_settings(settings: dict[str, Any], file: Path) -> None:
-    """Raise if a setting that layouts read is not what it must be."""
+    """Check the type and range of the settings that layouts read."""
     for name, (least, most) in LIMITS.items():
         value = settings.get(name, least)
         if type(value) is not int or not (least <= value <= most or (value == -1 and name in ROWS)):
@@ -202,16 +203,16 @@ def read_config(path: Path) -> dict[str, Any]:
     """A folder's config.json.
 
     Raises:
-        GradlessError: it cannot be read, or is no JSON object.
+        GradlessError: the file cannot be read, or is no JSON object.
     """
     return read_object(path / "config.json", infinities=True)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """A folder's safetensors: the shards that its index names, or model.safetensors, or all that there are.
+    """A folder's safetensors: the shards that its index names, else model.safetensors, else every file.
 
     Raises:
-        GradlessError: a file is missing or lies elsewhere, all there is are pickles, or an adapter is there.
+        GradlessError: a file is missing or outside the folder, the weights are pickles, or the folder holds an adapter.
     """
     if (path / ADAPTER).is_file():
         raise GradlessError(
@@ -243,7 +244,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def unread(path: Path) -> list[str]:
-    """What a user should know of safetensors in a folder that are no part of its model, in sentences."""
+    """Sentences for the user about safetensors in a folder that are no part of its model."""
     names = sorted({file.name for file in path.glob("*.safetensors")} - {file.name for file in weight_files(path)})
     return [f"{path / name} holds tensors, but the model's are in other files; it is not read" for name in names]
 
@@ -252,7 +253,7 @@ def _inside(path: Path, name: str) -> Path:
     """A file of a folder, by its plain name.
 
     Raises:
-        GradlessError: the name leads, or the file is a link, out of the folder; the Hub's cache links to its blobs.
+        GradlessError: the name or a link leads out of the folder. Links to the blobs of the Hub's cache are allowed.
     """
     if Path(name).name != name or name in (".", ".."):
         raise GradlessError(f"{path} names weights in {name!r}, which is no file of that folder; copy them into it.")
@@ -263,7 +264,7 @@ def _inside(path: Path, name: str) -> Path:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """What the index of a folder names: tensor -> file."""
+    """Tensor -> file, from the index of a folder."""
     index = path / INDEX
     shards = mapping(read_object(index), "weight_map", str(index), of=_is_name, what="the name of a file")
     if not shards:
@@ -276,10 +277,10 @@ def _is_name(value: Any) -> bool:
 
 
 def read_headers(path: Path) -> tuple[dict[str, TensorInfo], dict[Path, dict[str, str]]]:
-    """The tensors of a folder, and the metadata of each file of them.
+    """The tensors of a folder, and the metadata of each of its files.
 
     Raises:
-        GradlessError: a file cannot be read, a tensor is in two files, or one that the index names is in none.
+        GradlessError: a file cannot be read, a tensor is in two files, or a tensor of the index is in none.
     """
     tensors: dict[str, TensorInfo] = {}
     metadata = {}
@@ -300,7 +301,7 @@ def read_headers(path: Path) -> tuple[dict[str, TensorInfo], dict[Path, dict[str
 
 
 def _packed_types(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
-    """The block types that a file of ours names: weight name -> block type; none in a file that is not ours."""
+    """Weight name -> block type, from the metadata of one of our files; empty for other files."""
     if FORMAT not in metadata:
         return {}
     where = f"{file}: its {FORMAT}"
@@ -309,7 +310,7 @@ def _packed_types(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _in_blocks(info: TensorInfo, types: dict[str, str]) -> TensorInfo:
-    """The place of one of our own packed matrices, or of what is none."""
+    """The place of a tensor; one of our packed matrices gets its block type and shape."""
     if info.name not in types:
         return info
     kind = types[info.name]

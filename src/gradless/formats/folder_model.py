@@ -1,4 +1,4 @@
-"""A transformers model around the packed tensors of a folder."""
+"""A transformers model with the packed tensors of a folder."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, trust_
 
     Args:
         path: of the folder; see `Folder.open`.
-        dtype: of activations and of what weights are unpacked to, bf16 or fp32.
-        trust_remote_code: let the folder run its own Python.
+        dtype: of activations and of unpacked weights, bf16 or fp32.
+        trust_remote_code: allow the folder to run its own Python code.
 
     Raises:
         GradlessError: the folder cannot be read, or its tensors do not fit its config.json.
@@ -56,7 +56,7 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, trust_
 
 
 def _place(file: Folder, model: Any, account: Account, dtype: torch.dtype) -> dict[str, ShownFloat]:
-    """Put every tensor of the folder where it belongs in the model."""
+    """Put every tensor of the folder in its place in the model."""
     modules = dict(model.named_modules())
     packed = set()
     for name, tensor in file.quantized.items():
@@ -92,6 +92,6 @@ def _place(file: Folder, model: Any, account: Account, dtype: torch.dtype) -> di
 
 
 def _is_a_bias(module: nn.Module, attribute: str, values: Tensor) -> bool:
-    """Whether values are a bias that counts, of a packed layer that the architecture gives none."""
+    """Whether the values are a bias, not all zero, for a packed layer that has none in the architecture."""
     fits = attribute == "bias" and isinstance(module, QuantLinear) and values.shape == (module.out_features,)
     return fits and values.is_floating_point() and bool(values.any())

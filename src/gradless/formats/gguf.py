@@ -1,4 +1,4 @@
-"""GGUF files: the tensors as they lie in the file, and an export that patches only what was tuned."""
+"""GGUF files: their mapped tensors, and an export that patches only tuned numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_LINEAR = ("token_embd", "output.", "position_embd", "per_layer_token_embd", 
 SUPPORTED = (*FLOAT_TYPES, *BLOCK_TYPES)
 VOCABULARY = "tokenizer.ggml.tokens"
 OF_TOKENS = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
-"""Arrays with a value for each token of the vocabulary."""
+"""Arrays with one value for each token of the vocabulary."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class GGUFFile(Checkpoint):
         """Map a file.
 
         Raises:
-            GradlessError: it is not GGUF, is truncated or damaged, or holds a tensor type that gradless does not read.
+            GradlessError: the file is not GGUF, is truncated or damaged, or has an unsupported tensor type.
         """
         path = Path(path)
         if not path.is_file():
@@ -70,7 +70,7 @@ class GGUFFile(Checkpoint):
         return sha256(self.path)
 
     def identity(self) -> dict[str, str]:
-        return {}  # all that matters lies in the one file
+        return {}  # the one file holds everything
 
     def export(self, path: Path, floats: Mapping[str, Tensor] | None = None) -> None:
         with replacing(path) as temporary:
@@ -83,7 +83,7 @@ class GGUFFile(Checkpoint):
 
 
 def _check_vocabulary(path: Path, metadata: Mapping[str, Value]) -> None:
-    """Refuse a vocabulary that is no array of strings, or has more or fewer scores or types than tokens."""
+    """Refuse a vocabulary that is no array of strings, or whose numbers of scores or types differ from that of its tokens."""
     tokens = metadata.get(VOCABULARY)
     if tokens is not None and not isinstance(tokens, Strings):
         raise damaged(path, f"{VOCABULARY} is no array of strings")

@@ -1,8 +1,8 @@
-"""What a GGUF file states of its model, as transformers' configuration.
+"""transformers' configuration of a GGUF file's model, from the file's metadata.
 
-The account is explicit: for each architecture every key is read, or known to change no forward, or refused by name, and so is a
-value that is not implemented. What a key means, and what holds where it is missing, is llama.cpp's, which every architecture
-here is compared with (tests/test_gguf_forward.py). transformers' own defaults of a model decide nothing.
+For each architecture every key is read, or is known to change no forward, or is refused by name. Values that are not
+implemented are refused too. A key, or a missing key, means what it means in llama.cpp, with which every architecture is
+compared (tests/test_gguf_forward.py). transformers' defaults of a model decide nothing.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_rope import Rope
 
 NEUTRAL = (
-    "vocab_size",  # the embedding's rows count
+    "vocab_size",  # the embedding's number of rows is used
     "rope.scaling.finetuned",  # whether the model has seen such positions
     "tensor_data_layout",  # where the converter took the weights from
     "pooling_type",  # of embeddings, not of words
     "expert_used_count",
 )
-"""Keys that change no forward of an architecture here."""
+"""Keys that change no forward of the architectures here."""
 NOT_MODELS = {
     "adapter": "an adapter; give it with --adapter, beside its model",
     "mmproj": "the projector of a multimodal model, without the language model",
     "imatrix": "an importance matrix for a quantizer, not a model",
     "vocab": "a vocabulary without a model",
 }
-"""By `general.type`."""
+"""`general.type` -> a description of files that are no models."""
 FOREIGN = ("adapter.", "clip.", "diffusion.", "imatrix.", "xielu.")
-"""Beginnings of keys of other things than the language models here."""
+"""Prefixes of keys that belong to other things than the language models here."""
 DECODER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -47,7 +47,7 @@ DECODER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""The modules of a layer by their tensors' names."""
+"""Name of a layer's tensor in the file -> module."""
 QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
@@ -55,10 +55,10 @@ _REQUIRED: Any = object()
 
 
 class Statement:
-    """The metadata of a file's architecture; every key is asked for, and what nobody asked for is refused in the end.
+    """The metadata of a file's architecture. It notes every key that is read, and `close` refuses the others.
 
     Raises:
-        GradlessError: from every method, where a key is missing, of another type, or out of range.
+        GradlessError: from every method, if a key is missing, has another type, or is out of range.
     """
 
     def __init__(self, file: GGUFFile) -> None:
@@ -70,7 +70,7 @@ class Statement:
         return GradlessError(f"{self.file.path} {why}; gradless does not compute such a model rightly. {more}".rstrip())
 
     def value(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A key's value; of one with a value for each layer, theirs, if it is the same."""
+        """The value of a key. If it has one for each layer, they must be equal."""
         key = f"{self.file.architecture}.{key}"
         self.asked.add(key)
         if key not in self.file.metadata:
@@ -108,7 +108,7 @@ class Statement:
         return value
 
     def token(self, name: str) -> int | None:
-        """The number of a token with a task, None: there is none."""
+        """The id of a special token, or None if there is none."""
         number = self.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
         return number if type(number) is int and 0 <= number < self.file.tensors["token_embd.weight"].shape[0] else None
 
@@ -117,7 +117,7 @@ class Statement:
         return any(name.endswith(tensors) for name in self.file.tensors if name.startswith("blk."))
 
     def vector(self, name: str, length: int) -> Tensor | None:
-        """The values of a tensor that the configuration takes in, fp64."""
+        """The values of a tensor that becomes part of the configuration, fp64."""
         if name not in self.file.floats:
             return None
         self.tensors.add(name)
@@ -127,7 +127,7 @@ class Statement:
         return values
 
     def measure(self, name: str, columns: int) -> None:
-        """Refuse a file whose tensor has another size than its metadata say (before anything is made as large as they do)."""
+        """Refuse a tensor of another size than the metadata state, before anything of that size is made."""
         shape = self.file.tensors[name].shape if name in self.file.tensors else ()
         if len(shape) != 2 or shape[1] != columns:
             held = " x ".join(map(str, shape)) or "missing"
@@ -136,13 +136,13 @@ class Statement:
             )
 
     def expect(self, key: str, *allowed: Any) -> None:
-        """Refuse every value of a key but these, the first of which is what holds where it is missing."""
+        """Refuse every value of a key except `allowed`. The first of these is the default."""
         value = self.value(key, allowed[0])
         if value not in allowed:
             raise self.refused(f"states {self.file.architecture}.{key} = {value!r}")
 
     def close(self) -> None:
-        """Refuse what was not asked for."""
+        """Refuse every key that was not read."""
         own = f"{self.file.architecture}."
         neutral = {own + key for key in NEUTRAL}
         for key in self.file.metadata:
@@ -157,7 +157,7 @@ Settings = Callable[[Statement, dict[str, Any], Rope], dict[str, Any]]
 
 
 def _unwindowed(stated: Statement, known: dict[str, Any], _rope: Rope) -> dict[str, Any]:
-    """Of a model whose every layer sees all that came before."""
+    """Settings of a model in which every layer sees all earlier tokens."""
     window = stated.size("attention.sliding_window", 0, least=0)
     if window and window < known["max_position_embeddings"]:
         raise stated.refused(f"states {stated.file.architecture}.attention.sliding_window = {window}")
@@ -197,20 +197,20 @@ def _gemma3(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, A
 
 
 def _windows(known: dict[str, Any], pattern: int) -> list[str]:
-    """Each layer's attention: every `pattern`-th sees all, the others a window."""
+    """The kind of attention of each layer: every `pattern`-th sees all tokens, the others a window."""
     layers = range(1, known["num_hidden_layers"] + 1)
     return ["sliding_attention" if pattern == 0 or i % pattern else "full_attention" for i in layers]
 
 
 def _queries(known: dict[str, Any], largest: int) -> int:
-    """What Gemma divides scores by the root of; its largest model, told by its layers, takes the mean width of a head."""
+    """Gemma divides scores by the root of this: the size of a head, or, in its largest model, hidden size / heads."""
     if known["num_hidden_layers"] == largest:
         return int(known["hidden_size"] // known["num_attention_heads"])
     return int(known["head_dim"])
 
 
 def _cap(stated: Statement, key: str, default: float) -> float | None:
-    """What logits are held below by a tanh, None: nothing."""
+    """The bound that a tanh keeps logits below, or None if there is none."""
     value = stated.number(key, default)
     if value < 0 or (value == 0 and default):
         raise stated.refused(f"states {stated.file.architecture}.{key} = {value}")
@@ -218,7 +218,7 @@ def _cap(stated: Statement, key: str, default: float) -> float | None:
 
 
 def _phi3(stated: Statement, _known: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    """llama.cpp reads the window and lets every layer see all; here it is the model's own."""
+    """The window is the model's own here; llama.cpp reads the key and lets every layer see all tokens."""
     return {
         "sliding_window": stated.size("attention.sliding_window", 0, least=0) or None,
         "original_max_position_embeddings": rope.original,
@@ -242,7 +242,7 @@ def _smollm3(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, 
 
 
 def _stablelm(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    stated.value("use_parallel_residual", None)  # converters wrote what the model is not; llama.cpp goes by its tensors too
+    stated.value("use_parallel_residual", None)  # converters wrote wrong values; llama.cpp decides by the tensors too
     parallel = not stated.has("ffn_norm.weight")
     biased = stated.has("attn_q.bias", "attn_k.bias", "attn_v.bias")
     own = {"use_parallel_residual": parallel, "use_qkv_bias": biased, "qk_layernorm": False}
@@ -286,21 +286,21 @@ def _mistral3(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str,
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a model of llama.cpp's is said in transformers.
+    """How transformers describes a model of llama.cpp.
 
     Attributes:
         model_type: transformers' name.
-        settings: what its configuration holds beside what all do, of the file's statement, that, and its rotary positions.
-        modules: of a layer, by their tensors' names.
-        epsilon: what the configuration calls the norms' epsilon.
+        settings: (the file's statement, the settings of every architecture, rotary positions) -> further settings.
+        modules: name of a layer's tensor in the file -> module.
+        epsilon: the configuration's name for the norms' epsilon.
         mean: whether norms subtract the mean.
-        shifted: whether norms hold their weight less one, which the file adds.
+        shifted: whether norms hold their weight minus one; the file holds the weight.
         interleaved: whether a pair of rotated values lies side by side in the file's rows of q and k, and half a head apart in
             the model's.
-        partial: whether less than a head may rotate.
-        head: whether the file has one of its own: "own", "tied", or "either".
-        factors: the tensors of frequencies' factors that a file may have, see `Rope.read`.
-        ramps: whether yarn's ramp may be another than the usual.
+        partial: whether only a part of a head may rotate.
+        head: whether the file has a head of its own: "own", "tied", or "either".
+        factors: the tensors with factors of frequencies that a file may have, see `Rope.read`.
+        ramps: whether yarn's ramp may differ from the usual one.
     """
 
     model_type: str
@@ -415,14 +415,14 @@ ARCHITECTURES = {
     "command-r": Architecture("cohere", _cohere, _PARALLEL, "layer_norm_eps", mean=True, head="tied"),
     "cohere2": Architecture("cohere2", _cohere2, _PARALLEL, "layer_norm_eps", mean=True, head="tied"),
 }
-"""By `general.architecture`; all others are refused."""
+"""`general.architecture` -> its description; all others are refused."""
 
 
 def architecture(file: GGUFFile) -> Architecture:
     """The architecture of a file.
 
     Raises:
-        GradlessError: it is none of `ARCHITECTURES`, or the file is a part of a model or no model at all.
+        GradlessError: the architecture is not in `ARCHITECTURES`, or the file is a part of a model or no model.
     """
     kind = str(file.metadata.get("general.type", "model"))
     if file.architecture == "controlvector":

@@ -1,8 +1,8 @@
-"""A transformers model around the packed tensors of a GGUF file.
+"""A transformers model with the packed tensors of a GGUF file.
 
-The configuration is read in `gguf_config`; here the model is made on the meta device, and every tensor of the file put where
-its name says. Nothing is dequantized: linear layers and embeddings are replaced by `layers`, and only the small float tensors
-get memory of their own.
+`gguf_config` reads the configuration. Here the model is made on the meta device, and every tensor of the file is put in the
+place that its name says. Nothing is dequantized: `layers` replaces linear layers and embeddings, and only the small float
+tensors are copied.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer,
 from gradless.fusing import fuse
 
 MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-"""The modules outside of layers by their tensors' names."""
+"""Name of a tensor outside the layers -> module."""
 
 
 @bounded(values_a_byte=4)
@@ -33,10 +33,10 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenize
     Args:
         path: of the file.
         dtype: of activations and of each layer's scratch, bf16 or fp32.
-        tokenizer: the file's tokenizer, where it is loaded already.
+        tokenizer: the file's tokenizer, if it is loaded already.
 
     Raises:
-        GradlessError: the file cannot be read, or states or holds what its architecture has no place for here.
+        GradlessError: the file cannot be read, or its metadata or tensors do not fit its architecture here.
     """
     from transformers import AutoModelForCausalLM
 
@@ -58,7 +58,7 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenize
 
 
 def _place(known: Architecture, name: str) -> str:
-    """The parameter that a tensor fills: "model.layers.0.mlp.up_proj.weight" of "blk.0.ffn_up.weight"."""
+    """The parameter that a tensor fills: "blk.0.ffn_up.weight" -> "model.layers.0.mlp.up_proj.weight"."""
     stem, _, attribute = name.rpartition(".")
     if stem.startswith("blk."):
         _, layer, *rest = stem.split(".")
@@ -67,7 +67,7 @@ def _place(known: Architecture, name: str) -> str:
 
 
 def _leave_biases_out(model: Any, filled: set[str]) -> None:
-    """Of linear layers that have none in the file, beside others that do (transformers knows one word for all of them)."""
+    """Remove the biases of linear layers that have none in the file; transformers' setting holds for all layers alike."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.bias is not None and f"{path}.bias" not in filled:
             module.register_parameter("bias", None)
@@ -76,7 +76,7 @@ def _leave_biases_out(model: Any, filled: set[str]) -> None:
 def _fill(
     file: GGUFFile, model: Any, known: Architecture, places: dict[str, str], dtype: torch.dtype, account: Account
 ) -> dict[str, ShownFloat]:
-    """Put every tensor of the file where it belongs in the model."""
+    """Put every tensor of the file in its place in the model."""
     floats = {}
     modules = dict(model.named_modules())
     for name, place in places.items():
@@ -104,7 +104,7 @@ def _fill(
 
 
 def _row_order(known: Architecture, config: Any, name: str, rows: int) -> Tensor | None:
-    """Which file row each model row is, None: the same."""
+    """The file's row for each row of the model, or None if the order is the same."""
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
     if not known.interleaved or heads is None or rows % (2 * heads):
         return None
@@ -112,7 +112,7 @@ def _row_order(known: Architecture, config: Any, name: str, rows: int) -> Tensor
 
 
 def _shower(order: Tensor | None, shift: bool) -> Callable[[Tensor], Tensor] | None:
-    """How the model shows a float tensor: its rows in another order, or less one."""
+    """How the model reads a float tensor: rows reordered, or minus one; None if unchanged."""
     if order is not None:
         return lambda values: values[order.to(values.device)]
     return (lambda values: values.float() - 1) if shift else None

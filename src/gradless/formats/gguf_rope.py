@@ -1,9 +1,9 @@
-"""Rotary positions as a GGUF file states them, in transformers' words.
+"""Rotary positions of a GGUF file, as transformers states them.
 
-llama.cpp's account of them is the one that counts: a frequency of the base is divided by its factor of a tensor, where there is
-one (Llama 3's `rope_freqs`, Phi's `rope_factors_*`), then scaled, by the same number for all (linear) or by a ramp between that
-number and 1 (yarn); cosines and sines are multiplied by one more number. All of it, whatever its name, is a divisor for each
-frequency and that number, which is how transformers' "longrope" is stated.
+The meaning is llama.cpp's. Each frequency of the base is divided by its factor, if a tensor holds one (Llama 3's `rope_freqs`,
+Phi's `rope_factors_*`). Then it is scaled, by the same number for all (linear) or by a ramp between that number and 1 (yarn).
+Cosines and sines are multiplied by one more number. So every scaling is a divisor for each frequency and that number, which is
+what transformers' "longrope" states.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ RAMP = {
     "yarn_ext_factor": (-1.0, 1.0),
     "yarn_attn_factor": (1.0,),
 }
-"""The keys of yarn's ramp, and the values that change nothing."""
+"""Key of yarn's ramp -> the values that change nothing."""
 FIXED = ("yarn_ext_factor", "yarn_attn_factor")
-"""Those of them that no architecture here reads."""
+"""Keys of `RAMP` that no architecture here reads."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """What a file states of its rotary positions.
+    """The rotary positions that a file states.
 
     Attributes:
         base: of the frequencies.
-        dimensions: of a head that rotate.
-        scale: what positions are multiplied by, 1 / `rope.scaling.factor`.
-        original: the context length that the model was trained with before it was extended.
-        ramp: (fast, slow), yarn's rotations over `original` from which on a frequency is kept, and up to which it is scaled;
-            None for the other scalings.
-        attention: what cosines and sines are multiplied by, yarn's own share of it left out.
+        dimensions: number of rotating dimensions of a head.
+        scale: factor of positions, 1 / `rope.scaling.factor`.
+        original: the context length of training, before it was extended.
+        ramp: (fast, slow) of yarn: a frequency with at least `fast` rotations over `original` is kept, one with at most `slow`
+            is scaled. None for the other scalings.
+        attention: factor of cosines and sines, without yarn's share of it.
         factors: divisors of the frequencies up to `original` positions, (dimensions / 2,).
-        long_factors: and of longer sequences, where they differ.
+        long_factors: divisors in longer sequences.
     """
 
     base: float
@@ -63,10 +63,10 @@ class Rope:
         """Take the keys of `rope.` and the tensors of factors.
 
         Args:
-            stated: where they are stated.
-            dimensions: of a head that rotate.
-            context: that the model is stated to have.
-            ramps: whether the architecture reads the keys of yarn's ramp; llama.cpp leaves them aside in others.
+            stated: the file's metadata.
+            dimensions: number of rotating dimensions of a head.
+            context: the model's stated context length.
+            ramps: whether the architecture reads the keys of yarn's ramp; llama.cpp ignores them in others.
             factors: "none", "pair" (two sets, whatever the scaling is called), or "either": one, or two in longrope.
         """
         scaling = stated.word("rope.scaling.type", "linear")
@@ -106,7 +106,7 @@ class Rope:
         )
 
     def parameters(self, *, linear: bool = True) -> dict[str, Any]:
-        """transformers' `rope_parameters`; `linear` is whether the model knows them by that name."""
+        """transformers' `rope_parameters`; `linear` says whether the model knows the type of that name."""
         stated: dict[str, Any] = {"rope_theta": self.base}
         scales, attention = self._scales(), self.attention
         if self.ramp is not None:
@@ -129,19 +129,19 @@ class Rope:
         }
 
     def of_windows(self, base: float, scale: float) -> Rope:
-        """Of the layers with a sliding window."""
+        """The positions of the layers with a sliding window."""
         return replace(self, base=base, scale=scale)
 
     @property
     def limit(self) -> int | None:
-        """How many positions these frequencies hold for, or None: any. Longer sequences would read all theirs otherwise."""
+        """Largest length for which the first set of factors holds, or None if it holds for all."""
         same = self.factors is self.long_factors or (
             self.factors is not None and self.long_factors is not None and torch.equal(self.factors, self.long_factors)
         )
         return None if same else self.original
 
     def _scales(self) -> Tensor:
-        """What each frequency is multiplied by: fp64, (dimensions / 2,)."""
+        """The factor of each frequency: fp64, (dimensions / 2,)."""
         scales = torch.full((self.dimensions // 2,), self.scale, dtype=torch.float64)
         if self.ramp is None:
             return scales
@@ -155,5 +155,5 @@ class Rope:
 
 
 def _magnitude(factor: float, power: float = 1.0) -> float:
-    """yarn's growth of queries and keys with the context's."""
+    """yarn's growth of queries and keys with the growth of the context."""
     return 1.0 if factor <= 1 else 0.1 * power * math.log(factor) + 1

@@ -1,12 +1,12 @@
-"""The tokenizer of a GGUF file, from its metadata alone: no file beside it is looked at.
+"""The tokenizer of a GGUF file, from its metadata alone. Files beside it are not read.
 
-What a text's tokens are is what llama.cpp makes of it, special tokens in the text included. Two kinds of vocabularies are read:
+The tokens of a text are llama.cpp's, also if the text holds special tokens. Two kinds of vocabularies are read:
 
     gpt2     merges in the order of the file, over the bytes of words; `tokenizer.ggml.pre` names the rule that finds the words
-    llama    SentencePiece: those neighbours are merged whose piece has the highest score; what is no piece is spelled in bytes
+    llama    SentencePiece: merges the neighbours whose piece has the highest score; other characters are spelled in bytes
 
-Every other kind, every name of a rule that is not listed here and every key under `tokenizer.` that is not known is refused.
-Characters that Unicode 16 added (Garay, Todhri ...) are letters or symbols here, and still unknown to llama.cpp.
+Other kinds, rules that are not listed here and unknown keys under `tokenizer.` are refused. Characters that Unicode 16 added
+(Garay, Todhri ...) are letters or symbols here, and unknown to llama.cpp.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from gradless.readers.gguf import read_header
 
 PREFIX = "tokenizer.ggml."
 SPACE = "▁"
-"""What stands for a space in SentencePiece's pieces."""
+"""The character for a space in SentencePiece's pieces."""
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
-"""Types of tokens; 1 is an ordinary one, 5 an unused one, which is read like an ordinary one."""
+"""Types of tokens. 1 is an ordinary token; 5, an unused one, is read like it."""
 _BYTES_OF_TEXT = [byte for byte in range(256) if byte < 0xF5 and byte not in (0xC0, 0xC1)]
-"""The bytes that UTF-8 uses."""
+"""Bytes that occur in UTF-8."""
 
 CONTROL_TEXTS = frozenset(
     (
@@ -74,7 +74,7 @@ CONTROL_TEXTS = frozenset(
         *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
     )
 )
-"""Tokens that llama.cpp takes for control tokens by their text, whatever their type."""
+"""Texts that are control tokens in llama.cpp, whatever their type in the file."""
 USER_DEFINED_TEXTS = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"))
 
 SPECIAL_IDS = {
@@ -86,21 +86,21 @@ SPECIAL_IDS = {
     "cls_token": "cls_token_id",
     "mask_token": "mask_token_id",
 }
-"""transformers' name of a special token -> what follows `tokenizer.ggml.` in the key of its id."""
+"""transformers' name of a special token -> the key of its id, without `tokenizer.ggml.`."""
 READ = (
     *("model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token", "add_eos_token", "add_space_prefix"),
     *SPECIAL_IDS.values(),
 )
 CHAT_TEMPLATE, CHAT_TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 NEUTRAL = (
-    *("add_sep_token", "token_type_count"),  # of pairs of texts
-    *("eot_token_id", "eom_token_id", "suppress_tokens"),  # of chats and samplers: where an answer ends, what it never says
-    *("prefix_token_id", "suffix_token_id", "middle_token_id"),  # of editors
+    *("add_sep_token", "token_type_count"),  # for pairs of texts
+    *("eot_token_id", "eom_token_id", "suppress_tokens"),  # for chats and samplers: ends of answers, suppressed tokens
+    *("prefix_token_id", "suffix_token_id", "middle_token_id"),  # for editors
     *("fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id", "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id"),
-    *("remove_extra_whitespaces", "precompiled_charsmap"),  # of t5's vocabularies
-    *("normalizer.lowercase", "normalizer.strip_accents"),  # of bert's
+    *("remove_extra_whitespaces", "precompiled_charsmap"),  # for t5's vocabularies
+    *("normalizer.lowercase", "normalizer.strip_accents"),  # for bert's
 )
-"""Keys under `tokenizer.ggml.` that change no token of the vocabularies that are read."""
+"""Keys under `tokenizer.ggml.` that change no token of the supported vocabularies."""
 
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _GAPS = r"\s+(?!\S)|\s+"
@@ -116,7 +116,7 @@ _CASED = (
     "\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2"
     "\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
-"""The letters with a case that DeepSeek's first models knew."""
+"""The letters with a case in the rule of DeepSeek's first models."""
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ebef\U0002f800-\U0002fa1f"
 _EAST = (
     "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0eff\u1780-\u17ff\u1000-\u109f"
@@ -133,7 +133,7 @@ def _words(
     gaps: str = _GAPS,
     contractions: str = _CONTRACTIONS + "|",
 ) -> str:
-    """Words as cl100k has them: a run of letters with what stands before it, few digits, other signs with their line's end."""
+    """Words of cl100k: letters with one sign before them, up to three digits, other signs with the end of their line."""
     return rf"{contractions}[^\r\n\p{{L}}\p{{N}}]?{letters}|{digits}| ?[^{others}]+{end}|{lines}|{gaps}"
 
 
@@ -143,7 +143,7 @@ def _cased_words(
     lower: str = r"[\p{L}&&[^A-Z]]",
     contractions: str = _CONTRACTIONS + "?",
 ) -> str:
-    """Words as o200k has them: a run of letters also ends where a capital follows a small one."""
+    """Words of o200k: letters also end before a capital that follows a small letter."""
     head = r"[^\r\n\p{L}\p{N}]?"
     either = rf"{head}{upper}*{lower}+{contractions}|{head}{upper}+{lower}*{contractions}"
     return rf"{either}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|{_GAPS}"
@@ -152,7 +152,7 @@ def _cased_words(
 _GPT2 = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_GAPS}"
 _SIGNED_WORDS = rf"{_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+"
 _THOUSANDS = r"(?<=\p{N})(?=(?:\p{N}{3})*(?!\p{N}))"
-"""After a number, and before each three of its last digits; what stands before it stays with its first digits."""
+"""Matches within a number before each three of its last digits, and after the number."""
 _DEEPSEEK3 = (r"\p{N}{1,3}", _CHINESE, rf"{_SIGNED_WORDS}[\r\n]*|\s*[\r\n]+|{_GAPS}")
 _ALL_LETTERS = {"upper": r"[\p{L}\p{M}]", "lower": r"[\p{L}\p{M}]"}
 _MARKED = {"upper": r"[\p{L}\p{M}&&[^a-z]]", "lower": r"[\p{L}\p{M}&&[^A-Z]]"}
@@ -161,12 +161,12 @@ _NOT_STOPS = " ?[^(\\s|.,!?…。，、।۔،)]+"
 
 @dataclass(frozen=True)
 class Words:
-    """A rule that finds a text's words.
+    """A rule that splits a text into words.
 
     Attributes:
-        splits: regular expressions; each cuts what those before it left, at both ends of every match.
-        whole: a word that is a token is not taken apart (`ignore_merges`).
-        begins: the beginning-of-sequence token is added where the file does not say.
+        splits: regular expressions. Each cuts the pieces of the one before, at both ends of every match.
+        whole: a word that is a token is not split (`ignore_merges`).
+        begins: whether to add the beginning-of-sequence token if the file does not say.
     """
 
     splits: tuple[str, ...]
@@ -240,17 +240,17 @@ WORDS: dict[str, Words] = {
         begins=True,
     ),
 }
-"""The rules by their names in `tokenizer.ggml.pre`."""
+"""Name in `tokenizer.ggml.pre` -> rule."""
 
 
 @dataclass
 class Vocabulary:
-    """What a file's metadata says about its tokens, checked.
+    """The tokens of a file's metadata, checked.
 
     Attributes:
-        own: the keys under `tokenizer.ggml.`, without that.
-        where: the file, for errors.
-        tokens: their texts, by id.
+        own: the values under `tokenizer.ggml.`, by key without that prefix.
+        where: the file, for messages.
+        tokens: texts by id.
         types: int64 (tokens,); see `UNKNOWN`.
         words: the rule of words; None for SentencePiece's pieces.
     """
@@ -266,13 +266,13 @@ class Vocabulary:
         """Check every key under `tokenizer.`, and read the tokens.
 
         Raises:
-            GradlessError: a key is not known, or the tokens are of another kind, missing, or there twice.
+            GradlessError: a key is unknown, or the tokens are of another kind, missing, or repeated.
         """
         own = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
         known = {*(PREFIX + name for name in (*READ, *NEUTRAL)), "tokenizer.huggingface.json", CHAT_TEMPLATES}
         for key in metadata:
             if key.startswith("tokenizer.") and key not in known and not _names_chat_template(key):
-                raise GradlessError(f"{where}: what {key} changes is not known; the file cannot be tokenized.")
+                raise GradlessError(f"{where}: the key {key} is unknown; the file cannot be tokenized.")
         kind = own.get("model")
         if kind not in ("gpt2", "llama"):
             raise GradlessError(f"{where}: its tokenizer ({PREFIX}model) is {kind!r}; gpt2 and llama are supported.")
@@ -293,23 +293,23 @@ class Vocabulary:
         return self
 
     def _take_for_control(self) -> None:
-        """Give the types to tokens that llama.cpp gives them by their texts."""
+        """Set the types that llama.cpp gives to tokens by their texts."""
         for texts, type_ in ((CONTROL_TEXTS, CONTROL), (USER_DEFINED_TEXTS, USER_DEFINED)):
             for text in texts & self.numbers.keys():
                 self.types[self.numbers[text]] = type_
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """The tokens' ids by their texts."""
+        """Token ids by text."""
         return {token: i for i, token in enumerate(self.tokens)}
 
     @property
     def special(self) -> NDArray[np.bool_]:
-        """Which tokens are looked for in a text before all else: bool (tokens,)."""
+        """Which tokens are found in a text before all others: bool (tokens,)."""
         return np.isin(self.types, (UNKNOWN, CONTROL, USER_DEFINED))
 
     def number(self, name: str, default: int | None = None) -> int | None:
-        """The id of the special token under `name`; as in llama.cpp one that is no token's is none."""
+        """The id of the special token under `name`. As in llama.cpp, an id without a token counts as missing."""
         number = self.own.get(name, default)
         if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
             raise GradlessError(f"{self.where}: {PREFIX}{name} is {number!r}, not the number of a token.")
@@ -332,10 +332,10 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
 
     Args:
         metadata: values by key; arrays are NumPy arrays or sequences of strings.
-        where: the file, for errors.
+        where: the file, for messages.
 
     Raises:
-        GradlessError: its kind, its rule of words or a key is not known, or what it says contradicts itself.
+        GradlessError: the kind, the rule of words or a key is unknown, or the metadata contradict themselves.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -345,19 +345,19 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
     defaults = {} if vocabulary.words else {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
     numbers = {name: vocabulary.number(key, defaults.get(key)) for name, key in SPECIAL_IDS.items()}
     made.post_processor = _around(vocabulary, numbers["bos_token"], numbers["eos_token"])
-    vars(made)["__deepcopy__"] = lambda _: made  # transformers copies what it is given: by way of JSON, for seconds
+    vars(made)["__deepcopy__"] = lambda _: made  # transformers copies it through JSON, which takes seconds
     names = {name: vocabulary.tokens[i] for name, i in numbers.items() if i is not None}
     special = {name: token for name, token in names.items() if vocabulary.special[numbers[name]]}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, chat_template=_chat_template(metadata, where), clean_up_tokenization_spaces=False, **special
     )
     for name in names.keys() - special.keys():
-        setattr(tokenizer, name, names[name])  # given to the constructor, an ordinary token would be looked for in texts
+        setattr(tokenizer, name, names[name])  # not in the constructor, which would make it a special token
     return tokenizer
 
 
 def _merging_bytes(vocabulary: Vocabulary, words: Words) -> Tokenizer:
-    """Words of bytes, merged in the file's order. A byte that is no token is dropped."""
+    """A tokenizer that merges bytes of words in the file's order. A byte without a token is dropped."""
     stand_ins = bytes_to_text()
     missing = [stand_ins[byte] for byte in _BYTES_OF_TEXT if stand_ins[byte] not in vocabulary.numbers]
     merges = []
@@ -378,7 +378,7 @@ def _merging_bytes(vocabulary: Vocabulary, words: Words) -> Tokenizer:
 
 
 def _merging_pieces(vocabulary: Vocabulary) -> Tokenizer:
-    """SentencePiece's pieces, merged by their scores. A character that is no piece is spelled in bytes."""
+    """A tokenizer that merges SentencePiece's pieces by score. A character without a piece is spelled in bytes."""
     missing = [byte for byte in _BYTES_OF_TEXT if f"<0x{byte:02X}>" not in vocabulary.numbers]
     if missing:
         raise GradlessError(f"{vocabulary.where}: its pieces lack the byte <0x{missing[0]:02X}>, so some texts have no tokens.")
@@ -391,14 +391,14 @@ def _merging_pieces(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """The pairs of tokens that make a token, the highest score first.
+    """The pairs of tokens whose merge is a token, highest score first.
 
-    Of a piece's own pairs the one with the longest first half is first: of two that overlap, such as "aa" "a" "aa", the left
-    one is merged. Two pieces of one score would be merged from left to right, whichever comes first, and no order of pairs says
-    that. Tokens that are looked for in a text before all else never come out of a merge, unless they hold a space's stand-in.
+    Among the pairs of one piece the longest first half comes first: of two overlapping pairs, as in "aa" "a" "aa", the left one
+    is merged. SentencePiece merges two pieces of equal score from left to right, which no order of pairs can express. Tokens
+    that are found in a text before all others are no result of a merge, unless they hold the character for a space.
 
     Raises:
-        GradlessError: two pieces that merges can make have the same score.
+        GradlessError: two results of merges have equal scores.
     """
     scores = _numbers(vocabulary.own, "scores", len(vocabulary.tokens), vocabulary.where)
     apart = vocabulary.special | (vocabulary.types == BYTE)
@@ -416,14 +416,14 @@ def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     if len(same) or np.isnan(scores).any():
         one, two = (vocabulary.tokens[i] for i in ordered[same[0] :][:2]) if len(same) else ("?", "?")
         raise GradlessError(
-            f"{vocabulary.where}: its pieces {one!r} and {two!r} have one score, so that no order of merges "
+            f"{vocabulary.where}: its pieces {one!r} and {two!r} have equal scores, so no order of merges "
             "says which comes first; convert the model again, from its own tokenizer.model."
         )
     return [merges[i] for i in np.argsort(-scores[made_of], kind="stable").tolist()]
 
 
 def _around(vocabulary: Vocabulary, bos: int | None, eos: int | None) -> Any:
-    """What puts the tokens that begin and end a sequence around one."""
+    """The processor that adds the tokens at the beginning and the end of a sequence."""
     begins = vocabulary.says("add_bos_token", vocabulary.words is None or vocabulary.words.begins)
     ends = vocabulary.says("add_eos_token", False)
     for said, number, name in ((begins, bos, "bos"), (ends, eos, "eos")):
@@ -444,7 +444,7 @@ def _around(vocabulary: Vocabulary, bos: int | None, eos: int | None) -> Any:
 
 
 def _looked_for(vocabulary: Vocabulary, model: str) -> list[AddedToken]:
-    """The tokens that are looked for in a text before all else, with the white space that they take with them."""
+    """The tokens that are found in a text before all others, with the white space that they absorb."""
     before = {"<mask>"} if str(vocabulary.own.get("pre")) in ("jina-v2-de", "jina-v2-es", "jina-v2-code") else set()
     phi3 = "phi-3" in model or "phi3" in model
     found = []
@@ -456,7 +456,7 @@ def _looked_for(vocabulary: Vocabulary, model: str) -> list[AddedToken]:
 
 
 def _chat_template(metadata: Mapping[str, Any], where: str) -> str | dict[str, str] | None:
-    """The file's chat template; of several each by its name."""
+    """The file's chat template, or a dictionary of several by name."""
     found = {
         key.removeprefix(CHAT_TEMPLATE).lstrip(".") or "default": metadata[key] for key in metadata if _names_chat_template(key)
     }
@@ -478,7 +478,7 @@ def _listed(own: Mapping[str, Any], name: str, where: str) -> Sequence[str]:
 
 
 def _numbers(own: Mapping[str, Any], name: str, count: int, where: str) -> NDArray[Any]:
-    """An array of a number a token, of any type."""
+    """An array with one number for each token, of any type."""
     numbers = own.get(name)
     if not isinstance(numbers, np.ndarray) or len(numbers) < count:
         raise GradlessError(f"{where}: {PREFIX}{name} does not hold a number for each of {count:,} tokens.")

@@ -1,4 +1,4 @@
-"""Models by their names on the Hugging Face Hub: from the local cache, or downloaded with a progress bar."""
+"""Models by name on the Hugging Face Hub: from the local cache, or downloaded with a progress bar."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from gradless.errors import GradlessError
 
 _NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.\-]*/[\w.\-]+)(/(?P<file>.+\.gguf))?")
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-"""What a folder is made of; pickles are never downloaded, and programs only where they are trusted."""
+"""Files of a folder that are downloaded. Pickles never are, and Python code only if it is trusted."""
 
 
 def local(model: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """Where a model lies on this machine.
+    """The path of a model on this machine, after a download if needed.
 
     Args:
-        model: a path; or a name on the Hub, org/model for a folder or org/model/file.gguf for a file. HF_HUB_OFFLINE, HF_HOME
-            and a login's token are respected.
-        trust_remote_code: download the repository's own programs too.
+        model: a path, or a name on the Hub: org/model for a folder, org/model/file.gguf for a file. HF_HUB_OFFLINE, HF_HOME
+            and the token of a login are respected.
+        trust_remote_code: download the repository's Python code too.
 
     Raises:
-        GradlessError: there is no such path, and the name is none, is not in the cache, or cannot be downloaded.
+        GradlessError: there is no such path, and the name is not in the cache and cannot be downloaded.
     """
     path = Path(model)
     match = _NAME.fullmatch(str(model))

@@ -1,10 +1,10 @@
-"""gradless's own packed checkpoints: a transformers folder whose linear layers hold the codes of a grid.
+"""gradless's packed checkpoints: a transformers folder whose linear layers hold codes of a grid.
 
     config.json, tokenizer files ...     as transformers writes them
-    model.safetensors                    every linear weight as uint8 (rows, blocks, bytes of a block); all else as it was
+    model.safetensors                    every linear weight as uint8 (rows, blocks, bytes of a block); others unchanged
         __metadata__.gradless-packed     JSON: weight name -> block type ("int4/64", see `blocks.grid_block`)
 
-A block is its fp16 scale, its fp16 offset where the grid is not symmetric, and its codes.
+A block is its fp16 scale, its fp16 offset if the grid is not symmetric, and its codes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gradless.layers import is_plain
 from gradless.spaces import linear_layers
 
 SMALLEST = 2.0**-24
-"""The least positive fp16."""
+"""The smallest positive fp16 number."""
 
 
 def quantize(model: Any, tokenizer: Any, grid: str, group_size: int | None, output: Path, *, search: bool = False) -> None:
@@ -37,12 +37,12 @@ def quantize(model: Any, tokenizer: Any, grid: str, group_size: int | None, outp
         model: any dense transformers model.
         tokenizer: of the model.
         grid: a name of `grids.GRIDS`.
-        group_size: weights of a row that share a range, a multiple of 32; None for a range a row.
+        group_size: number of weights of a row that share a range, a multiple of 32; None for one range a row.
         output: the folder to write, whole or not at all.
         search: choose ranges by squared error.
 
     Raises:
-        GradlessError: the grid is unknown, a row cannot be divided so, or there is no linear layer.
+        GradlessError: the grid is unknown, a row cannot be divided into such groups, or there is no linear layer.
     """
     from safetensors.torch import save_file
 

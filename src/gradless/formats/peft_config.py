@@ -1,4 +1,4 @@
-"""What a PEFT folder's adapter_config.json asks for: each key is used, changes no forward, or is refused by its value."""
+"""The adapter_config.json of a PEFT folder: each key is used, changes no forward, or is refused with its value."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ CONFIG = "adapter_config.json"
 USED = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"}
 )
-"""Keys that `PeftLoRA` is made of."""
+"""Keys that `PeftLoRA` is made from."""
 RECORDS = frozenset(
     {
-        *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),  # whence it comes
-        *("lora_dropout", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),  # how it was trained, or begun
-        *("layers_to_transform", "layers_pattern", "ensure_weight_tying"),  # which layers have factors: the tensors say it
-        *("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"),  # how, or where, something else is done
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),  # its origin
+        *(
+            "lora_dropout",
+            "eva_config",
+            "loftq_config",
+            "corda_config",
+            "lora_ga_config",
+        ),  # its training, or its initial values
+        *("layers_to_transform", "layers_pattern", "ensure_weight_tying"),  # which layers have factors; the tensors show this
+        *("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"),  # other operations, or where they run
     }
 )
 """Keys that change no forward, whatever they say."""
 PLAIN: dict[str, tuple[Any, ...]] = {
     "task_type": (None, "CAUSAL_LM"),
     "bias": (None, "none"),
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),  # the others change the base too
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),  # the other values change the base too
 }
 """Keys that change no forward if they have one of these values."""
 OFF = frozenset(
@@ -40,9 +46,9 @@ OFF = frozenset(
         *("use_qalora", "velora_config"),
     }
 )
-"""Keys that change no forward if they are null, false or empty. A key that is in no list is taken for one of these."""
+"""Keys that change no forward if they are null, false or empty. Keys that are in no list are treated alike."""
 _PATTERN = re.compile(r"[\w.\\^$|\[\]-]*(?:[*+][\w.\\^$|\[\]-]*){0,3}")
-"""Regular expressions that are tried on names: without groups, and with so few repeats that none can take long."""
+"""Allowed regular expressions for names: no groups, and few repeats, so that matching is fast."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,13 @@ class PeftLoRA:
     """A LoRA adapter as its configuration describes it.
 
     Attributes:
-        rank: r, of layers that no key of `ranks` matches.
-        alpha: the same of `alphas`.
-        rank_stabilized: an update is alpha / sqrt(r) times B A instead of alpha / r (arXiv 2312.03732).
-        ranks: by regular expressions for the ends of layers' names.
-        alphas: likewise.
-        targets: the ends of the names of the layers that have factors; None if the tensors alone say which.
-        excluded: the ends of the names of those among them that have none.
+        rank: r of the layers that no key of `ranks` matches.
+        alpha: of the layers that no key of `alphas` matches.
+        rank_stabilized: the update is alpha / sqrt(r) times B A instead of alpha / r (arXiv 2312.03732).
+        ranks: regular expression for the end of a layer's name -> its r.
+        alphas: regular expression for the end of a layer's name -> its alpha.
+        targets: ends of the names of the layers with factors; None if only the tensors show them.
+        excluded: ends of the names of layers without factors, although `targets` matches them.
     """
 
     rank: int
@@ -73,7 +79,7 @@ class PeftLoRA:
         return rank
 
     def factor_of(self, path: str) -> float:
-        """What multiplies a layer's B A."""
+        """The factor of a layer's B A."""
         rank, alpha = self.rank_of(path), float(_matched(self.alphas, path, self.alpha))
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
@@ -86,10 +92,10 @@ def read_config(folder: Path) -> PeftLoRA:
     """The adapter that a PEFT folder's configuration describes.
 
     Raises:
-        GradlessError: it cannot be read, or asks for something that is not plain LoRA.
+        GradlessError: the configuration cannot be read, or is not that of plain LoRA.
     """
     try:
-        config = read_object(folder / CONFIG, infinities=True)  # a setting that is not finite is refused by its name
+        config = read_object(folder / CONFIG, infinities=True)  # infinities are refused below, by name
     except GradlessError as error:
         raise GradlessError(f"{folder} holds no adapter that can be read; give a PEFT folder. {error}") from error
     if config.get("peft_type") != "LORA":
@@ -119,8 +125,8 @@ def _refused(folder: Path, key: str, value: Any) -> GradlessError:
     hint = ""
     if key == "init_lora_weights":
         hint = (
-            ": its base is not the model as it is; convert it with PEFT's save_pretrained(.., "
-            "path_initial_model_for_weight_conversion=..)"
+            ": its base is not the model as it is; convert it with PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)"
         )
     return GradlessError(
         f"{folder} holds a LORA adapter with {key} {reprlib.repr(value)}; gradless reads plain LORA adapters{hint}."
@@ -155,7 +161,7 @@ def _patterns(folder: Path, key: str, value: Any, fits: Callable[[Any], bool]) -
 
 
 def _names(folder: Path, key: str, value: Any) -> tuple[str, ...] | None:
-    """Ends of names; None for none, or for a regular expression."""
+    """Ends of names; None if there are none, or a regular expression."""
     if value is None or isinstance(value, str):
         return None
     return tuple(_each(folder, key, value, lambda value: isinstance(value, list) and all(isinstance(e, str) for e in value)))

@@ -1,1 +1,1 @@
-"""Parsers of what a file says about itself: they take no byte for granted, and what is there bounds time and memory."""
+"""Parsers of file headers. They trust no byte, and the size of the file bounds their time and memory."""

@@ -1,8 +1,8 @@
-"""The header of a GGUF file: its metadata, and where its tensors lie.
+"""The header of a GGUF file: its metadata and the places of its tensors.
 
-Nothing is copied but short values: arrays of numbers are views of the mapped file, and arrays of strings are decoded when they
-are asked for, since a vocabulary has some 262,144 of them. Every count is checked against the bytes that are left before
-anything is counted by it. The numbers of types and their sizes are the gguf package's.
+Only short values are copied. Arrays of numbers are views of the mapped file. Strings of an array are decoded on access, because
+a vocabulary has up to some 262,144 of them. Every count is checked against the bytes that are left before it is used. Type
+numbers and sizes are the gguf package's.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from gradless.readers.sentences import damaged, shown, truncated
 from gradless.readers.tensors import TensorInfo, check_places
 
 MOST_KEYS = MOST_TENSORS = 1 << 16
-"""The largest models have some thousands of tensors."""
+"""Largest number of keys and of tensors. The largest models have some thousands of tensors."""
 MOST_STRINGS = 1 << 22
-"""In all arrays together: sixteen of the largest vocabularies."""
+"""Largest number of strings in all arrays together: sixteen of the largest vocabularies."""
 MOST_TEXT = 1 << 22
-"""Bytes of all keys, names and single strings (chat templates) together; those in arrays are not counted."""
+"""Largest number of bytes of all keys, names and single strings (chat templates) together, without strings in arrays."""
 MOST_DIMENSIONS = 4
 MOST_ALIGNMENT = 1 << 20
 
@@ -37,19 +37,19 @@ _SCALARS = {n: Struct("<" + code) for n, code in zip((0, 1, 2, 3, 4, 5, 6, 10, 1
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _U32, _U64 = Struct("<I"), Struct("<Q")
 _LEAST_KEY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
-"""Bytes that a key with its value, and a tensor's entry, take at least."""
+"""Smallest number of bytes of a key with its value, and of a tensor's entry."""
 
 
 class Strings(Sequence[str]):
-    """An array of strings in a mapped file; each is decoded when it is asked for.
+    """An array of strings in a mapped file; each is decoded on access.
 
     Raises:
-        GradlessError: at the access, where a string is not UTF-8.
+        GradlessError: on access, if a string is not UTF-8.
     """
 
     def __init__(self, where: str, data: mmap.mmap, places: NDArray[np.int64]) -> None:
-        """`where` says to a person whose strings these are; `places` is where each begins in `data`, and where the last ends
-        and eight bytes more (those of a next one's length)."""
+        """`where` names the array in messages. `places` holds the start of each string in `data`, and the end of the last one
+        plus eight bytes (the length of a next one)."""
         self._where, self._data, self._places = where, data, places
 
     def __len__(self) -> int:
@@ -95,11 +95,11 @@ Value = int | float | bool | str | NDArray[Any] | Strings
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says before its weights.
+    """The part of a GGUF file before its weights.
 
     Attributes:
-        metadata: values by key, in the file's order: numbers and strings; of arrays of numbers read-only views of the file,
-            which need not be aligned; of arrays of strings `Strings`.
+        metadata: values by key, in the file's order: numbers, strings, arrays of numbers as read-only views of the file (which
+            may not be aligned), arrays of strings as `Strings`.
         tensors: places by name, in the file's order; `type` is ggml's name.
     """
 
@@ -108,7 +108,7 @@ class GGUFHeader:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Read a file's header; its weights are not read.
+    """Read a file's header, but not its weights.
 
     Raises:
         GradlessError: it is not GGUF of version 2 or 3, is truncated, or contradicts itself or the format.
@@ -219,7 +219,7 @@ class _Header:
         return self.booleans(key, numbers) if kind == _BOOL else numbers
 
     def array_of_strings(self, where: str, count: int) -> Strings:
-        """A walk over their lengths; what is between is not looked at."""
+        """Walk over the lengths of the strings without reading the strings."""
         places, read, data, at, last = array("q", bytes(8 * (count + 1))), _U64.unpack_from, self.data, self.at, self.size - 8
         for number in range(count):
             if at > last:
@@ -243,7 +243,7 @@ class _Header:
         return held.view(np.bool_)
 
     def name(self, of: str) -> str:
-        """A key, or a tensor's name."""
+        """A key or a tensor's name; `of` says which, in messages."""
         name = self.string(f"the name of {of}")
         if not name or not name.isprintable():
             raise self.damaged(f"{of} has {'the name ' + ascii(shown(name)) if name else 'no name'}")
@@ -270,7 +270,7 @@ class _Header:
         return value
 
     def take(self, count: int) -> int:
-        """Step over `count` bytes; where they begin."""
+        """Step over `count` bytes and return their start."""
         begin = self.at
         if count > self.size - begin:
             raise self.incomplete()
@@ -278,7 +278,7 @@ class _Header:
         return begin
 
     def countable(self, count: int, what: str, least: int, most: int) -> None:
-        """Refuse a count of things, of `least` bytes each, that cannot be there or are more than anyone needs."""
+        """Refuse a count that is above `most`, or whose things, of `least` bytes each, do not fit into the rest of the file."""
         if count > most:
             raise self.damaged(f"it says that it has {count} {what}, and at most {most} are read")
         if count * least > self.size - self.at:

@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: bounded in size, depth and numbers, without a name twice."""
+"""Untrusted JSON: bounded in size, depth and numbers, with unique names."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 from gradless.errors import GradlessError
 
 MOST_DEPTH = 64
+"""Largest depth of nesting."""
 MOST_DIGITS = 40
-"""Of a number; tokenizers' `model_max_length` of 10^30 has 31."""
+"""Largest number of digits in a number; tokenizers' `model_max_length` of 10^30 has 31."""
 SPARE = 48 << 20
-"""Bytes that reading may take beside twice the file's own."""
+"""Bytes of memory that reading may take, in addition to twice the size of the file."""
 
 
 def read_object(path: Path, *, infinities: bool = False) -> dict[str, Any]:
@@ -22,10 +23,10 @@ def read_object(path: Path, *, infinities: bool = False) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        infinities: let numbers be NaN, Infinity and -Infinity, as transformers writes them to a config.json.
+        infinities: allow NaN, Infinity and -Infinity, which transformers writes to a config.json.
 
     Raises:
-        GradlessError: it cannot be read, or holds none.
+        GradlessError: the file cannot be read, or holds no JSON object.
     """
     try:
         size = path.stat().st_size
@@ -42,12 +43,12 @@ def parse_object(raw: bytes, where: str, size: int, *, infinities: bool = False)
 
     Args:
         raw: UTF-8.
-        where: they are from, for a message.
-        size: bytes of the whole file, which bounds the memory that the object may take.
+        where: the source of the bytes, for messages.
+        size: bytes of the whole file; it bounds the memory of the object.
         infinities: see `read_object`.
 
     Raises:
-        GradlessError: they hold none, or one that is nested too deeply, too large, or has a name twice.
+        GradlessError: there is no object, or it is nested too deeply, is too large, or has a name twice.
     """
     if cost(raw) > SPARE + 2 * size:
         raise GradlessError(f"{where} holds too much JSON for a file of {size} bytes; it is damaged: copy it again.")
@@ -62,7 +63,7 @@ def parse_object(raw: bytes, where: str, size: int, *, infinities: bool = False)
         if not _flat(content):
             raise RecursionError
         if b"\\u" in raw:
-            json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            json.dumps(content, ensure_ascii=False).encode()  # refuses half of a surrogate pair
     except RecursionError as error:
         raise GradlessError(f"{where} is JSON that is nested more than {MOST_DEPTH} deep; copy it again.") from error
     except ValueError as error:
@@ -73,8 +74,8 @@ def parse_object(raw: bytes, where: str, size: int, *, infinities: bool = False)
 
 
 def cost(raw: bytes) -> int:
-    """Bytes that parsing takes at most: the text, and of every value an object and its place among the others."""
-    width = 3 if raw.isascii() else 9  # of a byte: itself, and decoded, once in the text and once in its strings
+    """Upper bound of the bytes that parsing takes: the text, and for every value an object and its slot in a container."""
+    width = 3 if raw.isascii() else 9  # each byte is held raw, and decoded in the text and in a string
     containers = raw.count(b"{") + raw.count(b"[")
     return width * len(raw) + 160 * containers + 90 * raw.count(b":") + 40 * raw.count(b",") + 30 * raw.count(b'"')
 
@@ -83,7 +84,7 @@ def whole(content: dict[str, Any], name: str, where: str, *, least: int, most: i
     """A whole number of an object.
 
     Raises:
-        GradlessError: it is missing without a default, is none, or is out of range.
+        GradlessError: the value is missing without a default, is no whole number, or is out of range.
     """
     value = content.get(name, default)
     if type(value) is not int or not least <= value <= most:
@@ -94,10 +95,10 @@ def whole(content: dict[str, Any], name: str, where: str, *, least: int, most: i
 def mapping(
     content: dict[str, Any], name: str, where: str, *, of: Callable[[Any], bool] | None = None, what: str = ""
 ) -> dict[str, Any]:
-    """An object within an object, empty where it is missing or null; `of` tells what its values may be, and `what` names it.
+    """An object within an object; empty if it is missing or null. `of` checks its values, and `what` names them in messages.
 
     Raises:
-        GradlessError: it is something else, or one of its values is.
+        GradlessError: it is no object, or one of its values fails the check.
     """
     value = content.get(name)
     if value is None:
@@ -111,7 +112,7 @@ def mapping(
 
 
 def shown_value(value: Any) -> str:
-    """A value out of a file, as a message may show it."""
+    """A value from a file, short enough for a message."""
     match value:
         case dict():
             return f"an object of {len(value)} values"

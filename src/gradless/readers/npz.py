@@ -1,4 +1,4 @@
-"""Arrays of a .npz file, whose sizes are checked before anything is unpacked; nothing is ever unpickled."""
+"""Arrays of a .npz file. Their sizes are checked before they are unpacked, and nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradless.errors import GradlessError
 from gradless.readers.sentences import said
 
 SPARE, RATIO = 256 << 20, 32
-"""Bytes that a file's arrays may take beside so many times its size."""
+"""The arrays of a file may take `SPARE` bytes plus `RATIO` times the size of the file."""
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -23,7 +23,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The named arrays of a file.
 
     Raises:
-        GradlessError: it is no such file, lacks one of them, or unpacks to more than its size allows.
+        GradlessError: the file is no .npz, lacks an array, or unpacks to more than its size allows.
     """
     what = f"{path} is no .npz with arrays {' and '.join(f'`{name}`' for name in names)}"
     try:
@@ -34,12 +34,12 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
             size, most = sum(member.file_size for member in members), SPARE + RATIO * path.stat().st_size
             if size > most:
                 raise GradlessError(
-                    f"{path} unpacks to {size:,} bytes, and a file of its size to at most {most:,}; make it anew."
+                    f"{path} unpacks to {size:,} bytes; a file of its size may unpack to {most:,} at most. Make it again."
                 )
             return {name: _array(archive, member) for name, member in zip(names, members, strict=True)}
     except GradlessError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy raise some ten kinds
+    except Exception as error:  # zipfile, zlib and numpy raise about ten kinds
         raise GradlessError(f"{what}: {said(error)}.") from error
 
 

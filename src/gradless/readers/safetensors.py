@@ -1,4 +1,7 @@
-"""The header of a safetensors file: where its tensors lie, and its metadata. The safetensors library refuses the same files."""
+"""The header of a safetensors file: the places of its tensors, and its metadata.
+
+The safetensors library refuses the same files.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from gradless.readers.tensors import TYPES, TensorInfo, check_places
 
 FIELDS = {"dtype", "shape", "data_offsets"}
 MOST = 1 << 63
-"""No dimension, offset or number of values reaches this."""
+"""Every dimension, offset and number of values is below this."""
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors of a safetensors file, in the header's order, and its metadata.
 
     Raises:
-        GradlessError: it is none, is truncated, holds a type that gradless does not know, or contradicts itself.
+        GradlessError: the file is no safetensors file, is truncated, has an unknown type, or contradicts itself.
     """
     try:
         size = path.stat().st_size
@@ -42,7 +45,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     end = start
     for info in check_places(path, tensors.values(), size):
         if info.offset != end:
-            raise damaged(path, f"between bytes {end} and {info.offset} lies what belongs to no tensor")
+            raise damaged(path, f"bytes {end} to {info.offset} belong to no tensor")
         end = info.end
     if end != size:
         raise damaged(path, f"it has {size} bytes, but its last tensor ends at byte {end}")
@@ -50,18 +53,18 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _placed(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    """The place of one tensor: `entry` is what the header says of it, and data begin at byte `start`."""
+    """The place of one tensor. `entry` is its entry in the header; the data begin at byte `start`."""
     if not name or not name.isprintable():
         raise damaged(path, f"a tensor has {'the name ' + ascii(shown(name)) if name else 'no name'}")
     if not isinstance(entry, dict) or entry.keys() != FIELDS:
-        raise damaged(path, f"its header does not say of {shown(name)} dtype, shape and data_offsets, and these alone")
+        raise damaged(path, f"its header must give {shown(name)} dtype, shape and data_offsets, and nothing else")
     kind, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in TYPES:
         raise GradlessError(f"{path}: {shown(name)} has type {shown_value(kind)}; known are {', '.join(TYPES)}.")
     if not _whole_numbers(shape) or math.prod(shape) >= MOST:
         raise damaged(path, f"{shown(name)} has no shape of whole numbers from 0 on")
     if not _whole_numbers(places) or len(places) != 2 or places[0] > places[1]:
-        raise damaged(path, f"{shown(name)} has no data_offsets of two bytes' numbers, the first not behind the second")
+        raise damaged(path, f"{shown(name)} needs data_offsets of two byte numbers, the first not above the second")
     begin, end = places
     nbytes = math.prod(shape) * TYPES[kind].itemsize
     if end - begin != nbytes:

@@ -1,7 +1,7 @@
-"""A limit on what a chat template may do: time and memory, looked at between the lines of its compiled program.
+"""Limits on the time and memory of a chat template, checked between the lines of its compiled program.
 
-transformers renders templates in a sandbox that bounds `range`, but not loops within loops, nor texts that double. A template
-becomes a Python function, whose lines a trace function sees; it ends the rendering where it has gone on for too long.
+transformers renders templates in a sandbox that bounds `range`, but neither nested loops nor texts that double. A template is
+compiled to a Python function. A trace function sees each of its lines, and ends a rendering that exceeds a limit.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 from gradless.errors import GradlessError
 
 SECONDS, KILOBYTES = 2.0, 512 << 10
-"""Of processor time, and of new memory, for one rendering."""
+"""Limits of one rendering: processor time and new memory."""
 OF_TEMPLATES = "<template>"
-"""What jinja calls the file of a template's program."""
+"""File name that jinja gives to the program of a template."""
 
 
 @contextmanager
 def bounded_rendering() -> Iterator[None]:
-    """Bound the templates that are rendered inside.
+    """Limit the templates that are rendered inside.
 
     Raises:
-        GradlessError: one takes too long or too much memory.
+        GradlessError: a template takes too long or too much memory.
     """
     until = time.thread_time() + SECONDS
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + KILOBYTES

@@ -1,4 +1,4 @@
-"""Where the tensors of a file lie."""
+"""The places of the tensors in a file."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TYPES = FLOAT_TYPES | {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""torch's types by the names that files give them."""
+"""Name of a type in files -> torch's type."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: `shape` is in row-major order (rows first), `offset` and `nbytes` are in `file`."""
+    """The place of one tensor: `nbytes` bytes from `offset` on in `file`. `shape` is row-major (rows first)."""
 
     name: str
     type: str
@@ -47,10 +47,10 @@ class TensorInfo:
 
 
 def check_places(path: Path, tensors: Iterable[TensorInfo], size: int) -> list[TensorInfo]:
-    """The tensors of one file in the order in which they lie.
+    """The tensors of one file, ordered by their places.
 
     Raises:
-        GradlessError: one ends behind the file's `size` bytes, or two share some of them.
+        GradlessError: a tensor ends beyond the file's `size` bytes, or two tensors overlap.
     """
     placed = sorted(tensors, key=lambda info: (info.offset, info.end))
     for info in placed:

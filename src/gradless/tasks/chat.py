@@ -1,4 +1,4 @@
-"""Chat rows: conversations as TRL and OpenAI write them, and the turns that are learned of each."""
+"""Chat rows: conversations in the forms of TRL and OpenAI, and the turns of each that are learned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradless.tasks.turns import Message, Template, left_out, locate
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 COLUMNS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
-"""The columns that a conversation is read from."""
+"""The columns of a conversation."""
 REFUSED_COLUMNS = {
     **dict.fromkeys(("chosen", "rejected"), "is preference data, which is not learned; give the chosen answer as completion"),
     **dict.fromkeys(("functions", "function_call"), "is OpenAI's older form; write tools and tool_calls"),
@@ -26,20 +26,20 @@ REFUSED_COLUMNS = {
     **dict.fromkeys(("label", "score", "reward"), "does not change what is learned; leave bad rows out, and that column too"),
     "weight": "is not read: each row counts once; leave that column out",
 }
-"""Columns of conversations and completions that would change what is learned, and what to do instead."""
+"""Columns that are refused, because they would change what is learned -> what to do instead."""
 KEYS = ("role", "content", "weight", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
-"""The keys of a message that are read."""
+"""Keys of a message that are read."""
 REFUSED_KEYS = {
     "function_call": "it is OpenAI's older form; write tool_calls",
     "refusal": "no chat template writes it; put its text into content",
     "audio": "only text is learned",
     "images": "only text is learned",
-    "prefix": "a message that goes on is not read; write it whole",
+    "prefix": "an unfinished message is not read; write the whole message",
     **dict.fromkeys(("train", "training", "loss", "mask"), "write weight 0 for a message that is not to be learned"),
 }
-"""Keys of a message that would change what is learned, and what to do instead."""
+"""Keys of a message that are refused, because they would change what is learned -> what to do instead."""
 RESERVED = ("tools", "messages", "documents", "conversation", "chat_template", "tokenize", "tokenizer_kwargs", "padding")
-"""Names that a row's chat_template_kwargs may not give."""
+"""Names that a row's chat_template_kwargs may not set."""
 
 _PARTS = Kind("a text, or a list of parts", lambda value: isinstance(value, str | list))
 _ARGUMENTS = Kind("an object, or a text that holds one", lambda value: isinstance(value, str | dict))
@@ -55,14 +55,14 @@ _MESSAGE: Spec = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them, and which are learned.
+    """Messages as a chat template takes them, and the indices of the learned ones.
 
     Attributes:
-        messages: role, content and calls of each.
-        learned: indices of the assistant's messages that are learned, rising; at least one.
+        messages: role, content and tool calls of each.
+        learned: ascending indices of the learned messages, all the assistant's; at least one.
         tools: JSON schemas of the tools, or None.
-        variables: more names for the template.
-        remarks: facts about the row that its user should be told of.
+        variables: further variables for the template.
+        remarks: facts about the row for its user.
     """
 
     messages: list[Message]
@@ -73,7 +73,7 @@ class Conversation:
 
 
 def chat(tokenizer: Any, train_on: str = "all") -> Callable[[Row], list[Example]]:
-    """What makes examples of rows with `messages`, or with a conversation as `prompt` and `completion`.
+    """A function that makes examples of rows with `messages`, or with a conversation as `prompt` and `completion`.
 
     Args:
         tokenizer: of the model.
@@ -106,7 +106,7 @@ def chat(tokenizer: Any, train_on: str = "all") -> Callable[[Row], list[Example]
 
 
 def _written(template: Template, messages: list[Message]) -> tuple[Template, str]:
-    """The template, given messages in the first form of which it writes them all, and their text."""
+    """The template with the first form in which it writes all messages, and their text."""
     refused: GradlessError | None = None
     for form in FORMS:
         if form is not FORMS[0] and list(map(form, messages)) == messages:
@@ -130,7 +130,7 @@ def _as_it_is(message: Message) -> Message:
 
 
 def _with_text_arguments(message: Message) -> Message:
-    """A call's arguments as JSON, for templates that join them to other texts."""
+    """Tool arguments as JSON text, for templates that join them to other texts."""
     calls = [
         {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
         for call in message.get("tool_calls", ())
@@ -139,14 +139,14 @@ def _with_text_arguments(message: Message) -> Message:
 
 
 def _without_content(message: Message) -> Message:
-    """A message that only calls a tool, for templates that ask whether there is a content."""
+    """No content in a message that only calls a tool, for templates that test for a content."""
     if "tool_calls" not in message or message["content"].strip():
         return message
     return {name: value for name, value in message.items() if name != "content"}
 
 
 def _with_parts(message: Message) -> Message:
-    """A content as a list of parts, for templates of models that see images too."""
+    """Content as a list of parts, for templates of models that also see images."""
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
@@ -157,7 +157,7 @@ FORMS = (
     lambda message: _without_content(_with_text_arguments(message)),
     _with_parts,
 )
-"""The forms in which chat templates take a message."""
+"""Forms in which chat templates take a message, tried in this order."""
 
 
 def _example(whole: str, spans: list[tuple[int, int]], remarks: tuple[str, ...]) -> Example:
@@ -170,7 +170,7 @@ def read_conversation(row: Row, train_on: str = "all") -> Conversation:
     """A row's conversation: its `messages`, or its `prompt` and `completion`, of which only the second is learned.
 
     Raises:
-        GradlessError: the row is none, or holds what cannot be learned; the message says which part of it.
+        GradlessError: the row holds no conversation, or a part that cannot be learned; the message names the part.
     """
     present = {name: value for name, value in row.items() if value is not None}
     if "messages" in present and "completion" in present:
@@ -211,7 +211,7 @@ def _messages(value: Any, name: str) -> list[Message]:
 
 
 def _prompt_and_completion(present: Row) -> tuple[list[Message], int]:
-    """TRL's other form of a conversation, as messages; with the number of those that are its prompt."""
+    """The messages of TRL's other form of a conversation, and the number of messages in its prompt."""
     for name in ("prompt", "completion"):
         if name not in present:
             raise GradlessError("has no messages, nor both prompt and completion.")
@@ -226,7 +226,7 @@ def _prompt_and_completion(present: Row) -> tuple[list[Message], int]:
 
 
 def _message(given: Message, number: int) -> Message:
-    """A message as chat templates take it: its content is one text, and a call's arguments are an object."""
+    """A message as chat templates take it: the content is one text, and the arguments of a call are an object."""
     role, where = given["role"], f"message {number}, of role {given['role']!r},"
     if role not in ROLES:
         raise GradlessError(f"message {number} has the role {role!r}; there are {', '.join(ROLES)}.")
@@ -246,7 +246,7 @@ def _message(given: Message, number: int) -> Message:
 
 
 def _text(content: Any, where: str) -> str:
-    """A message's content as one text, of parts too."""
+    """A message's content, or the parts of it, as one text."""
     if content is None or isinstance(content, str):
         return content or ""
     texts = []
@@ -262,7 +262,7 @@ def _text(content: Any, where: str) -> str:
 
 
 def _call(given: dict[str, Any], where: str) -> dict[str, Any]:
-    """A tool call in the form that chat templates read: its function's arguments are an object."""
+    """A tool call in the form that chat templates read: the arguments are an object."""
     function = given.get("function", given)
     check(function, _CALL, where)
     arguments = function.get("arguments") or {}
@@ -274,7 +274,7 @@ def _call(given: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _tools(present: Row) -> list[dict[str, Any]] | None:
-    """The schemas of a row's tools, also of a text that holds their list."""
+    """The schemas of a row's tools, from a list or from a JSON text of one."""
     tools = present.get("tools")
     if isinstance(tools, str):
         tools = parsed(tools, "column 'tools'") if tools.strip() else None
@@ -296,7 +296,7 @@ def _variables(present: Row) -> dict[str, Any]:
 
 
 def _remarks(conversation: Conversation, whole: str) -> tuple[str, ...]:
-    """What a user should know of how a conversation is learned."""
+    """Remarks for the user about how a conversation is learned."""
     remarks = list(conversation.remarks)
     if any(m["role"] != "tool" and m.get("name", "") not in whole for m in conversation.messages):
         remarks.append("the chat template does not write its messages' names")

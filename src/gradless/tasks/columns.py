@@ -1,4 +1,4 @@
-"""The types of a row's columns: every value that a task reads is checked here, before it is read."""
+"""Types of a row's columns. Every value is checked here before a task reads it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradless.errors import GradlessError
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of value: its name in a sentence, and whether a value is of it."""
+    """A type of value: its name in messages, and a test whether a value has it."""
 
     name: str
     holds: Callable[[Any], bool]
@@ -26,7 +26,7 @@ class Maybe:
 
 
 Spec = Kind | Maybe | list["Spec"] | Mapping[str, "Spec"]
-"""A type: a `Kind`, `[S]` for a list of S, or `{"name": S, ..}` for an object that has at least these columns."""
+"""A type: a `Kind`, `[S]` for a list of S, or `{"name": S, ...}` for an object that has at least these columns."""
 
 
 def _is_label(value: Any) -> bool:
@@ -51,7 +51,7 @@ def check(value: Any, spec: Spec, name: str) -> None:
     Args:
         value: anything that a reader of data files may return.
         spec: its type.
-        name: of the value in the message, such as "column 'text'".
+        name: of the value in messages, such as "column 'text'".
 
     Raises:
         GradlessError: the value, or one inside it, is missing or of another type; the message names it.
@@ -79,7 +79,7 @@ def check(value: Any, spec: Spec, name: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value of a row in a few words."""
+    """A value of a row, in a few words for messages."""
     match value:
         case None:
             return "null"

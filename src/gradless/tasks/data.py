@@ -15,15 +15,15 @@ Row = dict[str, Any]
 KINDS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 HEADERLESS = ("text", "label")
 LONGEST_LINE = 64 * 2**20
-"""Bytes of a line of JSONL."""
+"""Largest number of bytes in a line of JSONL."""
 LONGEST_CELL = 16 * 2**20
-"""Characters of a cell of CSV or TSV."""
+"""Largest number of characters in a cell of CSV or TSV."""
 SQUAD: Spec = {
     "data": [
         {"title": TEXT, "paragraphs": [{"context": TEXT, "qas": [{"question": TEXT, "answers": [{"text": TEXT}]}]}]},
     ]
 }
-"""A JSON file of the Stanford Question Answering Dataset."""
+"""Type of a JSON file of the Stanford Question Answering Dataset."""
 
 
 def read_rows(source: str, *, split: str = "train") -> list[Row]:
@@ -34,7 +34,7 @@ def read_rows(source: str, *, split: str = "train") -> list[Row]:
         split: of such a data set.
 
     Raises:
-        GradlessError: there is no such file, its kind is unknown, a line cannot be read, or it holds no row.
+        GradlessError: there is no such file, its kind is unknown, a line cannot be read, or it has no rows.
     """
     path = Path(source)
     if path.is_file():
@@ -54,11 +54,11 @@ def read_rows(source: str, *, split: str = "train") -> list[Row]:
 
 
 def parsed(text: str, where: str) -> Any:
-    """A JSON value. A key that stands twice, NaN and Infinity are refused: no two readers agree on them.
+    """A JSON value. Repeated keys, NaN and Infinity are refused, because readers disagree on them.
 
     Args:
         text: of the value.
-        where: it stands, for the message.
+        where: the place of the value, for messages.
     """
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
@@ -95,7 +95,7 @@ def _decoded(content: bytes, where: str) -> str:
 
 
 def _delimited(path: Path, delimiter: str) -> Iterator[Row]:
-    """Rows of a delimited file. Without a header it must have two columns, which are text and label."""
+    """Rows of a delimited file. A file without a header must have two columns: text and label."""
     lines = list(_cells(path, delimiter))
     if not lines:
         return
@@ -113,7 +113,7 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Each line that is not empty: its number and its cells. TSV cells stand as they are; CSV cells may be quoted."""
+    """The number and the cells of each line that is not empty. CSV cells may be quoted, TSV cells are taken as they are."""
     csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(
@@ -132,7 +132,7 @@ def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _names_columns(header: list[str]) -> bool:
-    """Whether two cells are column names: short single words, one of them a usual name of a label or a completion."""
+    """Whether two cells are column names: single words, one of them a usual name of a label or a completion."""
     known = {"label", "labels", "class", "target", "sentiment", "completion", "answer", "response", "output"}
     return any(cell.strip().lower() in known for cell in header) and all(len(cell.split()) == 1 for cell in header)
 
@@ -150,14 +150,14 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A JSON array of objects, or a file in SQuAD's nesting."""
+    """Rows of a JSON array of objects, or of a file nested like SQuAD's."""
     content = parsed(_decoded(path.read_bytes(), str(path)), str(path))
     if isinstance(content, list):
         for number, row in enumerate(content, 1):
             yield _row(row, f"{path}, row {number}")
         return
     if not isinstance(content, dict) or "data" not in content:
-        raise GradlessError(f"{path} is neither a JSON array of rows nor a file as SQuAD's, with 'data' at its top.")
+        raise GradlessError(f"{path} is neither a JSON array of rows nor a file like SQuAD's, with 'data' at its top.")
     check(content, SQUAD, f"{path}, read as a file of SQuAD's kind,")
     for article in content["data"]:
         for paragraph in article["paragraphs"]:
@@ -172,7 +172,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise GradlessError(f"{where} is {shown(value)}, and not a JSON object with named columns.")
+        raise GradlessError(f"{where} is {shown(value)}; it must be a JSON object with named columns.")
     return value
 
 
@@ -192,14 +192,14 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _check_once(names: list[str], path: Path) -> None:
-    """Refuse two columns of one name: a row would keep the last alone."""
+    """Refuse two columns of one name, because a row would keep only the last."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise GradlessError(f"{path} names the column {twice!r} twice; rename one of the two.")
 
 
 def _without_padding(row: Row) -> Row:
-    """A row of an Arrow table, whose inner objects all have the same keys: null there means that a row has no such key."""
+    """A row of an Arrow table without null keys. Inner objects of a table all have the same keys; null marks a missing one."""
     return {name: _stripped(value) for name, value in row.items()}
 
 

@@ -1,4 +1,4 @@
-"""The tasks: how a row becomes a prompt and its candidate answers. The built-in prompts are MeZO's (2305.17333, appendix)."""
+"""The tasks: how a row becomes a prompt and candidate answers. The built-in prompts are MeZO's (2305.17333, appendix)."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ Maker = Callable[[Row], Iterable[Example]]
 
 @contextmanager
 def naming(source: str, number: int) -> Iterator[None]:
-    """What is raised inside becomes a `GradlessError` that names the row."""
+    """Every error inside becomes a `GradlessError` that names the row."""
     try:
         yield
     except GradlessError as error:
         joint = " " if str(error).startswith("has ") else ": "
         raise GradlessError(f"{source}, row {number}{joint}{error}") from error
-    except Exception as error:  # a row of a kind that nobody has thought of
+    except Exception as error:  # an unforeseen kind of row
         raise GradlessError(f"{source}, row {number} cannot be read: {type(error).__name__}: {error}.") from error
 
 
 @dataclass(frozen=True)
 class Task:
-    """A name and the rule that makes examples of a row.
+    """A name and a rule that makes examples of a row.
 
     Attributes:
         name: of the task.
-        make: makes a row's examples; it is given rows only whose columns are of the declared types.
+        make: makes a row's examples; it only sees rows whose columns have the declared types.
         columns: the columns that each row must have, and their types.
-        aliases: column -> another name under which it may stand.
-        more: further columns that it reads.
-        refused: columns that would change what is learned and that it does not read -> what to do instead.
+        aliases: column -> another name for it.
+        more: further columns that the task reads.
+        refused: columns that are refused, because they would change what is learned -> what to do instead.
     """
 
     name: str
@@ -53,8 +53,8 @@ class Task:
         """Examples of all rows.
 
         Raises:
-            GradlessError: a row lacks a column, one is of another type, or its label has no verbalizer; the message names
-                the row.
+            GradlessError: a row lacks a column, has one of another type, or has a label without a verbalizer; the message
+                names the row.
         """
         found: list[Example] = []
         for number, row in enumerate(rows, 1):
@@ -65,7 +65,7 @@ class Task:
     def examples_of(self, row: Row) -> list[Example]:
         """Examples of one row."""
         if not isinstance(row, dict) or not all(isinstance(name, str) for name in row):
-            raise GradlessError(f"it is {shown(row)}, and no object with named columns.")
+            raise GradlessError(f"it is {shown(row)}; it must be an object with named columns.")
         for name, text in self.refused.items():
             if row.get(name) not in (None, "", [], {}):
                 raise GradlessError(f"column {name!r} {text}.")
@@ -80,13 +80,13 @@ class Task:
         return examples
 
     def unread(self, rows: Iterable[Row]) -> list[str]:
-        """The columns, not null everywhere, that the task does not read."""
+        """The columns that the task does not read, without those that are always null."""
         read = {*self.columns, *self.aliases.values(), *self.more}
         return list({name: None for row in rows for name in row if name not in read and row[name] is not None})
 
 
 def _check_example(example: Example) -> None:
-    """Refuse an example that cannot be learned as it is meant."""
+    """Refuse an example with equal candidates or invalid text."""
     if len(set(example.candidates)) < len(example.candidates):
         raise GradlessError(f"two of its candidates are the same: {', '.join(map(repr, example.candidates))}.")
     for text in (example.prompt, *example.candidates):
@@ -98,17 +98,17 @@ def _check_example(example: Example) -> None:
 
 
 def classification(name: str, template: str, labels: dict[str, str], kind: Kind = TEXT, **aliases: str) -> Task:
-    """The task of a prompt from a template, and of one verbalizer a label.
+    """A task with a prompt from a template and one verbalizer for each label.
 
     Args:
         name: of the task.
-        template: a text with {column} where a row's value stands; the answer follows it after a space or a newline.
-        labels: label as in the data -> verbalizer; several labels may share one.
-        kind: of the template's columns.
-        aliases: other names under which a column may stand, as name="other".
+        template: a text with {column} in the places of a row's values; the answer follows after a space or a newline.
+        labels: label in the data -> verbalizer; several labels may share one.
+        kind: type of the template's columns.
+        aliases: other names of columns, as name="other".
 
     Raises:
-        GradlessError: the template holds more than names of columns, or none, or there is nothing to choose between.
+        GradlessError: the template holds no column name or more than column names, or there are fewer than two words.
     """
     words = tuple(dict.fromkeys(labels.values()))
     pieces = _pieces(template)
@@ -124,7 +124,7 @@ def classification(name: str, template: str, labels: dict[str, str], kind: Kind 
 
 
 def _pieces(template: str) -> list[tuple[str, str | None]]:
-    """A template as texts, each with the column that follows it."""
+    """The texts of a template, each with the column behind it."""
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -138,14 +138,14 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
                 f"the template {template!r} holds {{{given}}}; only names of columns go in braces; write {{{{ for a brace."
             )
         if column == "label":
-            raise GradlessError(f"the template {template!r} holds {{label}}, the answer that is to be learned; leave it out.")
+            raise GradlessError(f"the template {template!r} holds {{label}}, the answer to be learned; leave it out.")
     if all(column is None for _, column, _, _ in parsed):
-        raise GradlessError(f"the template {template!r} holds no {{column}}, so that all rows would read the same.")
+        raise GradlessError(f"the template {template!r} holds no {{column}}, so all rows would read the same.")
     return [(text, column) for text, column, _, _ in parsed]
 
 
 def _label(value: Any, labels: Mapping[str, Any]) -> str:
-    """Which of the labels a row's value is."""
+    """The label that a row's value spells."""
     match value:
         case bool():
             spellings = [str(value).lower()]
@@ -221,7 +221,7 @@ def completion(row: Row) -> list[Example]:
 
 
 def by_shape(tokenizer: Any, train_on: str) -> Maker:
-    """What makes examples of rows that are conversations or completions, each by its own columns."""
+    """A function that makes examples of conversations and completions; each row's columns say which it is."""
     of_conversation: Maker | None = None
 
     def make(row: Row) -> Iterable[Example]:
@@ -290,7 +290,7 @@ TASKS = {
             completion,
             {"prompt": TEXT, "completion": WORDS},
             refused=REFUSED_COLUMNS
-            | dict.fromkeys(("messages", "tools", "chat_template_kwargs"), "goes with a conversation, and this is none"),
+            | dict.fromkeys(("messages", "tools", "chat_template_kwargs"), "belongs to a conversation, and this row is none"),
         ),
     )
 }
@@ -304,18 +304,18 @@ def choose_task(
     tokenizer: Any,
     train_on: str = "all",
 ) -> Task:
-    """The task that a user asked for, or the one that the data's columns show.
+    """The task that the user names, or the one that fits the columns of the data.
 
     Args:
         name: of a built-in task, or None.
-        template: a prompt of the user's own, instead of a built-in task.
+        template: the user's prompt, instead of a built-in task.
         labels: label -> verbalizer, for that template.
         first_row: of the data.
         tokenizer: of the model, for chat data.
         train_on: "all" of the assistant's messages of a conversation, or the "last" one.
 
     Raises:
-        GradlessError: nothing fits; the message lists what there is.
+        GradlessError: no task fits; the message lists the tasks.
     """
     if (template is None) != (labels is None):
         raise GradlessError("--template and --labels go together, such as --template '{text} It was' --labels 0=bad,1=good.")

@@ -1,8 +1,8 @@
-"""Where an assistant's turns stand in the text that a chat template makes of a conversation.
+"""The places of the assistant's turns in a conversation's text, as a chat template renders it.
 
-A template is a program: nothing but its output says which characters are whose. A turn is located by rendering parts of its
-conversation, or the conversation with another text in the turn's place, and comparing. Templates that mark turns themselves,
-with {% generation %}, are believed.
+A template is a program, and only its output shows which characters are whose. A turn is located by rendering parts of the
+conversation, or the conversation with another text in the turn's place, and comparing. If a template marks turns itself, with
+{% generation %}, its marks are used.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from gradless.readers.templates import bounded_rendering
 T = TypeVar("T")
 Message = dict[str, Any]
 Span = tuple[int, int]
-"""Characters from a start up to an end."""
+"""A range of characters: from a start up to an end."""
 _SPECIAL, _LONGEST = re.compile(r"<[^<>\s]{1,62}>|\[/?[A-Z_]{1,61}\]"), 64
-"""What looks like a special token, and how long it can be."""
+"""The look of a special token, and its largest length."""
 MARKS = range(0x100000, 0x10FFFE)
-"""Characters for private use: texts that stand in for a message's own."""
+"""Private-use characters, put in the place of a message's text."""
 
 
 def render(run: Callable[[], T]) -> T:
-    """Run a chat template: all of them run in here. transformers keeps them in a sandbox, and time and memory are bounded.
+    """Run a chat template with limits on time and memory. transformers keeps it in a sandbox. All templates run here.
 
     Raises:
-        GradlessError: the template fails, or refuses what it is given.
+        GradlessError: the template fails, or refuses its messages.
     """
     try:
         with bounded_rendering():
@@ -44,13 +44,13 @@ def render(run: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer's chat template, with what a row gives it beside its messages.
+    """A tokenizer's chat template, with a row's tools and variables.
 
     Attributes:
         tokenizer: of the model.
         tools: JSON schemas of the tools that the assistant may call, or None.
-        variables: more names that the template can read.
-        form: of the messages that it takes.
+        variables: further variables that the template can read.
+        form: brings a message into the form that the template takes.
     """
 
     tokenizer: Any
@@ -59,17 +59,17 @@ class Template:
     form: Callable[[Message], Message] = lambda message: message
 
     def render(self, messages: Sequence[Message], *, prompting: bool = False) -> str:
-        """The text of some messages; `prompting`: followed by what begins the assistant's next one."""
+        """The text of some messages, with `prompting` followed by the generation prompt."""
         apply, chosen = self.tokenizer.apply_chat_template, {"add_generation_prompt": prompting, **self.variables}
         return str(render(lambda: apply(list(map(self.form, messages)), self.tools, tokenize=False, **chosen)))
 
     @property
     def source(self) -> str:
-        """The template's own text."""
+        """The source text of the template."""
         return str(self.tokenizer.get_chat_template(tools=self.tools))
 
     def marked(self, messages: Sequence[Message], whole: str) -> list[Span]:
-        """The parts of the conversation's text that the template marks as the assistant's; none where it marks nothing."""
+        """The parts of the conversation's text that the template marks as the assistant's; empty if it marks none."""
         if not re.search(r"\{%-?\s*generation\b", self.source):
             return []
         given, names = list(map(self.form, messages)), {**self.tokenizer.special_tokens_map, **self.variables}
@@ -79,17 +79,17 @@ class Template:
 
 
 def locate(template: Template, messages: Sequence[Message], wanted: Sequence[int], whole: str) -> list[Span]:
-    """The characters of `whole` that the assistant is to learn for each wanted message.
+    """The characters of `whole` to be learned for each wanted message.
 
-    A span begins where the template's generation prompt ends, and ends where the next message begins: it holds the token that
-    ends the turn. Where earlier turns are rendered otherwise than last ones (reasoning is dropped), or the generation prompt
-    is no part of the text, a span begins with the first character that the message itself decides.
+    A span begins after the template's generation prompt and ends where the next message begins, so it holds the token that ends
+    the turn. If earlier turns are rendered differently from last ones (without reasoning), or the generation prompt is no part
+    of the text, a span begins with the first character that depends on the message.
 
     Args:
-        template: the model's.
+        template: of the model.
         messages: of the conversation.
-        wanted: indices of the assistant's messages, rising.
-        whole: the conversation's text.
+        wanted: ascending indices of messages of the assistant.
+        whole: the text of the conversation.
 
     Raises:
         GradlessError: a turn cannot be located for certain.
@@ -109,7 +109,7 @@ def locate(template: Template, messages: Sequence[Message], wanted: Sequence[int
 
 
 def left_out(template: Template, messages: Sequence[Message]) -> list[int]:
-    """Indices of the messages of which the template does not write the content, or the name of a tool that is called."""
+    """Indices of messages whose content, or whose name of a called tool, the template leaves out."""
     texts: dict[str, tuple[int, str]] = {}
 
     def mark(i: int, text: str) -> str:
@@ -129,13 +129,13 @@ def left_out(template: Template, messages: Sequence[Message]) -> list[int]:
     try:
         written = template.render(marked)
         return [i for each, (i, _) in texts.items() if each not in written]
-    except GradlessError:  # a template that looks into the texts
+    except GradlessError:  # the template depends on the texts
         written = template.render(messages)
         return [i for i, text in texts.values() if text not in written]
 
 
 def _by_prefix(template: Template, messages: Sequence[Message], i: int, whole: str) -> Span | None:
-    """A turn of a template that renders the beginning of a conversation as the whole one's beginning."""
+    """The turn, if the text of the messages up to it is the beginning of the whole text."""
     before, upto = _try(template, messages[:i], prompting=True), _try(template, messages[: i + 1])
     if before is None or upto is None or not (whole.startswith(upto) and upto.startswith(before)):
         return None
@@ -143,7 +143,7 @@ def _by_prefix(template: Template, messages: Sequence[Message], i: int, whole: s
 
 
 def _by_comparison(template: Template, messages: Sequence[Message], i: int, whole: str) -> Span:
-    """A turn, as what changes where another text stands in its place."""
+    """The turn: the part of the text that changes with the turn's text."""
     mark = next(chr(c) for c in MARKS if chr(c) not in whole)
     other = [*messages[:i], {"role": "assistant", "content": mark}, *messages[i + 1 :]]
     changed = _try(template, other)
@@ -158,7 +158,7 @@ def _by_comparison(template: Template, messages: Sequence[Message], i: int, whol
     else:
         same = _shared(whole[start:], changed[start:], at_end=True)
         if len(_SPECIAL.sub("?", changed[changed.index(mark) + 1 : len(changed) - same])) > 1:
-            raise _not_found(i)  # what follows depends on the turn, such as a tool's answer on the call
+            raise _not_found(i)  # the text behind the turn depends on it, such as a tool's answer on the call
         end = len(whole) - same
         if upto is not None and upto_changed is not None:
             closing = upto[len(upto) - _shared(upto, upto_changed, at_end=True) :]
@@ -174,7 +174,7 @@ def _by_comparison(template: Template, messages: Sequence[Message], i: int, whol
 
 
 def _shared(a: str, b: str, *, at_end: bool = False) -> int:
-    """Characters with which both texts begin, or end. What looks like a special token is shared as a whole or not at all."""
+    """Length of the common beginning, or end, of two texts. It never cuts a special token."""
     if at_end:
         n = bisect_left(range(min(len(a), len(b))), True, key=lambda k: a[len(a) - k - 1 :] != b[len(b) - k - 1 :])
     else:
@@ -188,7 +188,7 @@ def _shared(a: str, b: str, *, at_end: bool = False) -> int:
 
 
 def _try(template: Template, messages: Sequence[Message], *, prompting: bool = False) -> str | None:
-    """The text of some messages, or None where the template does not take them alone."""
+    """The text of some messages, or None if the template refuses them alone."""
     try:
         return template.render(messages, prompting=prompting)
     except GradlessError:
