@@ -206,7 +206,7 @@ def test_what_changes_nothing_is_noted_and_kept(dense, tmp_path, capsys):
     said = capsys.readouterr().err
     assert all(name in said and name in "".join(loaded.notes) for name in HARMLESS)
     assert torch.equal(logits(loaded.model), expected)
-    loaded.save(tmp_path / "out", [])
+    loaded.save(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "base" / "model.safetensors").read_bytes()
 
 

@@ -52,7 +52,7 @@ def test_the_peft_folder_gives_peft_the_same_model(tiny, tmp_path):
     peft = pytest.importorskip("peft")
     model, _ = adapted(tiny)
     ours = logits(model.model)
-    model.save(tmp_path / "adapter", [])
+    model.save(tmp_path / "adapter")
     base = load_gguf(tiny, dtype=torch.float32)
     before = logits(base.model)
     attach_peft(base, tmp_path / "adapter")
@@ -64,7 +64,7 @@ def test_the_peft_folder_gives_peft_the_same_model(tiny, tmp_path):
 
 def test_the_gguf_adapter_follows_the_files_rows(tiny, tmp_path):
     model, _ = adapted(tiny)
-    model.save(tmp_path / "adapter", [])
+    model.save(tmp_path / "adapter")
     reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
     held = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     layers = adaptable(model.base)
@@ -123,7 +123,7 @@ def test_adapters_that_do_not_fit(tiny, rows, tmp_path, capsys):
     with pytest.raises(GradlessError, match="holds no adapter that can be read"):
         attach_peft(loaded, tmp_path)
     model, _ = adapted(tiny)
-    model.save(tmp_path / "adapter", [])
+    model.save(tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace("LORA", "IA3"))
     with pytest.raises(GradlessError, match="holds a IA3 adapter; gradless reads plain LORA"):
@@ -131,7 +131,7 @@ def test_adapters_that_do_not_fit(tiny, rows, tmp_path, capsys):
     first = next(iter(model.adapters.values()))
     for letter, space in zip("AB", (first.a, first.b), strict=True):
         space.name = f"model.layers.9.mlp.up_proj.lora_{letter}.weight"
-    model.save(tmp_path / "other", [])
+    model.save(tmp_path / "other")
     with pytest.raises(GradlessError, match=r"does not fit this model: no linear layer model\.layers\.9"):
         attach_peft(loaded, tmp_path / "other")
     assert tune(tiny, rows, tmp_path / "run", "--method", "qzo", "--lora", "4") == 1
@@ -240,7 +240,7 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 def test_adapters_with_more_than_factors_are_refused(tiny, tmp_path, key):
     model, _ = adapted(tiny)
-    model.save(tmp_path / "adapter", [])
+    model.save(tmp_path / "adapter")
     changed(tmp_path / "adapter", **{key: REFUSED[key]})
     with pytest.raises(GradlessError, match=f"a LORA adapter with {key} "):
         attach_peft(load_gguf(tiny), tmp_path / "adapter")
@@ -248,7 +248,7 @@ def test_adapters_with_more_than_factors_are_refused(tiny, tmp_path, key):
 
 def test_what_a_newer_peft_leaves_off_is_no_reason_to_refuse(tiny, tmp_path):
     model, _ = adapted(tiny)
-    model.save(tmp_path / "adapter", [])
+    model.save(tmp_path / "adapter")
     changed(tmp_path / "adapter", key_of_tomorrow=None, other=False, more=[], last={}, peft_version="9.0", qalora_group_size=16)
     assert read_config(tmp_path / "adapter").factor_of("model.layers.0.mlp.up_proj") == 16
 
@@ -286,7 +286,7 @@ TENSORS = {
 def test_every_tensor_of_an_adapter_has_a_place(tiny, tmp_path, case):
     change, says = TENSORS[case]
     model, _ = adapted(tiny)
-    model.save(tmp_path / "adapter", [])
+    model.save(tmp_path / "adapter")
     rewritten(tmp_path / "adapter", change)
     loaded = load_gguf(tiny)
     with pytest.raises(GradlessError, match=says):
@@ -305,7 +305,7 @@ NAMES = {
 @pytest.mark.parametrize("case", NAMES)
 def test_names_that_say_the_same_are_read(tiny, tmp_path, case):
     model, _ = adapted(tiny)
-    model.save(tmp_path / "adapter", [])
+    model.save(tmp_path / "adapter")
     rewritten(tmp_path / "adapter", lambda tensors: {NAMES[case](name): values for name, values in tensors.items()})
     loaded = load_gguf(tiny, dtype=torch.float32)
     attach_peft(loaded, tmp_path / "adapter")
@@ -314,7 +314,7 @@ def test_names_that_say_the_same_are_read(tiny, tmp_path, case):
 
 def test_what_is_no_adapter_folder(tiny, tmp_path):
     model, _ = adapted(tiny)
-    model.save(tmp_path / "adapter", [])
+    model.save(tmp_path / "adapter")
     loaded, folder = load_gguf(tiny), tmp_path / "adapter"
     with pytest.raises(GradlessError, match=r"adapter.gguf is a file; give the PEFT folder"):
         attach_peft(loaded, tmp_path / "adapter.gguf")

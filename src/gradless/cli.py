@@ -300,7 +300,7 @@ def _eval(parsed: argparse.Namespace) -> int:
 
 def _replay(parsed: argparse.Namespace) -> int:
     _prepare_libraries()
-    from gradless.replay import replay
+    from gradless.replaying import replay
 
     result = replay(parsed.model, parsed.journal, parsed.output, overwrite=parsed.overwrite, quiet=parsed.json)
     if parsed.json:

@@ -30,7 +30,7 @@ from gradless.layers import set_activations
 from gradless.methods.registry import RECIPES, recipe
 from gradless.objectives import TokenizedExample
 from gradless.progress import NO_LIMIT, ProgressLine, stopping_on_interrupt
-from gradless.replay import save
+from gradless.replaying import save
 from gradless.report.card import write_card
 from gradless.tasks.prepare import prepare
 from gradless.training.batches import MicroBatches, shared_words, token_batch
@@ -190,7 +190,7 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
         return summary
 
     target = output / loaded.output_name
-    save(loaded, target, begun.method.spaces, snapshot, journal)
+    save(loaded, target, snapshot, journal)
     written = loaded.written(target)
     if isinstance(loaded, QuantizedModel) and loaded.tuned:
         some = (held_out or train).examples[:ROUNDING_EXAMPLES]

@@ -11,7 +11,7 @@ from gradless.files import checksums
 from gradless.formats.hub import local
 from gradless.formats.load import open_model
 from gradless.journal import Journal
-from gradless.replay import check_base, replay
+from gradless.replaying import check_base, replay
 
 JOURNAL, SALVAGED = "journal.db", "journal.salvaged.db"
 GOOD, BAD, UNKNOWN = "belongs", "does not belong", "unknown"

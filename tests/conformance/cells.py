@@ -30,7 +30,7 @@ from gradless.independence import independence
 from gradless.methods.recipe import Setup
 from gradless.methods.registry import build_method
 from gradless.objectives import Rows, TokenizedExample, collate
-from gradless.replay import replay
+from gradless.replaying import replay
 from gradless.report import curve
 from gradless.training.options import RunOptions
 from tests.conformance import folders

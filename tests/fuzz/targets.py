@@ -201,8 +201,8 @@ def _adapter() -> Target:
     base = DenseModel.load(_models() / "dense")
     if not (_models() / "adapter").exists():
         adapted = AdaptedModel(base, LoRA(4))
-        spaces = adapted.spaces("codes", adapted.tunable("codes"))
-        adapted.save(_models() / "adapter", spaces)
+        adapted.spaces("codes", adapted.tunable("codes"))
+        adapted.save(_models() / "adapter")
         base = DenseModel.load(_models() / "dense")
     target = _folder("adapter", lambda path: attach_peft(base, path))
     source = _models() / "adapter"
@@ -222,7 +222,7 @@ def _adapter() -> Target:
 
 def _journal() -> Target:
     from gradless.journal import Journal
-    from gradless.replay import replay
+    from gradless.replaying import replay
 
     runs = Path(__file__).parents[1] / "old_runs"
     journals = sorted(runs.glob("*.db"))

@@ -34,7 +34,7 @@ from gradless.grids import integers, lora_scale
 from gradless.layers import QuantLinear
 from gradless.noise import Direction, Stream, uniform
 from gradless.spaces import GridSpace, Space, linear_layers
-from gradless.targets import EVERYTHING, Targets
+from gradless.targets import EVERYTHING, Kind, Targets
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -114,7 +114,7 @@ class AdaptedModel(Plain):
         Raises:
             GradlessError: the targets choose nothing.
         """
-        return targets.choose([(path, path) for path in self.layers], self.layers) if kind == "codes" else []
+        return targets.choose([(path, path) for path in self.layers], self.layers) if kind == Kind.CODES else []
 
     def grid_length(self, name: str) -> float:
         """Number of steps of the factors' grid, from end to end."""
@@ -127,7 +127,7 @@ class AdaptedModel(Plain):
 
     def spaces(self, kind: str, names: list[str], *, clamp: bool = False, residual: bool = False) -> list[Space]:
         """Make the adapters of the named layers, once, and return the spaces of their factors."""
-        assert kind == "codes"
+        assert kind == Kind.CODES
         found: list[Space] = []
         for name in names:
             assert name not in self.adapters, f"{name} has an adapter already"
@@ -140,9 +140,9 @@ class AdaptedModel(Plain):
         """The paths that `save` writes."""
         return [path, path.with_name(path.name + ".gguf")] if _is_gguf(self.base) else [path]
 
-    def save(self, path: Path, spaces: list[Space]) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a PEFT folder, and for a GGUF base also a GGUF adapter beside it, named like the folder plus .gguf."""
-        del spaces
+        path = Path(path)
         source = self.base.path
         write_peft(path, list(self.adapters.values()), self.lora, "" if source is None else str(source.resolve()))
         if _is_gguf(self.base):

@@ -23,7 +23,7 @@ from gradless.formats.model import Plain
 from gradless.fusing import fuse
 from gradless.readers.tensors import FLOAT_TYPES, TYPES, TensorInfo
 from gradless.spaces import Space, check_finite, parameter_sites, parameters
-from gradless.targets import EVERYTHING, Targets
+from gradless.targets import EVERYTHING, Kind, Targets
 
 ACCOUNTED = ("LOAD REPORT", "specifies to tie")
 """Parts of transformers' warnings that the account of a load repeats."""
@@ -35,12 +35,14 @@ class DenseModel(Plain):
 
     Attributes:
         notes: sentences for the user about the load: those of `Account.settle`, and transformers' warnings.
+        searched: the spaces that were made last.
     """
 
     model: Any
     tokenizer: Any = None
     path: Path | None = None
     notes: list[str] = field(default_factory=list)
+    searched: list[Space] = field(default_factory=list)
 
     output_name = "model"
     quantized = False
@@ -100,7 +102,7 @@ class DenseModel(Plain):
         Raises:
             GradlessError: the targets choose nothing.
         """
-        if kind != "parameters":
+        if kind != Kind.PARAMETERS:
             return []
         everything = parameter_sites(self.model, lambda _name, _module: True)
         return targets.choose([(name.rpartition(".")[0], name) for name in everything], list(parameter_sites(self.model)))
@@ -111,13 +113,14 @@ class DenseModel(Plain):
         Raises:
             GradlessError: transformers cannot write the model in the form of its folder.
         """
-        assert kind == "parameters"
+        assert kind == Kind.PARAMETERS
         if self.path is not None:
             _written(self.model, self.path, read_headers(self.path)[0], values=False)
         wanted = set(names)
-        return parameters(self.model, lambda name, _module: name in wanted, master=master)
+        self.searched = parameters(self.model, lambda name, _module: name in wanted, master=master)
+        return self.searched
 
-    def save(self, path: Path, spaces: list[Space]) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the tuned folder, whole or not at all: a copy of the model's folder in which only tuned numbers differ.
 
         Each keeps the file's own type.
@@ -125,7 +128,8 @@ class DenseModel(Plain):
         Raises:
             GradlessError: a tuned number is not finite, or the disk is full.
         """
-        check_finite(spaces)
+        path = Path(path)
+        check_finite(self.searched)
         if self.path is None:
             write_folder(self.model, self.tokenizer, path)
             return

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gradless.errors import GradlessError
 from gradless.spaces import Space
-from gradless.targets import EVERYTHING, Targets
+from gradless.targets import EVERYTHING, Kind, Targets
 
 if TYPE_CHECKING:
     from gradless.formats.adapter import LoRA
@@ -57,8 +58,8 @@ class TunableModel(Protocol):
     def spaces(self) -> Callable[..., list[Space]]:
         """(kind, names, **options) -> spaces over the named tensors of a `Kind`; the options are those of a parameter group."""
 
-    def save(self, path: Path, spaces: list[Space]) -> None:
-        """Write the tuned model in the base's format.
+    def save(self, path: Path) -> None:
+        """Write the model, with what its spaces tuned, in the base's format.
 
         Raises:
             GradlessError: the tuned values are not finite, or the disk is full.
@@ -104,3 +105,29 @@ class Plain:
     def step_size(self, name: str) -> float:
         """See `TunableModel`."""
         raise NotImplementedError(name)
+
+
+def scales(model: TunableModel, **options: Any) -> list[Space]:
+    """Spaces over the scales of a model's quantized linear layers, relative to each scale."""
+    return _blocks(model, "scale", options)
+
+
+def offsets(model: TunableModel, **options: Any) -> list[Space]:
+    """Spaces over the offsets of a model's quantized linear layers; over the scales of blocks without offsets."""
+    return _blocks(model, "offset", options)
+
+
+def _blocks(model: TunableModel, part: str, options: dict[str, Any]) -> list[Space]:
+    return model.spaces(Kind.BLOCKS, _named(model, Kind.BLOCKS), part=part, **options)
+
+
+def codes(model: TunableModel, **options: Any) -> list[Space]:
+    """Spaces over the integer codes of a model's quantized linear layers."""
+    return model.spaces(Kind.CODES, _named(model, Kind.CODES), **options)
+
+
+def _named(model: TunableModel, kind: Kind) -> list[str]:
+    names = model.tunable(kind)
+    if not names:
+        raise GradlessError(f"{model.path} has no {kind} to tune; give a quantized file or folder.")
+    return names

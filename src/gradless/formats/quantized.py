@@ -23,7 +23,7 @@ from gradless.formats.checkpoint import Checkpoint
 from gradless.formats.model import Plain
 from gradless.layers import QuantEmbedding, QuantLinear, is_plain
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space, check_finite, reads_text
-from gradless.targets import EVERYTHING, Targets
+from gradless.targets import EVERYTHING, Kind, Targets
 from gradless.tensor import CodebookTensor, QuantTensor
 
 BIAS_SWITCHES = ("attention_bias", "mlp_bias")
@@ -53,6 +53,7 @@ class QuantizedModel(Plain):
 
     Attributes:
         notes: what a user should know of tensors that change nothing and are not used (`Account.settle`).
+        searched: the spaces that were made, by name.
     """
 
     file: Checkpoint
@@ -60,6 +61,7 @@ class QuantizedModel(Plain):
     tokenizer: Any = None
     floats: dict[str, ShownFloat] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    searched: dict[str, Space] = field(default_factory=dict)
 
     quantized = True
 
@@ -92,9 +94,9 @@ class QuantizedModel(Plain):
             GradlessError: the targets leave nothing.
         """
         modules, reads = dict(self.model.named_modules()), reads_text(self.model)
-        if kind in ("blocks", "codes"):
+        if kind in (Kind.BLOCKS, Kind.CODES):
             packed = {path: m.packed for path, m in modules.items() if isinstance(m, QuantLinear | QuantEmbedding)}
-            if kind == "codes":
+            if kind == Kind.CODES:
                 packed = {path: tensor for path, tensor in packed.items() if not isinstance(tensor, CodebookTensor)}
             named = {path: tensor.name for path, tensor in packed.items()}
             return targets.choose(list(named.items()), [name for name in self.linear_layers() if name in named.values()])
@@ -106,7 +108,7 @@ class QuantizedModel(Plain):
             if all(m in reads and m is not head and not isinstance(m, nn.Embedding) for m in sites)
         ]
         chosen = targets.choose([(places[m], name) for name, sites in shown.items() for m in sites], default)
-        return [name for name in chosen if kind == "floats" or self.floats[name].values.ndim == 1]
+        return [name for name in chosen if kind == Kind.FLOATS or self.floats[name].values.ndim == 1]
 
     def linear_layers(self) -> list[str]:
         """The packed matrices that are tuned by default: of the part that reads text, neither embeddings nor the head."""
@@ -144,25 +146,30 @@ class QuantizedModel(Plain):
         residual: bool = False,
     ) -> list[Space]:
         """Spaces over the named tensors of one kind; float tensors are tuned in fp32 masters of their own."""
-        if kind == "blocks":
-            return [BlockSpace(self.file.quantized[name], part, relative=relative) for name in names]
-        if kind == "codes":
-            return [CodeSpace(self.file.quantized[n], stride=stride, clamp=clamp, residual=residual) for n in names]
-        found: list[Space] = []
-        for name in names:
-            shown = self.floats.get(name) or ShownFloat(self.file.floats[name])
-            device = getattr(*shown.sites[0]).device if shown.sites else "cpu"
-            found.append(DenseSpace(name, shown.values.float().clone().to(device), shown.sites, shown.show))
+        found: list[Space]
+        if kind == Kind.BLOCKS:
+            found = [BlockSpace(self.file.quantized[name], part, relative=relative) for name in names]
+        elif kind == Kind.CODES:
+            found = [CodeSpace(self.file.quantized[n], stride=stride, clamp=clamp, residual=residual) for n in names]
+        else:
+            found = [self._float_space(name) for name in names]
+        self.searched |= {space.name: space for space in found}
         return found
 
-    def save(self, path: Path, spaces: list[Space]) -> None:
-        """Write a copy of the checkpoint with what the spaces tuned.
+    def _float_space(self, name: str) -> DenseSpace:
+        shown = self.floats.get(name) or ShownFloat(self.file.floats[name])
+        device = getattr(*shown.sites[0]).device if shown.sites else "cpu"
+        return DenseSpace(name, shown.values.float().clone().to(device), shown.sites, shown.show)
+
+    def save(self, path: str | Path) -> None:
+        """Write a copy of the checkpoint with what its spaces tuned.
 
         Raises:
             GradlessError: that is not finite, or the disk is full; nothing is left behind.
         """
-        check_finite(spaces)
-        self.file.export(path, {space.name: space.values for space in spaces if isinstance(space, DenseSpace)})
+        check_finite(list(self.searched.values()))
+        floats = {name: space.values for name, space in self.searched.items() if isinstance(space, DenseSpace)}
+        self.file.export(Path(path), floats)
 
 
 def restore_buffers(model: Any) -> None:

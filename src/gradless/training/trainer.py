@@ -256,7 +256,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """Write the tuned model, in the format it came in, to `output_dir`."""
         del _internal_call
         target = Path(output_dir or self.args.output_dir) / self.checkpoint.output_name
-        self.checkpoint.save(target, self.zeroth_order.spaces)
+        self.checkpoint.save(target)
 
     def _wrap_model(self, model: Any, *_: Any, **__: Any) -> Any:
         """Never wrapped: there are no gradients."""

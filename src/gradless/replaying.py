@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gradless.errors import GradlessError
-from gradless.files import Snapshot, covers, remove
+from gradless.files import Snapshot, covers, remove, sweep
 from gradless.formats.adapter import AdaptedModel, LoRA
 from gradless.formats.hub import local
 from gradless.formats.load import load, open_model
@@ -19,7 +19,6 @@ from gradless.journal import Journal
 from gradless.methods.recipe import Setup
 from gradless.methods.registry import build_method
 from gradless.readers.sentences import said
-from gradless.spaces import Space
 
 
 def replay(model: str, journal_path: str, output: str, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
         ) from error
     seconds = time.perf_counter() - began
     assert snapshot is not None
-    save(source, target, optimizer.spaces, snapshot, journal)
+    save(source, target, snapshot, journal)
     journal.close()
     return {
         "steps": optimizer.t,
@@ -75,6 +74,7 @@ def check_base(path: Path, source: TunableModel, journal: Journal) -> None:
 
 def _check_free(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
     """Refuse to write where something is, unless it may be replaced; never over an input, nor a folder around one."""
+    sweep(target.parent)
     if any(covers(target, source) for source in inputs):
         raise GradlessError(f"{target} is, or holds, what the replay reads; give another --output.")
     if target.exists() and not overwrite:
@@ -83,7 +83,7 @@ def _check_free(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
         raise GradlessError(f"{target} is a folder that holds no model; give another --output.")
 
 
-def save(model: TunableModel, target: Path, spaces: list[Space], snapshot: Snapshot, journal: Journal) -> None:
+def save(model: TunableModel, target: Path, snapshot: Snapshot, journal: Journal) -> None:
     """Write a tuned model, unless its base is no longer what the journal's steps were made with.
 
     Raises:
@@ -95,7 +95,7 @@ def save(model: TunableModel, target: Path, spaces: list[Space], snapshot: Snaps
             f"{model.path} is no longer what the run in {journal.path} began with: its hash differs, so that nothing was "
             "written; put it back and run the same command with --resume."
         )
-    model.save(target, spaces)
+    model.save(target)
     try:
         snapshot.check()
     except GradlessError:
