@@ -22,6 +22,7 @@ from gradless import objectives, run
 from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.dense import DenseModel
+from gradless.formats.folder import is_quantized
 from gradless.formats.folder_model import load_folder
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.load import load, open_model
@@ -166,7 +167,7 @@ def load_in(base: Path, dtype: torch.dtype) -> Any:
     """A folder's or a GGUF file's model in a dtype, by what `load` calls."""
     if base.suffix == ".gguf":
         return load_gguf(base, dtype=dtype)
-    return (load_folder if run.is_quantized(base) else DenseModel.load)(base, dtype=dtype)
+    return (load_folder if is_quantized(base) else DenseModel.load)(base, dtype=dtype)
 
 
 @torch.inference_mode()
