@@ -43,7 +43,7 @@ def test_what_a_gguf_holds(tiny):
     at = {"batch_size": 1, "length": 1}
     qzo, quzo = need("qzo", shapes, **at), need("quzo", shapes, **at)
     assert qzo.weights == quzo.weights == sum(info.nbytes for info in file.tensors.values())
-    assert qzo.states == sum(tensor.master.nbytes for tensor in linear)
+    assert qzo.states == sum(tensor.tuned_values.values.nbytes for tensor in linear)
     assert quzo.states == codes
 
 

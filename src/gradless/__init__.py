@@ -9,13 +9,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "GradlessError": "gradless.errors",
-    "QuantTensor": "gradless.tensor",
     "BlockSpace": "gradless.spaces",
     "CodeSpace": "gradless.spaces",
     "DenseSpace": "gradless.spaces",
     "GridSpace": "gradless.spaces",
     "Grid": "gradless.grids",
-    "parameters": "gradless.spaces",
+    "PackedWeight": "gradless.tensor",
+    "dense_spaces": "gradless.spaces",
     "Estimate": "gradless.methods",
     "EZO": "gradless.methods",
     "MeZO": "gradless.methods",

@@ -102,4 +102,4 @@ class LabelAttack(Attack):
         if attempt < 2:
             return torch.full((len(numbers), pixels), 1.0 - 2 * attempt)
         u = Direction(self.seed, attempt, 0, Rademacher())
-        return kernels.coordinates_of_each(u, image_names(numbers), pixels, torch.device("cpu"))
+        return kernels.on("cpu").coordinates_of_each(u, image_names(numbers), pixels, torch.device("cpu"))

@@ -9,6 +9,7 @@ from gradless.formats.awq import AWQ
 from gradless.formats.checkpoint import Layout
 from gradless.formats.gptq import GPTQ
 from gradless.formats.words import FLOAT_BITS
+from gradless.tensor import BlockWeight
 
 PACKINGS = {
     "auto_round": "gptq_v2",
@@ -16,10 +17,10 @@ PACKINGS = {
     "auto_round:auto_gptq": "gptq",
     "auto_round:auto_awq": "awq",
 }
-"""Whose layout each packing is."""
+"""The layout of each packing."""
 
 
-def from_config(config: dict[str, Any]) -> Layout:
+def from_config(config: dict[str, Any]) -> Layout[BlockWeight]:
     """From `quantization_config`.
 
     Raises:

@@ -21,7 +21,7 @@ from gradless.formats.checkpoint import mapped, patch, rounded
 from gradless.formats.folder import copy_folder, identity, read_headers, unread
 from gradless.fusing import fuse
 from gradless.readers.tensors import FLOAT_TYPES, TYPES, TensorInfo
-from gradless.spaces import Space, check_finite, parameter_sites, parameters
+from gradless.spaces import Space, check_finite, dense_spaces, parameter_sites
 from gradless.targets import EVERYTHING, Targets
 
 ACCOUNTED = ("LOAD REPORT", "specifies to tie")
@@ -114,7 +114,7 @@ class DenseModel:
         if self.path is not None:
             _written(self.model, self.path, read_headers(self.path)[0], values=False)
         wanted = set(names)
-        return parameters(self.model, lambda name, _module: name in wanted, master=master)
+        return dense_spaces(self.model, lambda name, _module: name in wanted, master=master)
 
     def save(self, path: Path, spaces: list[Space]) -> None:
         """Write the tuned folder, whole or not at all: a copy of the one that the model came from, in which only the numbers

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradless.errors import GradlessError
 from gradless.formats.words import Words, check_settings, formats_named, pack_words, unpack_words
-from gradless.tensor import QuantTensor
+from gradless.tensor import BlockWeight
 
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
@@ -62,7 +62,7 @@ class GPTQ(Words):
             act_order=bool(config.get("desc_act")),
         )
 
-    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> BlockWeight:
         if self.act_order and "g_idx" not in parts:
             raise GradlessError(f"{name} is in act-order (desc_act), but has no g_idx, which would say what that order is.")
         return super().read(name, parts)

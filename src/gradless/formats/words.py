@@ -19,7 +19,7 @@ from gradless.errors import GradlessError
 from gradless.formats.account import understood
 from gradless.formats.checkpoint import Layout, finite, rounded
 from gradless.grids import integers
-from gradless.tensor import Part, QuantTensor
+from gradless.tensor import BlockWeight, TunedCodes
 
 USED = ("bits", "group_size", "sym", "format", "checkpoint_format", "dynamic", "pack_dtype", "method", "data_type", "act_bits")
 NEUTRAL = (
@@ -74,7 +74,7 @@ FLOAT_BITS = 16
 
 
 @dataclass(frozen=True)
-class Words(Layout):
+class Words(Layout[BlockWeight]):
     """A layout of codes in words.
 
     Attributes:
@@ -105,7 +105,7 @@ class Words(Layout):
     def words(self, codes: Tensor) -> Tensor:
         """uint8 (columns, rows) -> `qweight` int32."""
 
-    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> BlockWeight:
         for part in ("qweight", "qzeros"):
             if parts[part].dtype is not torch.int32:
                 raise GradlessError(f"{name} has its {part} in {parts[part].dtype}; {self.title} lies in 32-bit words.")
@@ -127,24 +127,23 @@ class Words(Layout):
             raise GradlessError(f"{name} has groups of {group} in rows of {columns}; multiples of 32 are supported.")
         order = None if "g_idx" not in parts else column_order(name, parts["g_idx"], columns, group)
         block = grid_block(integers(self.bits, symmetric=False), size, "zero")
-        lowest, share = block.codes[0], group // size
+        lowest, blocks_per_value = block.codes[0], group // size
         codes = (codes if order is None else codes[order]).T.reshape(rows, -1, size)
-        scale, zero = (x.T.repeat_interleave(share, 1)[:, : columns // size] for x in (scales, zeros))
+        scale, zero = (x.T.repeat_interleave(blocks_per_value, 1)[:, : columns // size] for x in (scales, zeros))
         packed = assemble(block, codes.to(torch.int16) + lowest, scale, zero=zero + lowest)
-        return QuantTensor(name, block, packed, column_order=order, share=share)
+        return BlockWeight(name, block, packed, column_order=order, blocks_per_value=blocks_per_value)
 
-    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if tensor.part is not Part.CODE:
-            assert tensor.master is not None
-            return {"scales": rounded(tensor.master.T.cpu(), parts["scales"].dtype)}
-        raw = tensor.block.unpack(tensor.packed.flatten(0, 1).cpu()).codes - tensor.block.codes[0]
-        codes = raw.to(torch.uint8).view(tensor.rows, tensor.columns).T
-        if tensor.column_order is not None:
-            codes = torch.empty_like(codes).index_copy_(0, tensor.column_order.cpu(), codes)
+    def write(self, weight: BlockWeight, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not isinstance(weight.tuned, TunedCodes):
+            return {"scales": rounded(weight.tuned_values.values.T.cpu(), parts["scales"].dtype)}
+        raw = weight.block.unpack(weight.packed.flatten(0, 1).cpu()).codes - weight.block.codes[0]
+        codes = raw.to(torch.uint8).view(weight.rows, weight.columns).T
+        if weight.column_order is not None:
+            codes = torch.empty_like(codes).index_copy_(0, weight.column_order.cpu(), codes)
         return {"qweight": self.words(codes)}
 
-    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
-        return self.write(tensor, parts)["scales"].T.float()
+    def saved(self, weight: BlockWeight, parts: Mapping[str, Tensor]) -> Tensor:
+        return self.write(weight, parts)["scales"].T.float()
 
 
 def check_settings(config: Mapping[str, Any], what: str, used: tuple[str, ...]) -> None:

@@ -154,14 +154,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Args:
             query: which.
             signs: +1 or -1; of several, each for its equal share of the batch.
-            held: whether many forwards follow, such as those that generate an answer; for one sign. See `Space.held`.
+            held: whether many forwards follow, such as those that generate an answer; for one sign. See `Space.materialized`.
         """
         with ExitStack() as views:
             for group, spaces in zip(self.param_groups, self.spaces_of, strict=True):
                 u, radius = self.direction(self.t, query, group), self.radius(group)
                 moves = [Move(u, sign * radius) for sign in signs]
                 for space in spaces:
-                    views.enter_context(space.held(*moves) if held else space.viewed(*moves))
+                    views.enter_context(space.materialized(*moves) if held else space.viewed(*moves))
             yield
 
     @property
@@ -175,8 +175,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Args:
             closure: runs the model (in eval mode) and returns the loss, a number or a tensor of one, or the losses of several
                 problems; it is called twice a query and must see the same data each time.
-            pair: does both calls at once, where every space can be read so (`Space.splits`): runs the model on the data and
-                a copy behind it, and returns the loss of each half. Weights are unpacked, and noise drawn, once for both.
+            pair: does both calls at once, if every space can be read so (`Space.supports_paired_views`): runs the model on the
+                data and a copy behind it, and returns the loss of each half. Weights are unpacked, and noise drawn, once for
+                both.
             held: the closure runs many forwards (see `at`).
         """
         return self.estimate_of(self.query(closure, pair, held=held))
@@ -186,7 +187,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """(loss at +eps, loss at -eps) along each of this step's directions; see `estimate`."""
         losses = []
         for query in range(self.q):
-            if pair is not None and all(space.splits for space in self.spaces):
+            if pair is not None and all(space.supports_paired_views for space in self.spaces):
                 with self.at(query, +1, -1):
                     plus, minus = pair()
             else:

@@ -167,19 +167,19 @@ class NZO(ZerothOrderOptimizer):
         for space in self.spaces:
             if not isinstance(space, BlockSpace):
                 raise GradlessError(f"nzo tunes values of blocks; {space.name} is {type(space).__name__}.")
-            if space.tensor.rows != self.spaces[0].values.shape[0]:
+            if space.weight.rows != self.spaces[0].values.shape[0]:
                 raise GradlessError(
-                    f"nzo tunes layers that write into one residual stream, of one width; {space.name} has {space.tensor.rows} "
+                    f"nzo tunes layers that write into one residual stream, of one width; {space.name} has {space.weight.rows} "
                     "outputs: choose others with --target-modules."
                 )
-            if space.tensor.part is Part.CODEBOOK:
+            if space.weight.part is Part.CODEBOOK:
                 raise GradlessError(f"nzo tunes what belongs to one row; an entry of {space.name}'s codebooks does not.")
             self.followed.append(space)
         self.looks = {space.name: Look.from_json(looks[space.name]) for space in self.followed}
         self.contrasts = contrasts(words)
         layers = range(len(self.looks))
         self.agreement = [[math.exp(-abs(n - m) / len(layers)) for m in layers] for n in layers]
-        self.sensitivity = torch.zeros(len(layers), words - 1, self.followed[0].tensor.rows)
+        self.sensitivity = torch.zeros(len(layers), words - 1, self.followed[0].weight.rows)
         self.nodes: Nodes | None = None
 
     def derivative(self, plus: Any, minus: Any, group: Group) -> Any:
@@ -208,7 +208,7 @@ class NZO(ZerothOrderOptimizer):
         assert self.nodes is not None
         n, size = len(labels), self.param_groups[0]["eps"] / math.sqrt(len(self.looks))
         of_file = zip(self.followed, self.signs(self.t, first, n * self.q), strict=True)
-        signs = {space.name: xi[:, space.tensor.file_rows.cpu()] for space, xi in of_file}
+        signs = {space.name: xi[:, space.weight.file_rows.cpu()] for space, xi in of_file}
 
         def shift(name: str) -> Tensor:
             xi = signs[name].view(n, self.q, -1)
@@ -280,7 +280,7 @@ class NZO(ZerothOrderOptimizer):
         for space, of_layer, c in zip(self.followed, self.sensitivity, whole, strict=True):
             look = self.looks[space.name]
             columns = (look.gains * c.view(t, -1)) @ look.features.float()  # exact in any order
-            space.follow(of_layer, columns, estimate.lr[0] * look.unit / look.slope)
+            space.move_along_outer_product(of_layer, columns, estimate.lr[0] * look.unit / look.slope)
 
 
 def contrasts(words: int) -> Tensor:
@@ -293,7 +293,7 @@ def contrasts(words: int) -> Tensor:
 
 
 def _drawn(direction: Direction, name: str, count: int, rows: int) -> Tensor:
-    return kernels.coordinates(direction, name, count * rows, torch.device("cpu")).view(count, rows)
+    return kernels.on("cpu").coordinates(direction, name, count * rows, torch.device("cpu")).view(count, rows)
 
 
 def looked_at(

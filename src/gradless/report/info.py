@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from copy import copy
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from gradless.formats.folder import Folder, is_quantized
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.hub import local
 from gradless.noise import Direction
-from gradless.tensor import CodebookTensor, Move, Part, QuantTensor
+from gradless.tensor import Move, PackedWeight, Part
 from gradless.training.options import DEFAULT_STRIDE, DEFAULTS, INTO_STREAM, LAST, qzo_default
 
 ENOUGH = 0.9
@@ -35,7 +34,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
     file = Folder.open(folder) if folder.is_dir() else GGUFFile.open(folder)
     counts, weights, nbytes = Counter[str](), Counter[str](), Counter[str]()
     for name, tensor in file.quantized.items():
-        kind = tensor.block.name
+        kind = tensor.type_name
         counts[kind] += 1
         weights[kind] += tensor.rows * tensor.columns
         nbytes[kind] += sum(info.nbytes for info in file.parts(name).values())
@@ -44,7 +43,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         weights[info.type] += math.prod(info.shape)
         nbytes[info.type] += info.nbytes
     linear = [file.quantized[name] for name in file.linear_layers()]
-    coded = [tensor for tensor in linear if not isinstance(tensor, CodebookTensor)]
+    coded = [tensor for tensor in linear if tensor.has_grid]
     floats = [values for values in file.floats.values() if values.ndim == 1]
     shown = [(tensor, eps or DEFAULTS[qzo_default(tensor.is_centred)][1]) for tensor in _one_a_type(linear)]
     return {
@@ -64,7 +63,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
             for name in sorted(counts, key=lambda name: -nbytes[name])
         ],
         "tunable": {
-            "qzo": {"tensors": len(linear), "values": sum(tensor.rows * tensor.values for tensor in linear)},
+            "qzo": {"tensors": len(linear), "values": sum(tensor.rows * tensor.values_per_row for tensor in linear)},
             "ezo": {"tensors": len(linear), "with offsets": sum(tensor.has_offset for tensor in linear)},
             "quzo, zoqo": {"tensors": len(coded), "values": sum(-(-t.rows // DEFAULT_STRIDE) * t.columns for t in coded)},
             "mezo": {"tensors": len(floats), "values": sum(values.numel() for values in floats)},
@@ -72,19 +71,18 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         "kernels": kernels.name(),
         "why_not_compiled": kernels.why_not_compiled(),
         "products": kernels.products(),
-        "surviving": {tensor.block.name: {"eps": eps, "cosine": round(surviving(tensor, eps), 4)} for tensor, eps in shown},
+        "surviving": {tensor.type_name: {"eps": eps, "cosine": round(surviving(tensor, eps), 4)} for tensor, eps in shown},
     }
 
 
-def _one_a_type(tensors: list[QuantTensor]) -> list[QuantTensor]:
-    return list({tensor.block.name: tensor for tensor in tensors}.values())
+def _one_a_type(tensors: list[PackedWeight]) -> list[PackedWeight]:
+    return list({tensor.type_name: tensor for tensor in tensors}.values())
 
 
-def surviving(tensor: QuantTensor, eps: float, part: Part = Part.SCALE) -> float:
+def surviving(tensor: PackedWeight, eps: float, part: Part = Part.SCALE) -> float:
     """The cosine between a perturbation of `tensor` as meant, in fp32, and as a bf16 scratch holds it."""
-    own = copy(tensor)
+    own = tensor.under(Move(Direction(0, 0), eps), Move(Direction(0, 0), -eps))
     own.tune(part)
-    own.views = (Move(Direction(0, 0), eps), Move(Direction(0, 0), -eps))
     rows = torch.arange(min(own.rows, 256))
     sides = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -19,11 +19,11 @@ from torch import Tensor
 from gradless.blocks import BlockType
 from gradless.kernels import reference
 from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Signs, Stream, Words, key, normal_table
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import BlockWeight, Move, Part, TunedCodes, TunedValues
 
 NAME = "cpu"
 
-_PARTS = {None: 0, Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3, Part.CODE: 4}
+_PARTS, _CODE = {Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3}, 4
 
 
 class _Words(ctypes.Structure):
@@ -61,7 +61,7 @@ class _Blocks(ctypes.Structure):
         ("rows", ctypes.c_void_p),
         ("blocks", ctypes.c_int64),
         ("all_blocks", ctypes.c_int64),
-        ("share", ctypes.c_int64),
+        ("blocks_per_value", ctypes.c_int64),
         ("type", ctypes.c_int32),
         ("part", ctypes.c_int32),
         ("relative", ctypes.c_int32),
@@ -144,13 +144,13 @@ def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: T
     return out
 
 
-def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: BlockWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`."""
-    out = torch.empty(max(1, len(tensor.views)), len(rows), tensor.columns, dtype=dtype)
+    out = torch.empty(weight.views.count, len(rows), weight.columns, dtype=dtype)
     rows = rows.contiguous()
     _library.gradless_dequantize(
-        ctypes.byref(_blocks(tensor, rows)),
-        *_moves(tensor.views, tensor.name),
+        ctypes.byref(_blocks(weight, rows)),
+        *_moves(weight.views.moves, weight.name),
         ctypes.c_int64(len(rows)),
         ctypes.c_int32(dtype is torch.bfloat16),
         _at(out),
@@ -158,43 +158,44 @@ def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+def linear(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     """See `reference.linear`; bf16 in panels, a few rows unpacked at a time, where the processor multiplies it."""
     if x.dtype is torch.bfloat16 and _library.gradless_multiplies_bf16():
-        return _product(_library.gradless_linear_bf16, tensor, rows, x)
-    return reference.products(x, dequantize(tensor, rows, x.dtype))
+        return _product(_library.gradless_linear_bf16, weight, rows, x)
+    return reference.products(x, dequantize(weight, rows, x.dtype))
 
 
-def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+def linear_int8(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     """See `reference.linear_int8`."""
-    assert tensor.block.levels is None
+    assert weight.block.levels is None
     bf16 = x.dtype is torch.bfloat16
-    return _product(_library.gradless_linear_int8_bf16 if bf16 else _library.gradless_linear_int8_f32, tensor, rows, x)
+    return _product(_library.gradless_linear_int8_bf16 if bf16 else _library.gradless_linear_int8_f32, weight, rows, x)
 
 
-def add_shifts(tensor: QuantTensor, rows: Tensor, x: Tensor, y: Tensor) -> None:
+def add_shifts(weight: BlockWeight, rows: Tensor, x: Tensor, y: Tensor) -> None:
     """See `reference.add_shifts`."""
-    assert tensor.owners is not None
+    example_of_token = weight.views.example_of_token
+    assert example_of_token is not None
     assert y.is_contiguous()
-    x, rows, owners = x.contiguous(), rows.contiguous(), tensor.owners.contiguous()
+    x, rows, example_of_token = x.contiguous(), rows.contiguous(), example_of_token.contiguous()
     _library.gradless_add_shifts(
-        ctypes.byref(_blocks(tensor, rows)),
-        *_moves(tensor.views, tensor.name),
+        ctypes.byref(_blocks(weight, rows)),
+        *_moves(weight.views.moves, weight.name),
         ctypes.c_int64(len(rows)),
         ctypes.c_int64(len(x)),
         ctypes.c_int32(x.dtype is torch.bfloat16),
-        *map(_at, (x, owners, y)),
+        *map(_at, (x, example_of_token, y)),
     )
 
 
-def _product(multiply: Any, tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+def _product(multiply: Any, weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     """x (views, m, columns) by the rows of a weight, through a function of the library."""
-    assert x.shape[::2] == (max(1, len(tensor.views)), tensor.columns)
+    assert x.shape[::2] == (weight.views.count, weight.columns)
     x, rows = x.contiguous(), rows.contiguous()
     out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype)
     multiply(
-        ctypes.byref(_blocks(tensor, rows)),
-        *_moves(tensor.views, tensor.name),
+        ctypes.byref(_blocks(weight, rows)),
+        *_moves(weight.views.moves, weight.name),
         ctypes.c_int64(len(rows)),
         ctypes.c_int64(x.shape[1]),
         _at(x),
@@ -276,19 +277,18 @@ def vectors(codes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     return out.flatten(-2)
 
 
-def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
+def move_blocks(weight: BlockWeight, moves: Sequence[Move]) -> None:
     """See `reference.move_blocks`."""
-    assert tensor.master is not None
     _library.gradless_move_blocks(
-        ctypes.byref(_blocks(tensor)),
-        *_moves(moves, tensor.name),
-        ctypes.c_int64(tensor.master.numel()),
+        ctypes.byref(_blocks(weight)),
+        *_moves(moves, weight.name),
+        ctypes.c_int64(weight.tuned_values.values.numel()),
     )
 
 
-def move_codes(tensor: QuantTensor, move: Move) -> int:
+def move_codes(weight: BlockWeight, move: Move) -> int:
     """See `reference.move_codes`."""
-    return int(_library.gradless_move_codes(ctypes.byref(_blocks(tensor)), ctypes.byref(_move(move, tensor.name))))
+    return int(_library.gradless_move_codes(ctypes.byref(_blocks(weight)), ctypes.byref(_move(move, weight.name))))
 
 
 def dither(name: str, shape: torch.Size) -> Tensor:
@@ -401,23 +401,26 @@ def _code_layout(block: BlockType) -> tuple[int, Tensor, Tensor | None]:
     return zero, torch.stack(pieces), None if block.levels is None else torch.tensor(block.levels)
 
 
-def _blocks(tensor: QuantTensor, rows: Tensor | None = None) -> _Blocks:
-    zero, pieces, levels = _code_layout(tensor.block)
-    return _Blocks(
-        tensor.packed.data_ptr(),
-        None if tensor.master is None else tensor.master.data_ptr(),
-        None if rows is None else rows.data_ptr(),
-        tensor.packed.shape[1],
-        tensor.packed.shape[0] * tensor.packed.shape[1],
-        tensor.share,
-        tensor.block.index,
-        _PARTS[tensor.part],
-        int(tensor.relative),
-        int(tensor.clamp),
-        *tensor.block.codes,
-        zero,
-        None if levels is None else levels.data_ptr(),
-        pieces.data_ptr(),
-        None if tensor.residual is None else tensor.residual.data_ptr(),
-        tensor.stride,
+def _blocks(weight: BlockWeight, rows: Tensor | None = None) -> _Blocks:
+    zero, pieces, levels = _code_layout(weight.block)
+    made = _Blocks(
+        packed=weight.packed.data_ptr(),
+        rows=None if rows is None else rows.data_ptr(),
+        blocks=weight.packed.shape[1],
+        all_blocks=weight.packed.shape[0] * weight.packed.shape[1],
+        blocks_per_value=weight.blocks_per_value,
+        type=weight.block.index,
+        lowest=weight.block.codes[0],
+        highest=weight.block.codes[1],
+        zero=zero,
+        levels=None if levels is None else levels.data_ptr(),
+        pieces=pieces.data_ptr(),
+        stride=1,
     )
+    match weight.tuned:
+        case TunedValues(part, relative, values):
+            made.part, made.relative, made.master = _PARTS[part], relative, values.data_ptr()
+        case TunedCodes(stride, clamp, residual):
+            made.part, made.stride, made.clamp = _CODE, stride, clamp
+            made.residual = None if residual is None else residual.data_ptr()
+    return made
