@@ -35,8 +35,8 @@ __all__ = [
     "why_not_compiled",
 ]
 
-SELF_TESTED = {"cpu": EVERY_TYPE, "cuda": ("Q4_1", "Q6_K")}
-"""The block types of the self-test, by device. On a GPU each type takes a while to compile."""
+GPU_TYPES = ("Q4_1", "Q6_K")
+"""The block types of a GPU's self-test. Each takes a while to compile there."""
 
 _log = logging.getLogger(__name__)
 
@@ -125,41 +125,47 @@ def move_blocks(weight: PackedWeight, moves: Sequence[Move]) -> None:
         reference.move_blocks(weight, moves)
 
 
+Choice = tuple[Ops | None, str | None]
+"""The kernels for a type of device; or None, and why the reference serves it."""
+
+
 @cache
-def _own(device: str) -> tuple[Ops | None, str | None]:
-    """The kernels for a type of device; None, and why, if the reference serves it."""
+def _own(device: str) -> Choice:
     if os.environ.get("GRADLESS_KERNELS") == reference.NAME:
         return None, "GRADLESS_KERNELS=torch"
-    if device not in SELF_TESTED:
+    if device not in _SETS:
         return None, f"there are no kernels for {device}"
     try:
-        return _tried_cpu() if device == "cpu" else _tried_gpu()
+        return _SETS[device]()
     except (ImportError, OSError) as error:
         return None, str(error)
 
 
-def _tried_cpu() -> tuple[Ops | None, str | None]:
+def _compiled() -> Choice:
     from gradless.kernels import cpu
 
     if remembered.passed(cpu.LIBRARY):
         return cpu, None
-    ops, why = _tried(cpu, "cpu")
+    ops, why = _tried(cpu, "cpu", EVERY_TYPE)
     if ops is not None:
         remembered.remember(cpu.LIBRARY)
     return ops, why
 
 
-def _tried_gpu() -> tuple[Ops | None, str | None]:
+def _triton() -> Choice:
     from gradless.kernels import triton
 
     _log.warning("gradless: trying the GPU's kernels; the first time, they are compiled, which takes up to a minute")
-    return _tried(triton, "cuda")
+    return _tried(triton, "cuda", GPU_TYPES)
 
 
-def _tried(ops: Ops, device: str) -> tuple[Ops | None, str | None]:
-    """The kernels themselves if they pass their self-test; else None, and why."""
+_SETS = {"cpu": _compiled, "cuda": _triton}
+
+
+def _tried(ops: Ops, device: str, types: Sequence[str]) -> Choice:
+    """The kernels if they pass their self-test on these block types."""
     try:
-        failed = first_difference(ops, device, SELF_TESTED[device])
+        failed = first_difference(ops, device, types)
     except Exception as error:  # a GPU's kernels are compiled here, and the compiler may fail in any way
         failed = f"{type(error).__name__}: {error}"
     if failed is None:

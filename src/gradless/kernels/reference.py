@@ -294,8 +294,8 @@ def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: T
 def dither(name: str, shape: torch.Size) -> Tensor:
     """The first residuals of a tensor's codes: uniform over their range, int8.
 
-    If they were all zero, no code would move before half a step had come together. Spread evenly, an update of a thousandth of
-    a step moves one code in a thousand.
+    If they were all zero, no code would move before half a step had come together. As they are spread evenly, an update of a
+    thousandth of a step moves one code in a thousand.
     """
     words = Direction(0, 0).words(name, Stream.DITHER)(0, -(-shape.numel() // 4))
     return words.to(torch.uint32).view(torch.int8)[: shape.numel()].view(shape)

@@ -1,6 +1,6 @@
 """The kernels of a GPU, in Triton: `reference`'s functions to the bit, with the noise drawn inside (`programs.py`).
 
-What takes a small part of a step there is the reference itself, on the same device.
+Functions that take a small part of a step are the reference's own, on the same device.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ __all__ = [
 
 NAME = "triton"
 FEW_TOKENS = 64
-"""Up to so many tokens of a view are multiplied with weights that are unpacked on the way and never stored."""
+"""The most tokens of a view that are multiplied with weights which are unpacked on the way and never stored."""
 WIDTH = 1024
-"""Elements that a program handles."""
-LEAST_K, MOST_K = 32, 64
-"""Codes of a row that a product takes at once: at least, of bytes; at most, that its tiles fit into shared memory."""
+"""The number of elements that one program handles."""
+LEAST_K = 32
+"""The least number of a row's codes that a product of bytes takes at once."""
+MOST_K = 64
+"""The most codes of a row that a product takes at once, so that its tiles fit into shared memory."""
 _PARTS, _CODE = {Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3}, 4
 _multipliers: WeakKeyDictionary[BlockWeight, tuple[Tensor, Tensor | None]] = WeakKeyDictionary()
 
@@ -138,7 +140,7 @@ def move_blocks(weight: BlockWeight, moves: Sequence[Move]) -> None:
         if isinstance(move.direction, Signs):
             reference.move_blocks(weight, [move])
             continue
-        numbers = {"master": values, "coefficient_0": move.coefficient, "decay_0": move.decay, "n": values.numel()}
+        numbers = {"tuned": values, "coefficient_0": move.coefficient, "decay_0": move.decay, "n": values.numel()}
         numbers["blocks"] = weight.packed.shape[1]
         _run(
             programs.move_blocks,
@@ -237,7 +239,7 @@ def _launches(moves: tuple[Move, ...], *tensors: Tensor) -> list[Any]:
 
 
 def _stride(weight: BlockWeight) -> int:
-    """Which rows have tuned codes: every so many."""
+    """The distance between rows with tuned codes."""
     return weight.tuned.stride if isinstance(weight.tuned, TunedCodes) else 1
 
 
@@ -251,7 +253,7 @@ def _read(weight: BlockWeight, views: tuple[Move, ...]) -> dict[str, Any]:
     return {
         **_fields(weight),
         **_drawn(moves[0].direction, weight.name, device),
-        "master": weight.tuned.values if isinstance(weight.tuned, TunedValues) else None,
+        "tuned": weight.tuned.values if isinstance(weight.tuned, TunedValues) else None,
         "multiplier": multiplier,
         "offset_multiplier": offset_multiplier,
         "levels": levels,
@@ -284,7 +286,7 @@ def _fields(weight: BlockWeight) -> dict[str, Any]:
         "NBYTES": block.nbytes,
         "SCALE_AT": block.scale_at,
         "OFFSET_AT": -1 if block.offset_at is None else block.offset_at,
-        "SHARE": weight.blocks_per_value,
+        "BLOCKS_PER_VALUE": weight.blocks_per_value,
         "WIDE": block.scale_type is torch.float32,
         "PART": part,
         "RELATIVE": relative,
@@ -324,7 +326,7 @@ def _drawn(direction: Direction | Signs, name: str, device: torch.device) -> dic
 
 
 def _rounding(move: Move, name: str) -> dict[str, Any]:
-    """The words that round an update."""
+    """The random words that round an update, as the programs take them."""
     words = move.direction.words(name, Stream.ROUNDING)
     return {
         "key_low": _signed(words.key),
@@ -335,7 +337,7 @@ def _rounding(move: Move, name: str) -> dict[str, Any]:
 
 
 def _given_or_drawn(move: Move, name: str, n: int, device: torch.device) -> dict[str, Any]:
-    """An update's coordinates: drawn in the program, but for the signs of a sum of several, which are given."""
+    """An update's coordinates: drawn in the program, or, if they are the signs of a sum of several directions, given to it."""
     terms = move.direction.terms if isinstance(move.direction, Signs) else ((move.direction, 1.0),)
     u = coordinates(move.direction, name, n, device) if len(terms) > 1 else None
     signs = {"weight": terms[0][1], "SIGNS": isinstance(move.direction, Signs)}
@@ -360,14 +362,15 @@ def _edges(distribution: Integers, device: torch.device) -> Tensor:
 
 @cache
 def _layout(block: BlockType, device: torch.device) -> tuple[int, Tensor, Tensor | None]:
-    """The code of all-zero bits, where codes lie, and what they stand for where that is not themselves."""
+    """The code of all-zero bits, the places of codes, and their levels if these are not the codes themselves."""
     zero, pieces = block.layout()
     levels = None if block.levels is None else torch.tensor(block.levels, device=device)
     return zero, torch.stack(pieces).to(device), levels
 
 
 def _multipliers_of(weight: BlockWeight) -> tuple[Tensor | None, Tensor | None]:
-    """The integers of each group, (blocks, groups), which no update changes; None where they are 1 or have no offset."""
+    """The multipliers of each group, (blocks, groups), which no update changes. None for multipliers that are all 1, and for
+    offset multipliers if there is no offset."""
     if _groups(weight.block) == 1 and not weight.block.has_zero_point:
         return None, None
     if weight not in _multipliers or _multipliers[weight][0].device != weight.packed.device:
