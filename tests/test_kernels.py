@@ -95,6 +95,14 @@ def test_the_torch_path_can_be_asked_for(monkeypatch):
         kernels._own.cache_clear()
 
 
+@pytest.mark.parametrize("what", ["_STRUCTS", "Kind", "_FUNCTIONS"])
+def test_a_library_of_other_sources_is_refused(monkeypatch, what):
+    other = {"_STRUCTS": cpu._STRUCTS[::-1], "Kind": list(cpu.Kind)[1:], "_FUNCTIONS": {**cpu._FUNCTIONS, "new": (None, ())}}
+    monkeypatch.setattr(cpu, what, other[what])
+    with pytest.raises(OSError, match="was built from other sources; install gradless again"):
+        cpu._load()
+
+
 def test_a_kernel_that_differs_is_found_out(monkeypatch):
     assert first_difference(cpu) is None
     monkeypatch.setattr(cpu, "move_blocks", lambda weight, _moves: weight.tuned_values.values.add_(1e-6))

@@ -73,7 +73,7 @@ class Unpacked(NamedTuple):
 
     codes: Tensor  # (n, groups, size / groups), zero point already subtracted
     multiplier: Tensor  # (n, groups)
-    offset_multiplier: Tensor  # (n, groups); unused where the type has no offset
+    offset_multiplier: Tensor  # (n, groups); unused if the type has no offset
 
 
 @dataclass(frozen=True)

@@ -228,8 +228,8 @@ class QuantEmbedding(_Packed):
 def restricted_to(head: nn.Module, ids: Tensor | None) -> Iterator[bool]:
     """Let a model's head compute the logits of `ids` alone, in their order; yields whether it does.
 
-    A classification among few words needs few of a head's rows; their normalizer cancels. So few are computed in
-    fp32: a logit of 16 has steps of 1/8 in bf16, which would drown the difference between two queries.
+    A classification among few words needs few of a head's rows, and their normalizer cancels. These logits are computed in
+    fp32: in bf16 a logit of 16 has steps of 1/8, which would drown the difference between two queries.
     """
     if ids is None or not isinstance(head, QuantLinear | nn.Linear):
         yield False

@@ -26,7 +26,7 @@ class AQLM(Layout[CodebookWeight]):
 
     Attributes:
         codebooks: how many vectors are added up.
-        bits: of a code.
+        bits: bits of a code.
         size: columns of a group.
     """
 

@@ -1,8 +1,8 @@
 """bitsandbytes' checkpoints: NF4 and FP4, with plain or quantized scales, and INT8.
 
-Of a 4-bit layer `weight` holds two codes in a byte, the high nibble first, along its rows; `absmax` a scale for every block of
-codes. With double quantization `absmax` is a code too: scale = nested_quant_map[absmax] * nested_absmax + nested_offset. Tuned
-scales are then rounded to the nearest of these, where they moved at all.
+In a 4-bit layer `weight` holds two codes in a byte, the high nibble first, along its rows, and `absmax` a scale for every block
+of codes. With double quantization `absmax` is a code too: scale = nested_quant_map[absmax] * nested_absmax + nested_offset.
+Scales that tuning moved are then rounded to the nearest of these.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class FourBit(Layout[BlockWeight]):
 
 
 class EightBit(Layout[BlockWeight]):
-    """INT8's tensors: w = weight * SCB / 127, SCB being each row's largest value."""
+    """INT8's tensors: w = weight * SCB / 127. SCB is each row's largest value."""
 
     parts: ClassVar[tuple[str, ...]] = ("SCB", "weight", "weight_format")
     optional = frozenset({"weight_format"})
@@ -151,7 +151,7 @@ def _state(stored: Tensor) -> dict[str, Any]:
 
 
 def _size(name: str, columns: int, length: int) -> int:
-    """Of our blocks, so that they divide rows and the format's own blocks."""
+    """The size of our blocks that divides rows and the format's own blocks."""
     size = dividing_size(length)
     if size is None or columns % length:
         raise GradlessError(f"{name} has blocks of {length} in rows of {columns}; blocks that divide a row are supported.")
@@ -159,13 +159,13 @@ def _size(name: str, columns: int, length: int) -> int:
 
 
 def _nibbles(stored: Tensor) -> Tensor:
-    """Codes of bytes, the high nibble first: int64, (n,)."""
+    """The codes in bytes, the high nibble first: int64, (n,)."""
     flat = stored.flatten()
     return torch.stack([flat >> 4, flat & 15], 1).flatten().long()
 
 
 def _nested(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
-    """What each scale's code is multiplied by: fp32."""
+    """The factor of each scale's code: fp32."""
     n = parts["weight.absmax"].numel()
     return parts["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[:n]
 
@@ -180,7 +180,7 @@ def _scales(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
 
 
 def _absmax(weight: BlockWeight, parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
-    """`absmax` as the file holds the tuned scales: itself where they did not move, else the nearest."""
+    """`absmax` as the file will hold the tuned scales: the nearest codes, and the file's own for scales that did not move."""
     before, tuned = parts["weight.absmax"], weight.tuned_values.values.cpu().flatten()
     if "nested_blocksize" not in state:
         return rounded(tuned, before.dtype)

@@ -31,8 +31,8 @@ class Layout(ABC, Generic[Weight]):
     """How a format packs a matrix.
 
     Attributes:
-        parts: what the names of its tensors end with, after the module's path; the first is in no other layer.
-        optional: those of them that may be missing.
+        parts: the ends of its tensors' names, after the module's path; the first is in no other kind of layer.
+        optional: the parts that may be missing.
     """
 
     parts: ClassVar[tuple[str, ...]]
@@ -53,7 +53,7 @@ class Layout(ABC, Generic[Weight]):
         """The matrix as a packed weight.
 
         Raises:
-            GradlessError: its tensors contradict each other, or hold what cannot be tuned.
+            GradlessError: its tensors contradict each other, or hold something that cannot be tuned.
         """
 
     @abstractmethod
@@ -106,10 +106,10 @@ class Checkpoint(ABC):
     """Memory-mapped tensors.
 
     Attributes:
-        path: of the file or folder.
+        path: the file or folder.
         tensors: every tensor's place, in the file's order.
-        layout: of the packed matrices.
-        contents: the tensors, by name, as views of the file in their own type; those in blocks as bytes.
+        layout: the layout of the packed matrices.
+        contents: the tensors, by name, as views of the file in their own type; tensors in blocks as bytes.
         quantized: the packed matrices, by the name of their module's weight.
         floats: the floating-point tensors that are no part of a packed matrix, by name.
     """
@@ -160,7 +160,7 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """What the checkpoint calls its model."""
+        """The name that the checkpoint gives its model."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -183,7 +183,7 @@ class Checkpoint(ABC):
         """
 
     def linear_layers(self) -> list[str]:
-        """The packed matrices that the file's names alone do not tell to be embeddings or a head."""
+        """The packed matrices without those that the file's names show to be embeddings or a head."""
         return list(self.quantized)
 
     def saved(self, weight: PackedWeight) -> Tensor:
@@ -201,8 +201,8 @@ class Checkpoint(ABC):
 
 
 def mapped(tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """Tensors as views of their files, in their own type; those in blocks as bytes. Copy-on-write: torch sees writable memory,
-    what is written gets pages of its own, and the file itself never changes."""
+    """Tensors as views of their files, in their own type; tensors in blocks as bytes. Copy-on-write: torch sees writable
+    memory, written pages are copied, and the file itself never changes."""
     pages = cache(lambda path: np.memmap(path, dtype=np.uint8, mode="c"))
     found = {}
     for name, info in tensors.items():

@@ -4,7 +4,7 @@
     model.safetensors                    every linear weight as uint8 (rows, blocks, bytes of a block); all else as it was
         __metadata__.gradless-packed     JSON: weight name -> block type ("int4/64", see `blocks.grid_block`)
 
-A block is its fp16 scale, its fp16 offset where the grid is not symmetric, and its codes.
+A block is its fp16 scale, its fp16 offset if the grid is not symmetric, and its codes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A transformers model around packed tensors, whatever file they lie in.
+"""A transformers model around packed weights, from any file.
 
 Nothing is dequantized: linear layers and embeddings of a model on the meta device are replaced by `layers`, and only the small
 float tensors get memory of their own.
@@ -51,7 +51,7 @@ class QuantizedModel:
     A replay needs the file alone: it leaves `model`, `tokenizer` and the places in `floats` out.
 
     Attributes:
-        notes: what a user should know of tensors that change nothing and are not used (`Account.settle`).
+        notes: sentences for the user about tensors that are not used (`Account.settle`).
     """
 
     file: Checkpoint
@@ -64,7 +64,7 @@ class QuantizedModel:
 
     @property
     def output_name(self) -> str:
-        """What a run calls the tuned checkpoint."""
+        """The name that a run gives the tuned checkpoint."""
         return self.file.output_name
 
     @property
@@ -127,7 +127,7 @@ class QuantizedModel:
         return self.file.quantized[name].in_blocks().block.grid.length
 
     def step_size(self, name: str) -> float:
-        """The mean size of such a step, in units of the weights (of the first rows)."""
+        """The mean size of such a step in the first rows, in units of the weights."""
         weight = self.file.quantized[name].in_blocks()
         return weight.block.step(weight.packed[:16].flatten(0, 1))
 

@@ -57,7 +57,7 @@ WIDENED_ROWS = 1024
 
 
 def widens_bf16(device: torch.device) -> bool:
-    """Whether bf16 is best multiplied as fp32: on processors without instructions for it, where torch widens every product."""
+    """Whether bf16 is best multiplied as fp32: on processors without instructions for it, torch widens every product."""
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return device.type == "cpu" and not supported
 

@@ -207,7 +207,7 @@ def dequantize(weight: BlockWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
-    """See `reference.linear`; bf16 in panels, a few rows unpacked at a time, where the processor multiplies it."""
+    """See `reference.linear`. If the processor multiplies bf16, products of bf16 unpack a few rows at a time, in panels."""
     if x.dtype is torch.bfloat16 and _library.gradless_multiplies_bf16():
         return _product(_library.gradless_linear_bf16, weight, rows, x)
     return reference.products(x, dequantize(weight, rows, x.dtype))

@@ -38,7 +38,7 @@ struct Blocks {
     int32_t part, relative;    // a Part; whether moves are measured in each value's own unit
     int32_t clamp, lowest, highest;  // the codes' ends, and whether a query stops there
     int32_t zero;                    // the code that all-zero bits stand for
-    const float *levels;             // what each code stands for, from the lowest on; null: itself
+    const float *levels;             // the level of each code, from the lowest on; null: the codes are levels
     const int32_t *pieces;           // blocks.Pieces: byte, low, code_low, width, each (2, size)
     int8_t *residual;                // one a tuned code, in 1/256 steps; null: none
     int64_t stride;                  // codes are tuned in rows 0, stride, 2 * stride, ...
@@ -393,7 +393,7 @@ QUANTIZE(quantize_bf16, uint16_t)
 MULTIPLY(multiply_f32, float)
 MULTIPLY(multiply_bf16, uint16_t)
 
-// What a shift of 1 adds to each group of some rows: (groups, SHIFT_ROWS), for types whose offset is a field of its own.
+// The change of each group of some rows by a shift of 1: (groups, SHIFT_ROWS), for types whose offset is a field of its own.
 #define UNITS(T) \
     if constexpr (T::offset_at >= 0 && !has_zero_point<T>) \
         for (int r = 0; r < SHIFT_ROWS; r++) { \
@@ -480,7 +480,7 @@ CLONES static bool steps_of(const Move &move, Coordinates &u, uint64_t run, int 
     return any;
 }
 
-// Codes are updated in stretches: a tuned row, or, where every row is tuned, so many codes that noise is drawn once.
+// Codes are updated in stretches: a tuned row, or, if every row is tuned, 2^15 codes, so that noise is drawn once.
 INLINE int64_t stretch_length(const Blocks &t, int size) { return t.stride == 1 ? 1 << 15 : t.blocks * size; }
 
 // reference.move_codes for stretches [begin, end): how many codes changed. Most steps of a sparse move are zero.

@@ -87,7 +87,7 @@ CLONES static void page_of_halves(const Words &w, uint64_t page, uint16_t out[12
     }
 }
 
-// A drawn integer: the number of thresholds that a random 16-bit integer reaches, less m.
+// A drawn integer: the number of thresholds that a random 16-bit integer reaches, minus m.
 INLINE void integer_run(const Direction &u, uint64_t run, float value[128]) {
     uint16_t half[128];
     int16_t drawn[128];
@@ -143,8 +143,8 @@ CLONES static void run_of(const Direction &u, uint64_t run, float value[128]) {
     else one_run(u, run, value);
 }
 
-// u element by element. Coordinates come in runs of 128, the last run kept, and the last page of bits: consecutive reads draw each
-// page once.
+// u element by element. Coordinates come in runs of 128. The last run and the last page of bits are kept, so that consecutive reads
+// draw each page once.
 struct Coordinates {
     Direction u;
     uint64_t run = ~0ull, page = ~0ull;

@@ -30,7 +30,8 @@ INLINE void shift_tile(int64_t groups, const float *add, const float *const sum[
         }
 }
 
-// Rows [begin, end) of out (tokens, n). unit: (groups, SHIFT_ROWS); rows: the file's; groups_each: groups of columns that share a value.
+// Rows [begin, end) of out (tokens, n). unit: (groups, SHIFT_ROWS); rows: the file's rows; groups_each: groups of columns that
+// share a value.
 #define SHIFT(NAME, OUT) \
     CLONES void NAME(const Pooled &p, const float *unit, const int64_t *rows, int64_t values, int64_t groups_each, int64_t n, int64_t begin, int64_t end, OUT *out) { \
         std::vector<float> add(p.groups * SHIFT_ROWS), z(SHIFT_ROWS * values); \

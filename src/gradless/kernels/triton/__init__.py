@@ -225,7 +225,7 @@ def _run(program: Any, **arguments: Any) -> None:
 
 
 def _launch(program: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """On the device where the tensors are; without contraction, which would change bits."""
+    """Launch a program on the tensors' device, without contraction, which would change bits."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         program[grid](**arguments, enable_fp_fusion=False)

@@ -419,7 +419,7 @@ def whole_step(u, coefficient, index, key_low, key_high, step, rounding, residua
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def whole_steps(out, u, residual, key_low, key_high, step, rounding, coefficient_0, n, RESIDUAL: tl.constexpr, P: tl.constexpr):
-    """out: what an update by coefficient * u moves each of n codes by."""
+    """out: the whole steps by which an update of coefficient * u moves each of n codes."""
     index = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     here = index < n
     z = tl.load(u + index, mask=here, other=0)
@@ -434,9 +434,9 @@ def move_codes(
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, GIVEN: tl.constexpr, SIGNS: tl.constexpr, RESIDUAL: tl.constexpr,
     NBYTES: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """P blocks of one tuned row. A code changes by flipping bits of the 32-bit words that hold them: several may share a byte.
+    """P blocks of one tuned row. Codes change by flipping bits of 32-bit words, because several codes may share a byte.
 
-    u: the coordinates of the whole weight where they are GIVEN, else drawn; SIGNS: of weight * u.
+    u: the coordinates of the whole weight if GIVEN, else they are drawn. If SIGNS, an update takes the signs of weight * u.
     """
     tuned = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * P + tl.arange(0, P)
