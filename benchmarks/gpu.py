@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from gradless import QZO, ZOQO, MeZO, QuZO
 from gradless.layers import reading_at, set_activations
 from gradless.memory import resident_bytes
-from gradless.spaces import BlockSpace, CodeSpace, parameters
+from gradless.spaces import BlockSpace, CodeSpace, dense_spaces
 from gradless.tensor import Part
 from gradless.training.options import DEFAULT_SPAN, DEFAULT_STRIDE, DEFAULTS, PAIR_TOKENS
 
@@ -45,7 +45,7 @@ STEPS = 5
 def optimizer_of(method: str, model: Any) -> Any:
     """A method at its defaults."""
     if method == "mezo":
-        return MeZO(parameters(model), lr=1e-9)
+        return MeZO(dense_spaces(model), lr=1e-9)
     weights = linear_weights(model)
     method = method.partition(",")[0]
     if method == "qzo":

@@ -23,14 +23,14 @@ from gradless import kernels
 from gradless.blocks import block_type
 from gradless.formats.packed import packed_rows
 from gradless.kernels.reference import products
-from gradless.tensor import QuantTensor
+from gradless.tensor import BlockWeight
 
 SHAPES = {"2048x2048x2048": (2048, 2048, 2048), "512x576x1536": (512, 576, 1536), "512x1536x576": (512, 1536, 576)}
 """Tokens, columns, rows."""
 ROUNDS = 20_000_000
 
 
-def unpacked_first(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+def unpacked_first(tensor: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     """x @ W.T by the library's product, with a whole W unpacked for it."""
     return products(x, kernels.dequantize(tensor, rows, x.dtype))
 
@@ -52,7 +52,7 @@ def main() -> None:
         variants[f"bf16 {shape}"] = partial(torch.nn.functional.linear, x, weight.bfloat16())
         for grid in ("int4", "int8"):
             name, packed = packed_rows(weight, "w", grid, 64, search=False)
-            tensor = QuantTensor("w", block_type(name), packed)
+            tensor = BlockWeight("w", block_type(name), packed)
             variants[f"{grid} {shape}"] = partial(kernels.linear_int8, tensor, every, x)
             if grid == "int4":
                 variants[f"bf16 after unpacking int4 {shape}"] = partial(unpacked_first, tensor, every, x)

@@ -12,7 +12,7 @@ from gradless.blocks import block_type
 from gradless.formats.quantized import packed_layer, restore_buffers
 from gradless.fusing import fuse
 from gradless.layers import QuantLinear
-from gradless.tensor import QuantTensor
+from gradless.tensor import BlockWeight
 
 
 def random_model(config: PretrainedConfig, kind: str, device: str = "cpu") -> Any:
@@ -30,14 +30,14 @@ def random_model(config: PretrainedConfig, kind: str, device: str = "cpu") -> An
             packed = torch.randint(256, (rows, columns // block.size, block.nbytes), dtype=torch.uint8, device=device)
             for at in (at for at in (block.scale_at, block.offset_at) if at is not None):
                 packed[..., at : at + 2] = torch.tensor([0, 20], dtype=torch.uint8)  # a small fp16
-            model.set_submodule(path, packed_layer(module, QuantTensor(path, block, packed), torch.bfloat16))
+            model.set_submodule(path, packed_layer(module, BlockWeight(path, block, packed), torch.bfloat16))
     restore_buffers(model)
     model.to(device)
     fuse(model)
     return model
 
 
-def linear_weights(model: Any) -> list[QuantTensor]:
+def linear_weights(model: Any) -> list[BlockWeight]:
     """The packed weights of linear layers, the head left out."""
     head = model.get_output_embeddings()
     return [module.packed for module in model.modules() if isinstance(module, QuantLinear) and module is not head]

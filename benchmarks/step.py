@@ -24,7 +24,7 @@ from gradless import QZO, ZOQO, MeZO, QuZO
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
 from gradless.layers import reading_at, set_activations
-from gradless.spaces import parameters
+from gradless.spaces import dense_spaces
 from gradless.training.options import DEFAULT_SPAN, DEFAULT_STRIDE, DEFAULTS
 
 
@@ -144,7 +144,7 @@ def main() -> None:
 
     plain, in_integers = own("bf16").model, own("int8").model
     sparse = {"stride": DEFAULT_STRIDE, "residual": True}
-    mezo = MeZO(parameters(dense), lr=1e-9)
+    mezo = MeZO(dense_spaces(dense), lr=1e-9)
     variants = {
         "qzo_step": step(QZO, kind="blocks"),
         "quzo_step": step(QuZO, **sparse),

@@ -32,10 +32,10 @@ def test_losses_that_stay_up_halve_once_a_window():
 def far_from_its_best(backing_off):
     """The estimates of a run on a quadratic that begins at its optimum, with steps that are far too long."""
     space, every = BlockSpace(quant("Q4_1", 8, 4)), torch.arange(8)
-    method, best = QZO([space], lr=10.0, eps=1e-2, auto=True), kernels.dequantize(space.tensor, every, torch.float32)[0]
+    method, best = QZO([space], lr=10.0, eps=1e-2, auto=True), kernels.dequantize(space.weight, every, torch.float32)[0]
     if not backing_off:
         method.backoff.observe = lambda _: None
-    away = lambda: float((kernels.dequantize(space.tensor, every, torch.float32)[0] - best).square().sum())  # noqa: E731
+    away = lambda: float((kernels.dequantize(space.weight, every, torch.float32)[0] - best).square().sum())  # noqa: E731
     return [method.step(away) for _ in range(400)]
 
 

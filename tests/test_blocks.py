@@ -21,7 +21,7 @@ def test_a_block_reads_as_ggml_reads_it(name, seed):
     raw = random_blocks(name, 3, 2 * block.size, np.random.default_rng(seed))
     packed = torch.from_numpy(raw.reshape(-1, block.nbytes))
     codes, multiplier, offset_multiplier = block.unpack(packed)
-    weight = (block.field(packed, block.scale_at)[:, None] * multiplier)[..., None] * codes
+    weight = (block.field(packed, block.scale_at)[:, None] * multiplier)[..., None] * block.level(codes)
     if block.offset_at is not None:
         weight = weight + (block.field(packed, block.offset_at)[:, None] * offset_multiplier)[..., None]
     assert np.array_equal(weight.reshape(3, -1).numpy(), gguf.dequantize(raw, kind))

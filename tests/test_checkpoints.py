@@ -19,7 +19,8 @@ from gradless.formats.load import load
 from gradless.formats.quantized import dequantized
 from gradless.formats.words import pack_words, unpack_words
 from gradless.noise import Direction
-from gradless.tensor import Move
+from gradless.spaces import CodeSpace
+from gradless.tensor import Move, Views
 from tests.checkpoint_folders import CODED, FORMATS, quantized_folder, stream, write_shards
 from tests.test_cli import ONE_TOKEN, TASK
 
@@ -86,7 +87,7 @@ def test_what_is_tuned_by_nothing_keeps_its_bits(dense, tmp_path, name):
     for part in ("scale", "code" if name in CODED else "codebook"):
         file = Folder.open(tmp_path / "base")
         for tensor in file.quantized.values():
-            tensor.tune(part)
+            CodeSpace(tensor) if part == "code" else tensor.tune(part)
         file.export(tmp_path / "out")
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "base" / "model.safetensors").read_bytes()
 
@@ -130,8 +131,9 @@ def test_what_was_tuned_is_what_the_new_folder_holds(dense, tmp_path, name, part
     spaces = loaded.spaces("codes", names) if part == "code" else loaded.spaces("blocks", names, part=part)
     for tensor, space in zip(loaded.file.quantized.values(), spaces, strict=True):
         if part != "code":
-            tensor.master.mul_(1 + 0.1 * torch.rand(tensor.master.shape, generator=torch.Generator().manual_seed(0)))
-            tensor.master.copy_(loaded.file.saved(tensor))
+            values = tensor.tuned_values.values
+            values.mul_(1 + 0.1 * torch.rand(values.shape, generator=torch.Generator().manual_seed(0)))
+            values.copy_(loaded.file.saved(tensor))
         else:
             blocks = tensor.packed.flatten(0, 1)
             codes = tensor.block.unpack(blocks).codes.flatten(1)
@@ -153,11 +155,11 @@ def test_sides_of_a_query_on_codebooks_are_those_of_two_forwards(dense, tmp_path
     x = torch.randn(2, 5, tensor.columns, generator=torch.Generator().manual_seed(0))
     sides = []
     for side in (move, move._replace(coefficient=-0.1)):
-        tensor.views = (side,)
+        tensor.views = Views((side,))
         sides.append(kernels.dequantize(tensor, rows, torch.float32)[0])
         expected = x[len(sides) - 1] @ sides[-1].T
         assert torch.allclose(kernels.linear(tensor, rows, x[len(sides) - 1 : len(sides)])[0], expected, rtol=1e-4, atol=1e-5)
-    tensor.views = (move, move._replace(coefficient=-0.1))
+    tensor.views = Views((move, move._replace(coefficient=-0.1)))
     assert torch.equal(kernels.dequantize(tensor, rows, torch.float32), torch.stack(sides))
     assert torch.allclose(kernels.linear(tensor, rows, x), x @ torch.stack(sides).mT, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(sides[0], sides[1])

@@ -49,34 +49,34 @@ def gradient(tensor, x):
 @pytest.mark.parametrize("part", [Part.OFFSET, Part.SCALE])
 def test_ezo_follows_its_equation(part):
     searched, x = space(part), inputs(agree=False)
-    before, unit = searched.values.clone(), searched.tensor.unit()
+    before, unit = searched.values.clone(), searched.weight.unit()
     method = EZO([searched], lr=0.1, eps=1e-2, auto=False, weight_decay=0.5)
-    estimate = estimated(method, lambda: losses(searched.tensor, x))
+    estimate = estimated(method, lambda: losses(searched.weight, x))
     assert torch.equal(searched.values, before)
-    assert searched.tensor.owners is None
-    assert searched.tensor.views == ()
+    assert searched.weight.views.example_of_token is None
+    assert searched.weight.views.moves == ()
     every = torch.arange(ROWS)
     z = [method.direction(0, i, method.param_groups[0]).values("w", 0, ROWS * BLOCKS).view(ROWS, BLOCKS) for i in range(4)]
     for i, (pair, d) in enumerate(zip(estimate.losses, estimate.d[0], strict=True)):
         for loss, sign in zip(pair, (1, -1), strict=True):
             searched.values.copy_(before + sign * 1e-2 * z[i] * unit)
-            expected = losses(searched.tensor, x)[i]
+            expected = losses(searched.weight, x)[i]
             assert loss == pytest.approx(float(expected), rel=1e-4, abs=1e-4)
         assert d == pytest.approx((pair[0] - pair[1]) / 2e-2, rel=1e-6)
     searched.values.copy_(before)
     method.apply(estimate)
     expected = before * (1 - 0.1 * 0.5) - sum(0.1 / 4 * d * z_i for d, z_i in zip(estimate.d[0], z, strict=True)) * unit
     assert torch.allclose(searched.values, expected, rtol=1e-5, atol=1e-6)
-    assert kernels.linear(searched.tensor, every, x.unsqueeze(0)).isfinite().all()
+    assert kernels.linear(searched.weight, every, x.unsqueeze(0)).isfinite().all()
 
 
 def test_both_losses_come_from_a_batch_and_its_copy():
     searched, x = space(), inputs(agree=False)
     method = EZO([searched], eps=1e-2)
-    apart = estimated(method, lambda: losses(searched.tensor, x))
+    apart = estimated(method, lambda: losses(searched.weight, x))
 
     def pair():
-        y = kernels.linear(searched.tensor, torch.arange(ROWS), torch.cat([x, x]).unsqueeze(0))[0].sum(1)
+        y = kernels.linear(searched.weight, torch.arange(ROWS), torch.cat([x, x]).unsqueeze(0))[0].sum(1)
         return y.view(2, 6)[:, [1, 2, 4, 5]]
 
     together = estimated(method, lambda: None, pair)
@@ -87,14 +87,14 @@ def test_both_losses_come_from_a_batch_and_its_copy():
 def test_the_estimate_is_unbiased_and_scatters_as_derived(agree):
     """Over 2000 seeds: the mean within five standard errors, and both methods' variances within a tenth of the docstring's."""
     searched, x = space(), inputs(agree=agree)
-    g = gradient(searched.tensor, x)
+    g = gradient(searched.weight, x)
     n, found = g.shape[1], {EZO: [], QZO: []}
     for seed in range(2000):
         each = EZO([searched], eps=1e-2, seed=seed)
         shared = QZO([searched], eps=1e-2, seed=seed, distribution="rademacher", clip=float("inf"))
         estimates = {
-            EZO: estimated(each, lambda: losses(searched.tensor, x)),
-            QZO: estimated(shared, lambda: losses(searched.tensor, x).mean()),
+            EZO: estimated(each, lambda: losses(searched.weight, x)),
+            QZO: estimated(shared, lambda: losses(searched.weight, x).mean()),
         }
         for method in (each, shared):
             d = estimates[type(method)].d[0]
@@ -132,7 +132,7 @@ def test_estimates_that_are_all_ties_move_nothing():
 def test_a_journal_of_1000_steps_is_below_a_megabyte():
     method = EZO([space()])
     x = inputs(agree=False)
-    estimate = estimated(method, lambda: losses(method.spaces[0].tensor, x).repeat(4))
+    estimate = estimated(method, lambda: losses(method.spaces[0].weight, x).repeat(4))
     again = json.loads(json.dumps([estimate.losses, estimate.d]))
     assert torch.tensor(again[0]).equal(torch.tensor(estimate.losses))
     assert len(estimate.losses) == 16

@@ -64,7 +64,9 @@ def test_the_exported_file_holds_the_tuned_values(tmp_path, tiny):
     BlockSpace(tensor, Part.SCALE).move([Move(Direction(0, 0), 0.05)])
     file.export(tmp_path / "out.gguf")
     again = GGUFFile.open(tmp_path / "out.gguf").quantized["blk.1.attn_q.weight"]
-    assert torch.equal(again.block.field(again.packed, again.block.scale_at), rounded(tensor.master, torch.float16).float())
+    assert torch.equal(
+        again.block.field(again.packed, again.block.scale_at), rounded(tensor.tuned_values.values, torch.float16).float()
+    )
 
 
 def test_huge_values_saturate():

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from gradless import kernels, noise
 from gradless.blocks import block_type
 from gradless.kernels import reference
+from gradless.kernels.self_test import first_difference
 from gradless.noise import Direction, Rademacher, Signs
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import BlockWeight, Move, Part, TunedCodes, Views
 from tests.strategies import DISTRIBUTIONS, EVERY_TYPE, INTEGER_DISTRIBUTIONS
 from tests.tiny import random_blocks
 
@@ -42,13 +43,22 @@ def views_of(moves):
 
 VIEWS = views_of(MOVES)
 VALUE_PARTS = [Part.SCALE, Part.OFFSET, Part.BOTH]
+CODES = "codes"
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
-def quant(name: str, rows: int, blocks: int, seed: int = 0) -> QuantTensor:
+def tune(weight: BlockWeight, what: str | None, *, relative: bool = True, stride: int = 1, clamp: bool = False) -> None:
+    """Tune a part, CODES, or nothing."""
+    if what == CODES:
+        weight.tuned = TunedCodes(stride, clamp)
+    elif what is not None:
+        weight.tune(what, relative=relative)
+
+
+def quant(name: str, rows: int, blocks: int, seed: int = 0) -> BlockWeight:
     block = block_type(name)
     packed = torch.from_numpy(random_blocks(name, rows, blocks * block.size, np.random.default_rng(seed)))
-    return QuantTensor("w", block, packed.view(rows, blocks, block.nbytes), share=1 + seed % 3)
+    return BlockWeight("w", block, packed.view(rows, blocks, block.nbytes), blocks_per_value=1 + seed % 3)
 
 
 @given(
@@ -85,10 +95,18 @@ def test_the_torch_path_can_be_asked_for(monkeypatch):
         kernels._own.cache_clear()
 
 
+@pytest.mark.parametrize("what", ["_STRUCTS", "Kind", "_FUNCTIONS"])
+def test_a_library_of_other_sources_is_refused(monkeypatch, what):
+    other = {"_STRUCTS": cpu._STRUCTS[::-1], "Kind": list(cpu.Kind)[1:], "_FUNCTIONS": {**cpu._FUNCTIONS, "new": (None, ())}}
+    monkeypatch.setattr(cpu, what, other[what])
+    with pytest.raises(OSError, match="was built from other sources; install gradless again"):
+        cpu._load()
+
+
 def test_a_kernel_that_differs_is_found_out(monkeypatch):
-    assert kernels.self_test(cpu) is None
-    monkeypatch.setattr(cpu, "move_blocks", lambda tensor, _move: tensor.master.add_(1e-6))
-    assert kernels.self_test(cpu) == "Q4_0, scale"
+    assert first_difference(cpu) is None
+    monkeypatch.setattr(cpu, "move_blocks", lambda weight, _moves: weight.tuned_values.values.add_(1e-6))
+    assert first_difference(cpu) == "Q4_0, scale"
 
 
 @settings(deadline=None, max_examples=40)
@@ -114,7 +132,7 @@ def test_coordinates_of_each_have_noise_pys_bits(move, names, count):
     st.sampled_from(EVERY_TYPE),
     st.integers(1, 40),
     st.integers(1, 9),
-    st.sampled_from([None, *Part]),
+    st.sampled_from([None, *Part, CODES]),
     st.booleans(),
     VIEWS,
     DTYPES,
@@ -122,9 +140,9 @@ def test_coordinates_of_each_have_noise_pys_bits(move, names, count):
 )
 def test_dequantize_has_the_references_bits(name, rows, blocks, part, relative, views, dtype, seed):
     tensor = quant(name, rows, blocks, seed)
+    tune(tensor, part, relative=relative)
     if part is not None:
-        tensor.tune(part, relative=relative)
-        tensor.views = views
+        tensor.views = Views(views)
     some = torch.randint(rows, (rows + 3,), generator=torch.Generator().manual_seed(seed))
     ours, theirs = (ops.dequantize(tensor, some, dtype) for ops in (cpu, reference))
     assert torch.equal(ours, theirs)
@@ -144,7 +162,7 @@ def test_move_blocks_has_the_references_bits(name, rows, blocks, part, relative,
     for tensor, ops in ((ours, cpu), (theirs, reference)):
         tensor.tune(part, relative=relative)
         ops.move_blocks(tensor, moves)
-    assert torch.equal(ours.master, theirs.master)
+    assert torch.equal(ours.tuned_values.values, theirs.tuned_values.values)
 
 
 @settings(deadline=None, max_examples=60)
@@ -160,10 +178,11 @@ def test_moved_has_the_references_bits(n, source, dtype, stochastic, move):
 def test_a_scale_never_crosses_zero(name, part, move):
     tensor = quant(name, 8, 3)
     tensor.tune(part, relative=False)
-    base = tensor.base()
+    base = tensor.file_values(tensor.part)
     kernels.move_blocks(tensor, [move._replace(coefficient=100 * move.coefficient)])
     if tensor.keeps_sign:
-        assert ((tensor.master == 0) | (tensor.master.sign() == base.sign())).all()
+        values = tensor.tuned_values.values
+        assert ((values == 0) | (values.sign() == base.sign())).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -171,7 +190,7 @@ def test_the_number_of_threads_changes_no_bit(threads):
     before = torch.get_num_threads()
     tensor = quant("Q4_1", 500, 18)
     tensor.tune(Part.SCALE)
-    tensor.views = (Move(Direction(1, 2), 0.01),)
+    tensor.views = Views((Move(Direction(1, 2), 0.01),))
     torch.set_num_threads(threads)
     try:
         rows = torch.arange(500)
@@ -184,7 +203,7 @@ def test_torchs_openmp_is_the_only_one():
     """In a process of its own: other libraries, such as scikit-learn, bring theirs into this one."""
     script = (
         "from gradless import kernels; from gradless.noise import Direction; import torch\n"
-        "kernels.coordinates(Direction(0, 0), 'w', 1 << 20, torch.device('cpu')); assert kernels.name() == 'cpu'\n"
+        "kernels.on('cpu').coordinates(Direction(0, 0), 'w', 1 << 20, torch.device('cpu')); assert kernels.name() == 'cpu'\n"
         "libraries = {line.split()[-1] for line in open('/proc/self/maps')}\n"
         "print(*(path for path in libraries if 'libgomp' in path or 'libomp' in path or 'libiomp' in path))"
     )
@@ -200,7 +219,7 @@ def test_a_relative_move_of_the_offset_shifts_a_block_as_far_as_one_of_the_scale
         rows = torch.arange(64)
         still = kernels.dequantize(tensor, rows, torch.float32)
         tensor.tune(part)
-        tensor.views = (Move(Direction(0, 0), 0.01),)
+        tensor.views = Views((Move(Direction(0, 0), 0.01),))
         moved = kernels.dequantize(tensor, rows, torch.float32)
         shifts.append(float((moved - still).view(64, 18, 32).mean(2).square().mean().sqrt()))
     assert shifts[0] == pytest.approx(shifts[1], rel=0.2)
@@ -219,8 +238,8 @@ def test_how_much_of_a_perturbation_survives_a_bf16_scratch(eps, least):
 def test_stochastic_bf16_updates_are_unbiased_and_nearest_ones_vanish():
     x = torch.full((200_000,), 1.0, dtype=torch.bfloat16)
     tiny = Move(Direction(1, 0, 0, Rademacher()), 0.0, 1 + 1e-4)
-    nearest = kernels.moved(x, "w", tiny, torch.bfloat16)
-    stochastic = kernels.moved(x, "w", tiny, torch.bfloat16, stochastic=True)
+    nearest = kernels.on("cpu").moved(x, "w", tiny, torch.bfloat16)
+    stochastic = kernels.on("cpu").moved(x, "w", tiny, torch.bfloat16, stochastic=True)
     assert torch.equal(nearest, x)
     assert float(stochastic.double().mean() - 1) == pytest.approx(1e-4, rel=0.15)
 
@@ -246,9 +265,8 @@ SIGNS = st.builds(
 )
 def test_a_query_reads_codes_as_the_reference_does_and_writes_none(name, rows, blocks, views, dtype, clamp):
     tensor = quant(name, rows, blocks)
-    tensor.tune(Part.CODE)
+    tensor.tuned, tensor.views = TunedCodes(clamp=clamp), Views(views)
     before = tensor.packed.clone()
-    tensor.views, tensor.clamp = views, clamp
     order = torch.randperm(rows)
     assert torch.equal(cpu.dequantize(tensor, order, dtype), reference.dequantize(tensor, order, dtype))
     assert torch.equal(tensor.packed, before)
@@ -266,7 +284,7 @@ def test_codes_move_as_in_the_reference_and_stay_on_their_grid(name, rows, block
     ours, theirs = quant(name, rows, blocks), quant(name, rows, blocks)
     before = ours.packed.clone()
     for tensor in (ours, theirs):
-        tensor.tune(Part.CODE)
+        tensor.tuned = TunedCodes()
     move = Move(direction, coefficient)
     assert cpu.move_codes(ours, move) == reference.move_codes(theirs, move)
     assert torch.equal(ours.packed, theirs.packed)
@@ -287,15 +305,15 @@ def both_sides(examples, eps):
 
 
 EACH = st.tuples(st.builds(both_sides, st.integers(1, 4), st.sampled_from([0.3, 1e-2])), st.integers(0, 99))
-"""Views, and a seed for the tokens' owners."""
+"""Moves, and a seed for the examples of tokens."""
 OFFSET_TYPES = [name for name in EVERY_TYPE if quant(name, 1, 1).has_offset]
 
 
-def owned(tensor, part, each, tokens):
+def read_per_token(tensor, part, each, tokens):
     """A tensor whose tokens have views of their own."""
     tensor.tune(part)
-    tensor.views, seed = each
-    tensor.owners = torch.randint(len(tensor.views), (tokens,), generator=torch.Generator().manual_seed(seed))
+    moves, seed = each
+    tensor.views = Views(moves, torch.randint(len(moves), (tokens,), generator=torch.Generator().manual_seed(seed)))
     return tensor
 
 
@@ -304,7 +322,7 @@ def owned(tensor, part, each, tokens):
     st.sampled_from(OFFSET_TYPES), st.integers(1, 70), st.integers(1, 5), st.integers(1, 40), EACH, DTYPES, st.integers(0, 99)
 )
 def test_shifts_are_added_as_in_the_reference(name, rows, blocks, m, each, dtype, seed):
-    tensor = owned(quant(name, rows, blocks, seed), Part.OFFSET, each, m)
+    tensor = read_per_token(quant(name, rows, blocks, seed), Part.OFFSET, each, m)
     generator = torch.Generator().manual_seed(seed)
     some = torch.randint(rows, (1 + seed % 70,), generator=generator)
     x, y = (torch.randn(m, n, generator=generator).to(dtype) for n in (tensor.columns, len(some)))
@@ -320,11 +338,11 @@ def test_shifts_are_added_as_in_the_reference(name, rows, blocks, m, each, dtype
     st.sampled_from(EVERY_TYPE), st.sampled_from(VALUE_PARTS), st.integers(1, 40), st.integers(1, 3), st.integers(1, 20), EACH
 )
 def test_each_token_reads_the_weight_under_its_own_view(name, part, rows, blocks, m, each):
-    tensor, x = owned(quant(name, rows, blocks), part, each, m), torch.randn(1, m, blocks * block_type(name).size)
+    tensor, x = read_per_token(quant(name, rows, blocks), part, each, m), torch.randn(1, m, blocks * block_type(name).size)
     every = torch.arange(rows)
     y = kernels.linear(tensor, every, x)
-    for owner, token, got in zip(tensor.owners, x[0], y[0], strict=True):
-        weight = kernels.dequantize(tensor, every, torch.float32)[owner]
+    for example, token, got in zip(tensor.views.example_of_token, x[0], y[0], strict=True):
+        weight = kernels.dequantize(tensor, every, torch.float32)[example]
         assert torch.allclose(weight @ token, got, rtol=1e-4, atol=1e-4 * float(weight.abs().max() * token.abs().sum()))
     if tensor.has_integers:
         approximate = kernels.linear_int8(tensor, every, x)
@@ -344,7 +362,7 @@ CODE_VIEWS = views_of(
 READ = st.one_of(
     st.tuples(st.none(), st.just(())),
     st.tuples(st.sampled_from(VALUE_PARTS), VIEWS),
-    st.tuples(st.just(Part.CODE), CODE_VIEWS),
+    st.tuples(st.just(CODES), CODE_VIEWS),
 )
 PATHS = [slower for slower in range(8) if cpu.choose_path(slower)]
 cpu.choose_path()
@@ -373,13 +391,12 @@ def activations(m: int, columns: int, seed: int = 0) -> torch.Tensor:
 )
 def test_linear_int8_has_the_references_bits_on_every_path(name, rows, blocks, m, read, clamp, stride, dtype, seed, slower):
     tensor = quant(name, rows, blocks, seed)
-    part, tensor.views = read
-    if part is not None:
-        tensor.tune(part)
-        tensor.clamp = clamp
-        tensor.stride = 1 if clamp else stride  # random bytes hold codes off a short grid, which a clamp brings back
+    part, moves = read
+    tensor.views = Views(moves)
+    # Random bytes hold codes off a short grid, which a clamp brings back.
+    tune(tensor, part, stride=1 if clamp else stride, clamp=clamp)
     some = torch.randint(rows, (1 + seed % 40,), generator=torch.Generator().manual_seed(seed))
-    views = max(1, len(tensor.views))
+    views = tensor.views.count
     x = activations(views * m, tensor.columns, seed).view(views, m, tensor.columns).to(dtype)
     cpu.choose_path(slower)
     ours, theirs = (ops.linear_int8(tensor, some, x) for ops in (cpu, reference))
@@ -410,10 +427,10 @@ def test_a_fused_product_and_sum_is_rounded_once(values):
 def test_linear_int8_is_the_dense_product_with_quantized_tokens(name, rows, blocks, read, seed):
     """Off by the fp32 roundings alone: those of each weight, and one or a few for every group."""
     tensor = quant(name, rows, blocks, seed)
-    part, tensor.views = read
-    if part is not None:
-        tensor.tune(part)
-    order, views = torch.arange(rows), max(1, len(tensor.views))
+    part, moves = read
+    tensor.views = Views(moves)
+    tune(tensor, part)
+    order, views = torch.arange(rows), tensor.views.count
     x = Direction(seed, 0).values("x", 0, views * 5 * tensor.columns).view(views, 5, -1)
     s = np.abs(x.numpy()).max(2, keepdims=True) / np.float32(127)
     xq = np.rint(x.numpy() * (np.float32(1) / s))
@@ -432,12 +449,11 @@ def test_linear_int8_is_the_dense_product_with_quantized_tokens(name, rows, bloc
 def test_linear_in_bf16_is_the_product_with_the_unpacked_weight(name, rows, blocks, m, read, seed):
     """Off by the fp32 roundings of a sum and by the result's own rounding alone; no token knows of the others."""
     tensor = quant(name, rows, blocks, seed)
-    part, tensor.views = read
-    if part is not None:
-        tensor.tune(part)
-        tensor.clamp = True
+    part, moves = read
+    tensor.views = Views(moves)
+    tune(tensor, part, clamp=True)
     some = torch.randint(rows, (1 + seed % 70,), generator=torch.Generator().manual_seed(seed))
-    views = max(1, len(tensor.views))
+    views = tensor.views.count
     x = Direction(seed, 0).values("x", 0, views * m * tensor.columns).view(views, m, -1).bfloat16()
     ours = kernels.linear(tensor, some, x)
     weights = reference.dequantize(tensor, some, torch.bfloat16).double()
@@ -452,8 +468,7 @@ def test_linear_in_bf16_is_the_product_with_the_unpacked_weight(name, rows, bloc
 def test_codes_beyond_a_byte_are_multiplied_exactly(ops):
     tensor = quant("int8/64", 21, 3)
     tensor.packed[..., 0], tensor.packed[..., 1] = 0, 0x3C  # d = 1
-    tensor.tune(Part.CODE)
-    tensor.views = (Move(Direction(3, 1, 4, WIDEST), -1.0),)
+    tensor.tuned, tensor.views = TunedCodes(), Views((Move(Direction(3, 1, 4, WIDEST), -1.0),))
     (codes,) = kernels.dequantize(tensor, torch.arange(21), torch.float32).long()
     assert codes.abs().max() > 200
     x = torch.randint(-127, 128, (17, tensor.columns), generator=torch.Generator().manual_seed(0))

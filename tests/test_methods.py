@@ -15,7 +15,7 @@ from gradless.methods.quzo.method import eps_of_share
 from gradless.methods.registry import RECIPES
 from gradless.methods.zoqo.method import mu_of_share
 from gradless.noise import NAMED, Direction, RoundedGaussian, Stream
-from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, GridSpace, parameters
+from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, GridSpace, dense_spaces
 from gradless.tensor import Move, Part
 from tests.test_kernels import quant
 
@@ -28,7 +28,7 @@ def linear(dtype=torch.float32, n=64) -> nn.Linear:
 def test_mezo_follows_its_equation_to_the_bit():
     layer, data = linear(), torch.ones(64)
     before = layer.weight.clone()
-    method = MeZO(parameters(layer), lr=0.1, eps=1e-2, weight_decay=0.5)
+    method = MeZO(dense_spaces(layer), lr=0.1, eps=1e-2, weight_decay=0.5)
     estimate = method.step(lambda: layer(data).square().sum())
     u = method.direction(0, 0, method.param_groups[0]).values("weight", 0, 64).view(1, 64)
     (plus, minus), (d,) = estimate.losses[0], estimate.d[0]
@@ -43,7 +43,7 @@ def test_the_estimate_is_unbiased(distribution):
     g = torch.linspace(-1, 1, 16)
     estimates = []
     for seed in range(3000):
-        method = MeZO(parameters(layer), eps=0.5, seed=seed, distribution=distribution)
+        method = MeZO(dense_spaces(layer), eps=0.5, seed=seed, distribution=distribution)
         (d,) = method.estimate([method.measure(Closure(lambda: layer(g)))]).d[0]
         estimates.append(d * method.direction(0, 0, method.param_groups[0]).values("weight", 0, 16))
     mean, error = torch.stack(estimates).mean(0), torch.stack(estimates).std(0) / 3000**0.5
@@ -54,7 +54,7 @@ def test_the_estimate_is_unbiased(distribution):
 def test_weights_are_exact_after_queries_and_after_an_exception(dtype):
     layer = linear(dtype)
     parameter, before = layer.weight, layer.weight.clone()
-    method = MeZO(parameters(layer), eps=1e-3)
+    method = MeZO(dense_spaces(layer), eps=1e-3)
     seen = []
     for _ in range(20):
         method.measure(Closure(lambda: seen.append(layer(torch.ones(64, dtype=dtype))) or seen[-1].sum()))
@@ -72,7 +72,7 @@ def test_tied_weights_share_one_direction():
     head = nn.Linear(4, 8, bias=False)
     head.weight = table.weight
     model = nn.ModuleDict({"table": table, "head": head}).requires_grad_(False)
-    spaces = parameters(model, lambda _name, _module: True)
+    spaces = dense_spaces(model, lambda _name, _module: True)
     assert [space.name for space in spaces] == ["table.weight"]
     method = MeZO(spaces, eps=0.1)
     with method.perturbed(0, 1):
@@ -82,7 +82,7 @@ def test_tied_weights_share_one_direction():
 def test_norms_are_seen_moved_too():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).requires_grad_(False)
     before = [p.clone() for p in model.parameters()]
-    method = MeZO(parameters(model, lambda *_: True), eps=0.1)
+    method = MeZO(dense_spaces(model, lambda *_: True), eps=0.1)
     with method.perturbed(0, 1):
         assert not torch.equal(model[1].weight, before[2])
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
@@ -90,7 +90,7 @@ def test_norms_are_seen_moved_too():
 
 def test_an_fp32_master_keeps_what_bf16_would_lose():
     layer = linear(torch.bfloat16)
-    method = MeZO(parameters(layer, master=True), lr=1e-5, eps=1e-3)
+    method = MeZO(dense_spaces(layer, master=True), lr=1e-5, eps=1e-3)
     for _ in range(3):
         method.step(lambda: layer(torch.ones(64, dtype=torch.bfloat16)).sum())
     (space,) = method.spaces
@@ -100,7 +100,7 @@ def test_an_fp32_master_keeps_what_bf16_would_lose():
 
 def test_fp16_parameters_are_refused():
     with pytest.raises(GradlessError, match="bfloat16 or float32"):
-        parameters(linear(torch.float16))
+        dense_spaces(linear(torch.float16))
 
 
 def test_qzo_clips_the_derivative():
@@ -141,7 +141,7 @@ def test_qzo_descends_a_quadratic_in_the_scales():
 def test_two_queries_a_step_average_and_weight_decay_is_applied_once():
     layer = linear()
     before = layer.weight.clone()
-    method = MeZO(parameters(layer), lr=0.1, eps=1e-2, weight_decay=1.0, q=2)
+    method = MeZO(dense_spaces(layer), lr=0.1, eps=1e-2, weight_decay=1.0, q=2)
     estimate = method.step(lambda: layer(torch.ones(64)).sum())
     u = [method.direction(0, query, method.param_groups[0]).values("weight", 0, 64) for query in range(method.q)]
     expected = before * (1 - 0.1) - 0.1 / 2 * sum(d * v for d, v in zip(estimate.d[0], u, strict=True))
@@ -151,7 +151,7 @@ def test_two_queries_a_step_average_and_weight_decay_is_applied_once():
 def test_a_loss_that_is_not_finite_moves_nothing():
     layer = linear()
     before = layer.weight.clone()
-    method = MeZO(parameters(layer))
+    method = MeZO(dense_spaces(layer))
     estimate = method.step(lambda: float("nan"))
     assert not estimate.finite
     assert torch.equal(layer.weight, before)
@@ -167,7 +167,7 @@ def test_groups_have_their_own_step_and_perturbation():
 
 
 def test_torchs_schedulers_drive_lr():
-    method = MeZO(parameters(linear()), lr=1.0)
+    method = MeZO(dense_spaces(linear()), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LinearLR(method, 1.0, 0.0, total_iters=4)
     rates = []
     for _ in range(4):
@@ -178,7 +178,7 @@ def test_torchs_schedulers_drive_lr():
 
 def test_the_optimizers_state_can_be_saved_and_loaded_without_losing_its_spaces():
     layer = linear()
-    method = MeZO(parameters(layer), lr=0.1)
+    method = MeZO(dense_spaces(layer), lr=0.1)
     method.load_state_dict(method.state_dict())
     before = layer.weight.clone()
     method.apply(Estimate(0, ((1.0, 0.0),), ((1.0,),), (0.1,)))
@@ -187,7 +187,7 @@ def test_the_optimizers_state_can_be_saved_and_loaded_without_losing_its_spaces(
 
 def test_a_step_without_a_closure_needs_a_pending_estimate():
     with pytest.raises(RuntimeError, match="needs a closure"):
-        MeZO(parameters(linear())).step()
+        MeZO(dense_spaces(linear())).step()
 
 
 def codes(name="Q4_1", rows=4, blocks=2, seed=0) -> CodeSpace:
@@ -196,15 +196,15 @@ def codes(name="Q4_1", rows=4, blocks=2, seed=0) -> CodeSpace:
 
 def held(space: CodeSpace) -> torch.Tensor:
     """The codes themselves: fp32, (codes,)."""
-    return space.tensor.block.unpack(space.tensor.packed.flatten(0, 1)).codes.flatten()
+    return space.weight.block.unpack(space.weight.packed.flatten(0, 1)).codes.flatten()
 
 
 def seen(space: CodeSpace) -> torch.Tensor:
     """The codes as a forward reads them: the weights over the scales, offsets left out."""
-    block, packed = space.tensor.block, space.tensor.packed
+    block, packed = space.weight.block, space.weight.packed
     scale = block.field(packed, block.scale_at).unsqueeze(-1)
     offset = 0.0 if block.offset_at is None else block.field(packed, block.offset_at).unsqueeze(-1)
-    weight = kernels.dequantize(space.tensor, torch.arange(space.tensor.rows), torch.float32)
+    weight = kernels.dequantize(space.weight, torch.arange(space.weight.rows), torch.float32)
     return ((weight.view(*packed.shape[:2], -1) - offset) / scale).flatten()
 
 
@@ -246,22 +246,22 @@ def test_zoqo_moves_by_whole_steps_against_the_signs(distribution, q):
 
 def test_losses_that_tie_move_no_code():
     space = codes()
-    before = space.tensor.packed.clone()
+    before = space.weight.packed.clone()
     for method in (ZOQO([space], lr=1.0, whole_steps=True), QuZO([space], lr=1.0)):
         method.step(lambda: 1.0)
         assert method.moved == 0
-    assert torch.equal(space.tensor.packed, before)
+    assert torch.equal(space.weight.packed, before)
 
 
 def test_held_steps_move_only_where_a_side_is_lower():
     space = codes()
-    before = space.tensor.packed.clone()
+    before = space.weight.packed.clone()
     method = ZOQO([space], lr=1.0, hold=True)
     losses = iter([2.0, 3.0, 1.0, 2.0, 3.0, 2.5])
     assert method.step(lambda: next(losses)).losses == ((1.0, 1.0),)
-    assert torch.equal(space.tensor.packed, before)
+    assert torch.equal(space.weight.packed, before)
     assert method.step(lambda: next(losses)).losses == ((2.0, 3.0),)
-    assert not torch.equal(space.tensor.packed, before)
+    assert not torch.equal(space.weight.packed, before)
     assert method.moved > 0
 
 
@@ -356,8 +356,8 @@ def test_rge2_is_unbiased_and_rge1_is_longer_by_the_roundings_variance():
 )
 def test_codes_are_on_their_grid_after_every_step(name, method_name, seed, eps, clamp, residual, stride):
     space = CodeSpace(quant(name, 4, 2, seed % 1000), clamp=clamp, residual=residual, stride=stride)
-    untuned = torch.arange(4).repeat_interleave(space.tensor.columns) % stride != 0
-    lowest, highest = space.tensor.block.codes
+    untuned = torch.arange(4).repeat_interleave(space.weight.columns) % stride != 0
+    lowest, highest = space.weight.block.codes
     start = held(space)
     method = RECIPES[method_name].method()([space], lr=1.5, eps=eps, seed=seed)
     read = []
@@ -376,20 +376,20 @@ def test_codes_are_on_their_grid_after_every_step(name, method_name, seed, eps, 
 @given(st.integers(0, 2**32), st.lists(st.floats(-3, 3), min_size=1, max_size=6))
 def test_a_residual_loses_nothing(seed, coefficients):
     """What codes moved by, and what they are owed, is the sum of all updates, each rounded to 1/256 of a step."""
-    n, residual = 300, kernels.dither("w", torch.Size((300,)))
+    n, residual = 300, kernels.on("cpu").dither("w", torch.Size((300,)))
     first, moved, asked = residual.clone().int(), torch.zeros(300), torch.zeros(300)
     for step, coefficient in enumerate(coefficients):
         move = Move(Direction(seed, step, 0, noise.rounded_gaussian(1.5)), coefficient)
-        moved += kernels.whole_steps("w", move, n, residual.device, residual)
+        moved += kernels.on("cpu").whole_steps("w", move, n, residual.device, residual)
         u = move.direction.values("w", 0, n) * (torch.tensor(coefficient, dtype=torch.float32) * 256)
         asked += noise.stochastic_round(u, move.direction.words("w", Stream.ROUNDING))
     assert torch.equal(256 * moved + residual.int() - first, asked)
 
 
 def test_a_small_update_moves_a_small_share_of_the_codes_at_once():
-    residual = kernels.dither("w", torch.Size((200_000,)))
+    residual = kernels.on("cpu").dither("w", torch.Size((200_000,)))
     move = Move(Direction(1, 0, 0, NAMED["rademacher"]), 0.01)
-    moved = kernels.whole_steps("w", move, residual.numel(), residual.device, residual)
+    moved = kernels.on("cpu").whole_steps("w", move, residual.numel(), residual.device, residual)
     assert moved.abs().mean() == pytest.approx(0.01, rel=0.1)
     assert residual.float().mean().abs() < 1
 

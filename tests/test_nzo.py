@@ -79,7 +79,7 @@ class Toy(Batch):
         from gradless import kernels
 
         for space in self.spaces:
-            weight = kernels.dequantize(space.tensor, torch.arange(ROWS), torch.float32)[0]
+            weight = kernels.dequantize(space.weight, torch.arange(ROWS), torch.float32)[0]
             self.modules[space.name].weight.data = weight
 
     def answer_scores(self):
@@ -176,7 +176,7 @@ def test_following_is_a_step_along_the_gradient(block, part, orders):
     rows, columns = torch.randn(2, ROWS, generator=generator), torch.randn(2, tensor.columns, generator=generator)
     before, base = weights(tensor, kernels), space.values.clone()
     by = 1e-3 / float((rows.T @ columns).abs().max())
-    space.follow(rows, columns, by)
+    space.move_along_outer_product(rows, columns, by)
     moved, g = weights(tensor, kernels) - before, rows.T @ columns
     step = (space.values - base) / tensor.unit().clamp(min=1e-30)
     expected = by * float((gradients(space, g) ** 2).sum())
@@ -192,10 +192,10 @@ def weights(tensor, kernels):
 
 def gradients(space, g):
     """unit * dW/dx . G by definition, in file order."""
-    tensor, found = space.tensor, torch.zeros(space.tensor.rows, space.tensor.values, dtype=torch.float64)
+    tensor, found = space.weight, torch.zeros(space.weight.rows, space.weight.values_per_row, dtype=torch.float64)
     packed = g if tensor.column_order is None else g[:, tensor.column_order]
     for these, slopes in space.slopes():
-        each = (slopes.double() * packed[these].double()).view(len(these), tensor.values, -1)
+        each = (slopes.double() * packed[these].double()).view(len(these), tensor.values_per_row, -1)
         found[these] = each.sum(2)
     return found
 

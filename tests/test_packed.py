@@ -17,7 +17,7 @@ from gradless.formats.packed import packed_rows, quantize
 from gradless.grids import GRIDS
 from gradless.layers import QuantLinear, set_activations
 from gradless.noise import Direction, uniform_grid
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import BlockWeight, Move, TunedCodes, Views
 from gradless.training.options import DEFAULT_STRIDE
 from tests.test_cli import ONE_TOKEN, TASK
 
@@ -32,13 +32,13 @@ def test_rounded_weights_are_nearest_on_their_grid(grid):
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(1)) * 0.05
     for group in (32, 64, None):
         name, packed = packed_rows(weight, "w", grid, group, search=False)
-        tensor = QuantTensor("w", block_type(name), packed)
+        tensor = BlockWeight("w", block_type(name), packed)
         (got,) = kernels.dequantize(tensor, torch.arange(6), torch.float32)
         scale = tensor.block.field(packed, 0).repeat_interleave(tensor.block.size, 1)
         levels = torch.tensor(tensor.block.levels or GRIDS[grid].levels)
         assert ((got - weight).abs() <= scale * levels.diff().max() * 0.51).all()
         coarse = packed_rows(got, "w", grid, group, search=False)[1]
-        (again,) = kernels.dequantize(QuantTensor("w", tensor.block, coarse), torch.arange(6), torch.float32)
+        (again,) = kernels.dequantize(BlockWeight("w", tensor.block, coarse), torch.arange(6), torch.float32)
         assert (again - got).abs().max() <= 2e-3 * got.abs().max() + scale.max() * 0.02
 
 
@@ -104,9 +104,9 @@ def test_8_bit_floats_are_multiplied_as_they_are_stored(grid):
     """The product with inputs that E4M3 holds exactly is the dense one, but for bf16's rounding of the result."""
     weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(1)) * 0.05
     name, packed = packed_rows(weight, "w", grid, None, search=False)
-    layer = QuantLinear(QuantTensor("w", block_type(name), packed), None, torch.float32)
-    layer.packed.tune(Part.CODE)
-    layer.packed.views = (Move(Direction(3, 1, 0, uniform_grid(2)), 1.0),)
+    layer = QuantLinear(BlockWeight("w", block_type(name), packed), None, torch.float32)
+    layer.packed.tuned = TunedCodes()
+    layer.packed.views = Views((Move(Direction(3, 1, 0, uniform_grid(2)), 1.0),))
     x = torch.randint(-8, 9, (5, 128), generator=torch.Generator().manual_seed(2)).float()
     x[:, 0], x[4] = 448.0, 0.0  # so that a token's scale is 1; a token of zeros
     expected = F.linear(x.double(), kernels.dequantize(layer.packed, torch.arange(48), torch.float32)[0].double())

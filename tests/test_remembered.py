@@ -19,7 +19,7 @@ def cache(tmp_path, monkeypatch):
 def tried(monkeypatch, result: str | None) -> list[int]:
     """Have the self-test answer, and count how often it is asked."""
     calls: list[int] = []
-    monkeypatch.setattr(kernels, "self_test", lambda *_: (calls.append(1), result)[1])
+    monkeypatch.setattr(kernels, "first_difference", lambda *_: (calls.append(1), result)[1])
     return calls
 
 

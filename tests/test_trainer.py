@@ -166,7 +166,7 @@ def test_a_step_that_follows_the_estimates_is_as_long_as_asked(tiny, tmp_path):
     zo = trainer(tiny, tmp_path, method="ezo", ratio=0.2, eps=1e-2, max_steps=1, lr_scheduler_type="constant")
     before = [space.values.clone() for space in zo.create_optimizer().spaces]
     zo.train()
-    units = [space.tensor.unit() for space in zo.zeroth_order.spaces]
+    units = [space.weight.unit() for space in zo.zeroth_order.spaces]
     moved = torch.cat([((b - a) / unit).flatten() for a, b, unit in zip(before, masters(zo), units, strict=True)])
     assert float(moved.square().mean().sqrt()) == pytest.approx(0.2 * 1e-2, rel=0.05)
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from gradless import kernels
 from gradless.blocks import ZERO_AT, block_type
 from gradless.kernels import reference
+from gradless.kernels.self_test import first_difference, some_bytes
 from gradless.noise import Direction, Signs, uniform_grid
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import BlockWeight, Move, Part, TunedCodes, Views
 from tests.strategies import DISTRIBUTIONS, EVERY_TYPE
 
 ops = pytest.importorskip("gradless.kernels.triton", reason="Triton is not installed")
@@ -22,17 +22,17 @@ WIDE = Move(Direction(3, 1, 4, uniform_grid(90)), 1.0)
 INTEGER_TYPES = ["Q4_1", "Q6_K", "int8/64", "uint8/32+zero"]
 
 
-def some(name: str, part: Part, rows: int = 5, blocks: int = 3) -> QuantTensor:
+def some(name: str, part: Part, rows: int = 5, blocks: int = 3) -> BlockWeight:
     block = block_type(name)
-    packed = kernels._some_bytes((rows, blocks, block.nbytes)).to(DEVICE)
+    packed = some_bytes((rows, blocks, block.nbytes)).to(DEVICE)
     for at, dtype in block.fields.items():
         top = packed[..., at + dtype.itemsize - 1]
         top.copy_(top % 40 if dtype is torch.float16 else torch.full_like(top, 60))  # finite, and not too small for fp16
     if block.has_zero_point:
         packed[..., ZERO_AT + 1] = 0
-    tensor = QuantTensor("w", block, packed, share=2 if block.has_zero_point else 1)
-    tensor.tune(part)
-    return tensor
+    weight = BlockWeight("w", block, packed, blocks_per_value=2 if block.has_zero_point else 1)
+    weight.tune(part)
+    return weight
 
 
 def both_sides(move: Move) -> tuple[Move, Move]:
@@ -43,7 +43,7 @@ def both_sides(move: Move) -> tuple[Move, Move]:
 def test_every_kernel_has_the_references_bits(name, monkeypatch):
     if INTERPRETED:  # it rounds a fused product and sum twice
         monkeypatch.setattr(ops, "linear_int8", reference.linear_int8)
-    assert kernels.self_test(ops, str(DEVICE), [name]) is None
+    assert first_difference(ops, str(DEVICE), [name]) is None
 
 
 @pytest.mark.slow
@@ -64,12 +64,13 @@ def test_noise_has_noise_pys_bits(distribution, span):
 @pytest.mark.parametrize("name", INTEGER_TYPES)
 @pytest.mark.parametrize("read", ["still", "scale", "two scales", "code", "two codes"])
 def test_integer_products_are_the_references_but_for_one_rounding_a_group(name, read):
-    tensor = some(name, Part.CODE if "code" in read else Part.SCALE)
-    tensor.stride = 2 if "code" in read else 1
+    tensor = some(name, Part.SCALE)
+    if "code" in read:
+        tensor.tuned = TunedCodes(stride=2)
     move = WIDE if "code" in read else Move(Direction(7, 1), 0.03)
-    tensor.views = () if read == "still" else both_sides(move) if "two" in read else (move,)
+    tensor.views = Views(() if read == "still" else both_sides(move) if "two" in read else (move,))
     rows = torch.tensor([4, 2, 0, 1], device=DEVICE)
-    x = torch.randn(max(1, len(tensor.views)), 7, tensor.columns, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x = torch.randn(tensor.views.count, 7, tensor.columns, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     ours, theirs = (each.linear_int8(tensor, rows, x) for each in (ops, reference))
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
 
@@ -78,7 +79,7 @@ def test_integer_products_are_the_references_but_for_one_rounding_a_group(name, 
 @pytest.mark.parametrize("views", [0, 1, 2])
 def test_few_tokens_meet_weights_that_are_never_stored(name, views, monkeypatch):
     tensor, rows = some(name, Part.SCALE, rows=40), torch.randperm(40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    tensor.views = both_sides(Move(Direction(7, 1), 0.03))[:views]
+    tensor.views = Views(both_sides(Move(Direction(7, 1), 0.03))[:views])
     x = torch.randn(max(1, views), 5, tensor.columns, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
     expected = reference.linear(tensor, rows, x.float())
     monkeypatch.setattr(ops, "dequantize", None)
@@ -87,7 +88,7 @@ def test_few_tokens_meet_weights_that_are_never_stored(name, views, monkeypatch)
 
 def test_views_of_two_directions_are_read_one_after_the_other():
     tensor, rows = some("Q4_1", Part.BOTH), torch.tensor([1, 3], device=DEVICE)
-    tensor.views = (Move(Direction(1, 1), 0.1), Move(Direction(2, 1), 0.1))
+    tensor.views = Views((Move(Direction(1, 1), 0.1), Move(Direction(2, 1), 0.1)))
     assert torch.equal(ops.dequantize(tensor, rows, torch.float32), reference.dequantize(tensor, rows, torch.float32))
 
 

@@ -30,7 +30,7 @@ def random_blocks(block_name: str, rows: int, columns: int, rng: np.random.Gener
     block = block_type(block_name)
     blocks = columns // block.size
     packed = rng.integers(0, 256, (rows, blocks, block.nbytes), dtype=np.uint8)
-    levels = {"Q8_0": 127, "Q6_K": 32 * 127, "Q5_K": 31 * 63, "Q4_K": 15 * 63, "Q3_K": 4 * 32, "Q2_K": 3 * 15}
+    levels = {"Q8_0": 127, "Q6_K": 32 * 127, "Q5_K": 31 * 63, "Q4_K": 15 * 63, "Q3_K": 4 * 32, "Q2_K": 3 * 15, "IQ4_NL": 127}
     scale = size / levels.get(block_name, 8) * rng.uniform(0.5, 1.5, (rows, blocks, 1)).astype(np.float32)
     signed = scale * np.where(rng.random(scale.shape) < 0.5, -1, 1) if block.offset_at is None else scale
     width = block.scale_type.itemsize

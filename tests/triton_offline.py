@@ -16,7 +16,7 @@ from gradless.blocks import block_type
 from gradless.kernels import triton as ops
 from gradless.kernels.triton import programs
 from gradless.noise import Direction, RoundedGaussian, uniform_grid
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import BlockWeight, Move, Part, TunedCodes, Views
 
 TYPES = {
     torch.float32: "fp32",
@@ -72,20 +72,21 @@ def main() -> None:
     query = Move(Direction(7, 1, 2, RoundedGaussian(0.3)), 1.0)
     for name in ("Q4_1", "Q4_K", "Q6_K", "nf4/64", "uint4/64+zero", "int8/64+fp32"):
         block = block_type(name)
-        for part in (Part.SCALE, Part.CODE):
-            tensor = QuantTensor("w", block, torch.zeros(4, 3, block.nbytes, dtype=torch.uint8), share=2)
-            tensor.tune(part)
-            tensor.views = (query, query._replace(coefficient=-1.0)) if part is Part.CODE else (Move(Direction(7, 1), 0.1),) * 2
-            ops.dequantize(tensor, torch.arange(4), torch.bfloat16)
-            if part is Part.CODE:
-                tensor.residual = torch.zeros(4, tensor.columns, dtype=torch.int8)
-                ops.move_codes(tensor, query)
+        values, codes = (
+            BlockWeight("w", block, torch.zeros(4, 3, block.nbytes, dtype=torch.uint8), blocks_per_value=2) for _ in range(2)
+        )
+        values.tune(Part.SCALE)
+        values.views = Views((Move(Direction(7, 1), 0.1),) * 2)
+        codes.tuned = TunedCodes()
+        codes.views = Views((query, query._replace(coefficient=-1.0)))
+        for weight in (values, codes):
+            ops.dequantize(weight, torch.arange(4), torch.bfloat16)
             if block.levels is None:
-                ops.linear_int8(tensor, torch.arange(4), torch.zeros(2, 5, tensor.columns, dtype=torch.bfloat16))
-            if part is Part.CODE:
-                continue
-            ops.linear(tensor, torch.arange(4), torch.zeros(2, ops.FEW_TOKENS, tensor.columns, dtype=torch.bfloat16))
-            ops.move_blocks(tensor, [Move(Direction(7, 1, 0, uniform_grid(2)), 0.1)])
+                ops.linear_int8(weight, torch.arange(4), torch.zeros(2, 5, weight.columns, dtype=torch.bfloat16))
+        codes.tuned = TunedCodes(residual=torch.zeros(4, codes.columns, dtype=torch.int8))
+        ops.move_codes(codes, query)
+        ops.linear(values, torch.arange(4), torch.zeros(2, ops.FEW_TOKENS, values.columns, dtype=torch.bfloat16))
+        ops.move_blocks(values, [Move(Direction(7, 1, 0, uniform_grid(2)), 0.1)])
     ops.whole_steps("w", query, 100, torch.device("cpu"), torch.zeros(100, dtype=torch.int8))
     ops.moved(torch.zeros(100, dtype=torch.bfloat16), "w", query, torch.bfloat16, stochastic=True)
     for recorder in recorders:

@@ -61,7 +61,8 @@ def shrinkage() -> None:
                     sides.append(float(objectives.losses(loaded.model, batch)[0].mean()))
             d.append((sides[0] - sides[1]) / (2 * EPS))
             direction = optimizer.direction(optimizer.t, query, optimizer.param_groups[0])
-            projected.append(sum(float(kernels.coordinates(direction, n, len(g), g.device) @ g) for n, g in gradients.items()))
+            ops = kernels.on("cpu")
+            projected.append(sum(float(ops.coordinates(direction, n, len(g), g.device) @ g) for n, g in gradients.items()))
     d, g_z = torch.tensor(d), torch.tensor(projected)
     length = float(sum(g.square().sum() for g in gradients.values()).sqrt())
     along = d * g_z / length**2

@@ -36,7 +36,7 @@ from memory import Peak
 from gradless import ZOQO, blocks
 from gradless.layers import QuantLinear
 from gradless.spaces import CodeSpace
-from gradless.tensor import QuantTensor
+from gradless.tensor import BlockWeight
 from gradless.training.options import DEFAULT_STRIDE
 
 WIDTH, TINY, LAYERS, BATCH = 4992, 64, 3, 64
@@ -78,7 +78,7 @@ def zoqo(width: int, *, stride: int) -> None:
         codes = torch.randint(-127, 128, (width, width // block.size, block.nbytes), dtype=torch.int8)
         packed = codes.view(torch.uint8)
         packed[..., block.scale_at : block.scale_at + 2] = torch.tensor([1e-4], dtype=torch.float16).view(torch.uint8)
-        return QuantLinear(QuantTensor(f"layers.{i}", block, packed), None, torch.bfloat16)
+        return QuantLinear(BlockWeight(f"layers.{i}", block, packed), None, torch.bfloat16)
 
     model = network(layer)
     spaces = [CodeSpace(one.packed, stride=stride, residual=stride > 1) for one in model if isinstance(one, QuantLinear)]

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from gradless.spaces import CodeSpace as CodeSpace
     from gradless.spaces import DenseSpace as DenseSpace
     from gradless.spaces import GridSpace as GridSpace
-    from gradless.spaces import parameters as parameters
-    from gradless.tensor import QuantTensor as QuantTensor
+    from gradless.spaces import dense_spaces as dense_spaces
+    from gradless.tensor import PackedWeight as PackedWeight
     from gradless.training.options import RunOptions as RunOptions
     from gradless.training.trainer import ZOConfig as ZOConfig
     from gradless.training.trainer import ZOTrainer as ZOTrainer
@@ -83,8 +83,8 @@ _HOMES = {
     "CodeSpace": "spaces",
     "DenseSpace": "spaces",
     "GridSpace": "spaces",
-    "parameters": "spaces",
-    "QuantTensor": "tensor",
+    "dense_spaces": "spaces",
+    "PackedWeight": "tensor",
     "RunOptions": "training.options",
     "ZOConfig": "training.trainer",
     "ZOTrainer": "training.trainer",

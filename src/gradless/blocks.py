@@ -1,24 +1,26 @@
 """Quantization blocks, ggml's and our own: how codes, scales and offsets lie in their bytes.
 
-Every type we tune is read as one formula. A block of `size` weights has `groups` equal groups; for a weight of group g
+Every type that we tune is read by one formula. A block of `size` weights has `groups` equal groups. For a weight of group g
 
     w = (d * multiplier_g) * code + m * offset_multiplier_g
 
-d and m are the block's fp16 fields, the values that QZO tunes; codes and multipliers are integers and stay as they are.
-In the simple types (Q4_0 .. Q8_0) there is one group and both multipliers are 1. In the K-quants m is `dmin` and the
-offset multiplier is minus the group's 4- or 6-bit minimum. Types without an m have `offset_at` None.
+d and m are the block's fp16 fields, the values that QZO tunes. Codes and multipliers are integers and stay as they are.
+The simple types (Q4_0 .. Q8_0) have one group, and both multipliers are 1. In the K-quants m is `dmin`, and the offset
+multiplier is minus the group's 4- or 6-bit minimum. In IQ4_NL `code` in the formula is the level that the code stands for.
+Types without an m have `offset_at` None.
 
-Our own types (`grid_block`) hold the codes of any grid: d, then what else there is, then the codes, two in a byte where the
-grid has at most 16 levels (every 16 bytes hold 32 codes: the low nibbles first). Where the grid is not uniform, `code` in the
-formula is the level that the code stands for. What else there is: nothing; an m; or a zero point, w = d * (code - zero), which
-is the formula with m = d and minus the zero point for its multiplier. Where d was fp32 in the file it is here.
+Our own types (`grid_block`) hold the codes of any grid: d, then at most one more field, then the codes, two in a byte if the
+grid has at most 16 levels (every 16 bytes hold 32 codes: the low nibbles first). If the grid is not uniform, `code` in the
+formula is the level again. The other field is an m, or a zero point: w = d * (code - zero), which is the formula with m = d
+and minus the zero point for its multiplier. A d that is fp32 in the file is fp32 here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from enum import IntEnum, auto
 from functools import cache, cached_property
 from typing import Literal, NamedTuple, get_args
 
@@ -28,12 +30,50 @@ from torch import Tensor
 from gradless.grids import GRIDS, Grid
 
 
+class Kind(IntEnum):
+    """How codes and fields lie in a block. The compiled kernels list the same kinds in the same order (`KINDS` in native.cpp);
+    the two lists are compared when the library is loaded.
+
+    Our own kinds are named by their codes (nibbles from -8, nibbles from 0, or signed bytes), the other field, and the size.
+    """
+
+    Q4_0 = 0
+    Q4_1 = auto()
+    Q5_0 = auto()
+    Q5_1 = auto()
+    Q8_0 = auto()
+    Q2_K = auto()
+    Q3_K = auto()
+    Q4_K = auto()
+    Q5_K = auto()
+    Q6_K = auto()
+    IQ4_NL = auto()
+    SIGNED_NIBBLES_64 = auto()
+    SIGNED_NIBBLES_32 = auto()
+    NIBBLES_64 = auto()
+    NIBBLES_32 = auto()
+    NIBBLES_OFFSET_64 = auto()
+    NIBBLES_OFFSET_32 = auto()
+    NIBBLES_ZERO_64 = auto()
+    NIBBLES_ZERO_32 = auto()
+    NIBBLES_FP32_64 = auto()
+    NIBBLES_FP32_32 = auto()
+    BYTES_64 = auto()
+    BYTES_32 = auto()
+    BYTES_OFFSET_64 = auto()
+    BYTES_OFFSET_32 = auto()
+    BYTES_ZERO_64 = auto()
+    BYTES_ZERO_32 = auto()
+    BYTES_FP32_64 = auto()
+    BYTES_FP32_32 = auto()
+
+
 class Unpacked(NamedTuple):
     """The integers of n blocks, all fp32 (exact)."""
 
     codes: Tensor  # (n, groups, size / groups), zero point already subtracted
     multiplier: Tensor  # (n, groups)
-    offset_multiplier: Tensor  # (n, groups); unused where the type has no offset
+    offset_multiplier: Tensor  # (n, groups); unused if the type has no offset
 
 
 @dataclass(frozen=True)
@@ -42,34 +82,35 @@ class BlockType:
 
     Attributes:
         name: ggml's name, or our own.
-        index: the number by which the C++ kernels know it.
+        kind: the kind by which compiled kernels know it.
         size: weights in a block.
         nbytes: bytes of a block.
         scale_at: byte offset of the scale d.
-        offset_at: byte offset of the fp16 offset m, or None; that of d where m is d itself (zero points).
+        offset_at: byte offset of the fp16 offset m, or None; the offset of d if m is d itself (zero points).
         codes: the lowest and the highest code.
-        offset_unit: what a relative step of the offset is measured in, as a multiple of |d| (half the largest code, so
-            that it shifts the block's mean as far as the same step of the scale does); None: a multiple of |m| itself.
         unpack: (n, nbytes) uint8 -> the blocks' integers.
-        levels: what each code stands for, from the lowest on; None where codes are their own levels.
-        scale_type: of d, fp16 or fp32.
+        offset_unit: the unit of a relative step of the offset, as a multiple of |d| (half the largest code, so that a step
+            shifts the block's mean as far as the same step of the scale does); None: the unit is |m| itself.
+        levels: the level of each code, from the lowest code on; None if codes are their own levels.
+        scale_type: the type of d, fp16 or fp32.
     """
 
     name: str
-    index: int
+    kind: Kind
+    _: KW_ONLY
     size: int
     nbytes: int
     scale_at: int
-    offset_at: int | None
+    offset_at: int | None = None
     codes: tuple[int, int]
-    offset_unit: float | None
     unpack: Callable[[Tensor], Unpacked]
+    offset_unit: float | None = None
     levels: tuple[float, ...] | None = None
     scale_type: torch.dtype = torch.float16
 
     @property
     def fields(self) -> dict[int, torch.dtype]:
-        """Where the tuned fields lie and of which type they are; d comes last."""
+        """The byte offsets and types of the tuned fields; d comes last."""
         return ({} if self.offset_at is None else {self.offset_at: torch.float16}) | {self.scale_at: self.scale_type}
 
     @property
@@ -79,8 +120,8 @@ class BlockType:
 
     @property
     def is_centred(self) -> bool:
-        """Whether d multiplies numbers of both signs. Where it multiplies codes from zero on, the same relative step of d moves
-        the weights two to three times as far, measured by their spread, for it shifts their mean too."""
+        """Whether d multiplies numbers of both signs. If it multiplies codes from zero on, the same relative step of d moves
+        weights two to three times as far, measured by their spread, because it shifts their mean too."""
         return self.has_zero_point or self.grid.levels[0] < 0
 
     @cached_property
@@ -96,7 +137,7 @@ class BlockType:
         return float((self.field(packed, self.scale_at).abs() * multiplier).mean()) * span / self.grid.length
 
     def level(self, codes: Tensor) -> Tensor:
-        """What codes stand for: fp32 of any shape; on a grid that is not uniform, codes beyond its ends are its ends."""
+        """The levels of codes: fp32 of any shape. On a grid that is not uniform, codes beyond its ends count as its ends."""
         if self.levels is None:
             return codes
         lowest, highest = self.codes
@@ -113,20 +154,20 @@ class BlockType:
         raw, kept = codes.to(torch.int32) - zero, packed.to(torch.int32)
         for byte, low, code_low, width in zip(*(field.to(packed.device) for field in pieces), strict=True):
             mask = ((1 << width) - 1) << low
-            held = torch.zeros(self.nbytes, dtype=torch.int32, device=packed.device).index_add_(0, byte, mask)
-            kept = (kept & ~held).index_add_(1, byte, (raw >> code_low << low) & mask)
+            masks = torch.zeros(self.nbytes, dtype=torch.int32, device=packed.device).index_add_(0, byte, mask)
+            kept = (kept & ~masks).index_add_(1, byte, (raw >> code_low << low) & mask)
         return kept.to(torch.uint8)
 
     @cache  # noqa: B019  (a handful of types, for ever)
     def layout(self) -> tuple[int, Pieces]:
-        """The code that all-zero bits stand for, and where each code's bits lie: read off `unpack`, bit by bit."""
+        """The code of all-zero bits, and the places of each code's bits: found by unpacking blocks of a single one bit."""
         one_bit = torch.zeros(8 * self.nbytes + 1, self.nbytes, dtype=torch.uint8)
         for bit in range(8 * self.nbytes):
             one_bit[bit, bit // 8] = 1 << bit % 8
         codes = self.unpack(one_bit).codes.flatten(1).int()
         zero = int(codes[-1, 0])
         value = (codes[:-1] - zero) & 0xFF
-        runs: list[list[list[int]]] = [[] for _ in range(self.size)]  # of each code: [byte, low, code_low, width]
+        runs: list[list[list[int]]] = [[] for _ in range(self.size)]  # for each code: [byte, low, code_low, width]
         for bit, i in value.nonzero().tolist():
             place = int(value[bit, i]).bit_length() - 1
             last = runs[i][-1] if runs[i] else None
@@ -142,10 +183,10 @@ class BlockType:
 class Pieces(NamedTuple):
     """Where the bits of a block's codes lie: each code in at most two runs of bits, all int32 (2, size)."""
 
-    byte: Tensor  # of the block
+    byte: Tensor  # the byte of the block
     low: Tensor  # the run's lowest bit in that byte
-    code_low: Tensor  # and in the code
-    width: Tensor  # its bits; 0 for a code of one run only
+    code_low: Tensor  # the run's lowest bit in the code
+    width: Tensor  # the number of bits; 0 for the second run of a code that has only one
 
 
 def _nibbles(q: Tensor) -> Tensor:
@@ -241,54 +282,63 @@ def _q6_k(b: Tensor) -> Unpacked:
     return _grouped((low | high << 4).flatten(1), 32, b[:, 192:208].contiguous().view(torch.int8))
 
 
+def _iq4_nl(b: Tensor) -> Unpacked:
+    return _simple(_nibbles(b[:, 2:]), 0)
+
+
+IQ4_NL_LEVELS = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
+"""The levels of IQ4_NL's codes (ggml's `kvalues_iq4nl`)."""
 BLOCK_TYPES = {
     block.name: block
     for block in (
-        BlockType("Q4_0", 0, 32, 18, 0, None, (-8, 7), None, _q4_0),
-        BlockType("Q4_1", 1, 32, 20, 0, 2, (0, 15), 7.5, _q4_1),
-        BlockType("Q5_0", 2, 32, 22, 0, None, (-16, 15), None, _q5_0),
-        BlockType("Q5_1", 3, 32, 24, 0, 2, (0, 31), 15.5, _q5_1),
-        BlockType("Q8_0", 4, 32, 34, 0, None, (-127, 127), None, _q8_0),
-        BlockType("Q2_K", 5, 256, 84, 80, 82, (0, 3), None, _q2_k),
-        BlockType("Q3_K", 6, 256, 110, 108, None, (-4, 3), None, _q3_k),
-        BlockType("Q4_K", 7, 256, 144, 0, 2, (0, 15), None, _q4_k),
-        BlockType("Q5_K", 8, 256, 176, 0, 2, (0, 31), None, _q5_k),
-        BlockType("Q6_K", 9, 256, 210, 208, None, (-32, 31), None, _q6_k),
+        BlockType("Q4_0", Kind.Q4_0, size=32, nbytes=18, scale_at=0, codes=(-8, 7), unpack=_q4_0),
+        BlockType("Q4_1", Kind.Q4_1, size=32, nbytes=20, scale_at=0, offset_at=2, codes=(0, 15), unpack=_q4_1, offset_unit=7.5),
+        BlockType("Q5_0", Kind.Q5_0, size=32, nbytes=22, scale_at=0, codes=(-16, 15), unpack=_q5_0),
+        BlockType(
+            "Q5_1", Kind.Q5_1, size=32, nbytes=24, scale_at=0, offset_at=2, codes=(0, 31), unpack=_q5_1, offset_unit=15.5
+        ),
+        BlockType("Q8_0", Kind.Q8_0, size=32, nbytes=34, scale_at=0, codes=(-127, 127), unpack=_q8_0),
+        BlockType("Q2_K", Kind.Q2_K, size=256, nbytes=84, scale_at=80, offset_at=82, codes=(0, 3), unpack=_q2_k),
+        BlockType("Q3_K", Kind.Q3_K, size=256, nbytes=110, scale_at=108, codes=(-4, 3), unpack=_q3_k),
+        BlockType("Q4_K", Kind.Q4_K, size=256, nbytes=144, scale_at=0, offset_at=2, codes=(0, 15), unpack=_q4_k),
+        BlockType("Q5_K", Kind.Q5_K, size=256, nbytes=176, scale_at=0, offset_at=2, codes=(0, 31), unpack=_q5_k),
+        BlockType("Q6_K", Kind.Q6_K, size=256, nbytes=210, scale_at=208, codes=(-32, 31), unpack=_q6_k),
+        BlockType("IQ4_NL", Kind.IQ4_NL, size=32, nbytes=18, scale_at=0, codes=(0, 15), unpack=_iq4_nl, levels=IQ4_NL_LEVELS),
     )
 }
+"""ggml's types, by its names."""
 
 
 GROUP_SIZES = (64, 32)
-"""Of our own blocks; a coarser range repeats its scale in every block."""
+"""The sizes of our own blocks. If more weights share a scale, it is repeated in every block."""
 
 
 def dividing_size(*lengths: int) -> int | None:
-    """The longest block of ours that divides all these lengths, or None."""
+    """The size of our longest block that divides all these lengths, or None."""
     return next((size for size in GROUP_SIZES if all(length % size == 0 for length in lengths)), None)
 
 
 Form = Literal["", "offset", "zero", "fp32"]
-"""What our own blocks hold beside an fp16 d and codes: nothing, an fp16 m, an int16 zero point; or d in fp32."""
+"""The fields of our own blocks before the codes: an fp16 d; d and an fp16 m; d and an int16 zero point; or an fp32 d."""
 ZERO_AT = 2
-"""Byte offset of the zero point."""
+"""The byte offset of the zero point."""
 
 
 @cache
 def grid_block(grid: Grid, size: int, form: Form = "") -> BlockType:
     """Our own type for the codes of a grid, in blocks of 32 or 64.
 
-    Levels of a grid that is not uniform are held as multiples of a power of two, so that an fp16 scale suits them.
+    Levels of a grid that is not uniform are multiples of a power of two, so that an fp16 scale suits them.
     """
-    few, signed = len(grid.levels) <= 16, grid.lowest < 0
-    if few and not -8 <= grid.lowest <= grid.highest <= (7 if signed else 15):
-        few = False
-    kind = {"": (0 if signed else 1) if few else 3, "offset": 2 if few else 4, "zero": 6 - few, "fp32": 8 - few}[form]
+    in_nibbles = len(grid.levels) <= 16 and -8 <= grid.lowest <= grid.highest <= (7 if grid.lowest < 0 else 15)
+    signed_nibbles = in_nibbles and grid.lowest < 0 and form == ""
+    codes_in = "SIGNED_NIBBLES" if signed_nibbles else "NIBBLES" if in_nibbles else "BYTES"
     at = 4 if form else 2
 
     def unpack(b: Tensor) -> Unpacked:
-        if few:
+        if in_nibbles:
             runs = b[:, at:].reshape(-1, 16)
-            codes = _simple(_nibbles(runs).view(len(b), size), 8 if signed and form == "" else 0)
+            codes = _simple(_nibbles(runs).view(len(b), size), 8 if signed_nibbles else 0)
         else:
             codes = _simple(b[:, at:].contiguous().view(torch.int8), 0)
         if form != "zero":
@@ -301,13 +351,13 @@ def grid_block(grid: Grid, size: int, form: Form = "") -> BlockType:
         levels = tuple(level / unit for level in grid.levels)
     return BlockType(
         name="+".join(filter(None, (f"{grid.name}/{size}", form))),
-        index=10 + 2 * kind + GROUP_SIZES.index(size),
+        kind=Kind["_".join(filter(None, (codes_in, form.upper(), str(size))))],
         size=size,
-        nbytes=at + (size // 2 if few else size),
+        nbytes=at + (size // 2 if in_nibbles else size),
         scale_at=0,
         offset_at={"offset": 2, "zero": 0}.get(form),
         codes=(grid.lowest, grid.highest),
-        offset_unit=(7.5 if few else 127.5) if form == "offset" else None,
+        offset_unit=(7.5 if in_nibbles else 127.5) if form == "offset" else None,
         unpack=unpack,
         levels=levels,
         scale_type=torch.float32 if form == "fp32" else torch.float16,
@@ -317,14 +367,14 @@ def grid_block(grid: Grid, size: int, form: Form = "") -> BlockType:
 def assemble(
     block: BlockType, codes: Tensor, scale: Tensor, *, offset: Tensor | None = None, zero: Tensor | None = None
 ) -> Tensor:
-    """Blocks of one of our own types from what they hold.
+    """Blocks of one of our own types from their codes and fields.
 
     Args:
         block: made by `grid_block`.
         codes: integers, (..., size).
-        scale: (...), of values that its type holds.
-        offset: (...), where the type has one.
-        zero: integers, (...), where the type has one.
+        scale: (...), exact in the type's own floats.
+        offset: (...), if the type has one.
+        zero: integers, (...), if the type has one.
 
     Returns:
         uint8, (..., nbytes).

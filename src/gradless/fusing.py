@@ -1,8 +1,8 @@
-"""What stands between a model's linear layers, each in one pass: normalization, the gate of an MLP, attention; and dense bf16
-layers on processors that have no product of bf16.
+"""The passes between a model's linear layers, each fused into one: normalization, the gate of an MLP, attention. Also dense
+bf16 layers on processors that cannot multiply bf16.
 
-A module keeps its place, its class and its parameters; only its forward is another. It falls back to its own wherever the fused
-one does not apply: on a GPU, without compiled kernels, where gradients are wanted, or with a key-value cache.
+A module keeps its place, its class and its parameters; only its forward is replaced. The new forward calls the old one if it
+does not apply: on a GPU, without compiled kernels, if gradients are wanted, or with a key-value cache.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gradless.kernels.reference import products, widens_bf16
 
 ATTENTION = "gradless"
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3_text")
-"""Those whose every norm, MLP and attention is what it looks like. Others clamp, group or mask in ways that no trial shows."""
+"""The architectures that were checked by hand. Others may clamp, group or mask in ways that random inputs do not reveal."""
 CLOSE = 2.0**-6
-"""How far a module that is tried may be from its fused form, of the largest output, both being rounded to bf16."""
+"""The largest difference between a module and its fused form, as a share of the largest output; both are rounded to bf16."""
 
 
 def fuse(model: Any) -> None:
-    """Fuse what is recognized in a transformers model; of each kind, and each class, one module is tried on random inputs."""
+    """Fuse the recognized modules of a transformers model; one module of each class is tried on random inputs first."""
     if kernels.name(model.device) != "cpu" or model.dtype is not torch.bfloat16 or model.config.model_type not in ARCHITECTURES:
         return
     verdicts: dict[type, Any] = {}
@@ -41,7 +41,7 @@ def fuse(model: Any) -> None:
 
 
 def _forms(module: nn.Module) -> list[Any]:
-    """The fused forwards that a module may have, judged by its face."""
+    """The fused forwards that a module may have, judged by its class and attributes."""
     if type(module) is nn.Linear:
         return [_linear] if widens_bf16(module.weight.device) else []
     if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor):
@@ -81,14 +81,15 @@ def _rms_norm(module: Any, x: Tensor, *, plus: float) -> Tensor:
         own: Tensor = type(module).forward(module, x)
         return own
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return kernels.rms_norm(x, module.weight, eps, plus)
+    return kernels.on(x.device).rms_norm(x, module.weight, eps, plus)
 
 
 def _gated(module: Any, x: Tensor, *, gelu: bool) -> Tensor:
     if not _applies(module, x):
         own: Tensor = type(module).forward(module, x)
         return own
-    y: Tensor = module.down_proj(kernels.gate(module.gate_proj(x), module.up_proj(x), gelu=gelu))
+    gated = kernels.on(x.device).gate(module.gate_proj(x), module.up_proj(x), gelu=gelu)
+    y: Tensor = module.down_proj(gated)
     return y
 
 
@@ -122,4 +123,4 @@ def _attention(
         return result
     scaling = more.get("scaling")
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    return kernels.attention(query, key, value, attention_mask, scale), None
+    return kernels.on(query.device).attention(query, key, value, attention_mask, scale), None

@@ -264,7 +264,7 @@ def _of_file(file: Checkpoint, vocabulary: int, hidden: int) -> Shapes:
         vocabulary=vocabulary,
         hidden=hidden,
         packed=sum(t.nbytes for t in file.quantized.values()) + sum(file.tensors[name].nbytes for name in file.floats),
-        blocks=sum(tensor.rows * tensor.values for tensor in linear),
+        blocks=sum(tensor.rows * tensor.values_per_row for tensor in linear),
     )
 
 

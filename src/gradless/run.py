@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def how_it_multiplies(loaded: TunableModel, options: RunOptions) -> str:
     """Which arithmetic the linear layers' forwards use, in a sentence."""
     if not isinstance(loaded, QuantizedModel):
         return "linear layers: dense weights"
-    types = sorted({loaded.file.quantized[name].block.name for name in loaded.linear_layers()})
+    types = sorted({loaded.file.quantized[name].type_name for name in loaded.linear_layers()})
     if options.activations == "int8":
         return (
             f"linear layers: int8 activations times the codes of {', '.join(types)}, in integers ({kernels.name()} kernels); "
@@ -263,19 +264,20 @@ def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> 
         only the tensors of one type are rounded, minus `before`. (An offset that is tuned together with its scale keeps its
         fp32 value here; in the file it is rounded too.)
     """
-    tuned = [(tensor, tensor.master) for tensor in loaded.tuned if tensor.master is not None]
-    types = sorted({tensor.block.name for tensor, _ in tuned})
+    types = sorted({weight.type_name for weight in loaded.tuned})
 
     def loss(rounded: list[str]) -> float:
-        for tensor, master in tuned:
-            tensor.master = master
-            if tensor.block.name in rounded:
-                tensor.master = loaded.file.saved(tensor).to(master.device)
-        return evaluation.evaluate(loaded.model, examples, loaded.tokenizer, generating=False)["loss"]
+        with ExitStack() as as_saved:
+            for weight in loaded.tuned:
+                if weight.type_name in rounded:
+                    as_saved.enter_context(weight.read_at(loaded.file.saved(weight).to(weight.packed.device)))
+            return evaluation.evaluate(loaded.model, examples, loaded.tokenizer, generating=False)["loss"]
 
     before = loss([])
     each = {name: loss([name]) - before for name in types} if len(types) > 1 else {}
-    after = loss(types)
+    for weight in loaded.tuned:
+        weight.tuned_values.values = loaded.file.saved(weight).to(weight.packed.device)
+    after = loss([])
     by_type = each or dict.fromkeys(types, after - before)
     return {"before": before, "after": after, "by_type": by_type, "examples": len(examples)}
 

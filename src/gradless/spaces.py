@@ -1,12 +1,12 @@
-"""What a method searches. A space is one named tensor x with two verbs: `view` lets forwards read a moved x without
-writing anything, `move` is the one way that writes x."""
+"""What a method searches. A space is one named tensor x with two verbs: `view` lets forwards read a moved x without writing
+it, and `move` writes it. One other function writes x: `BlockSpace.move_along_outer_product`, for a gradient that is known as an
+outer product."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.grids import Grid
 from gradless.kernels.reference import f32, stopped
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import UNMOVED, Move, PackedWeight, Part, TunedCodes, Views
 
-AT_ONCE = 1 << 17
-"""Weights whose slopes are held at once."""
+SLOPES_AT_ONCE = 1 << 17
+"""The number of slopes in memory at once."""
 
 
 class Space(ABC):
@@ -28,46 +28,55 @@ class Space(ABC):
     Attributes:
         name: unique in the model and stable between runs; with the seed it determines the noise.
         values: the point x itself.
-        splits: whether a forward can read x under several moves at once, each by its equal share of the batch.
-        owned: whether each token of a batch can read x under a move of its own.
+        supports_paired_views: whether a forward can read x under several moves at once, each by its equal share of the batch.
+        supports_per_token_views: whether each token of a batch can read x under a move of its own.
     """
 
     name: str
     values: Tensor
-    splits = owned = False
+    supports_paired_views = supports_per_token_views = False
 
     @abstractmethod
     def view(self, *moves: Move) -> None:
-        """Let forwards read x under the moves, or x itself where there are none."""
+        """Let forwards read x under the moves, or x itself if there are none."""
 
     @contextmanager
-    def viewed_by(self, owners: Tensor, moves: Sequence[Move]) -> Iterator[None]:
-        """Forwards inside read x under the moves: each token of their batch, all of them in order, under the one that `owners`,
-        int64 (tokens,), numbers. For a space that can be `owned`."""
-        del owners, moves
+    def viewed_per_example(self, example_of_token: Tensor, moves: Sequence[Move]) -> Iterator[None]:
+        """Inside the context, token i of a forward reads x under `moves[example_of_token[i]]`.
+
+        Args:
+            example_of_token: int64, (tokens,). The forward must see all tokens of the batch, in order.
+            moves: one for each example; for a batch and its copy, one for each example of both.
+
+        Raises:
+            NotImplementedError: the space does not support it (`supports_per_token_views`).
+        """
         raise NotImplementedError
 
     @abstractmethod
     def move(self, moves: Sequence[Move]) -> int:
-        """Write x <- decay * x + coefficient * u, once for each move; returns how many changes of integer codes that were
-        (0 where x is continuous)."""
+        """Write x <- decay * x + coefficient * u, once for each move.
+
+        Returns:
+            How many changes of integer codes that were; 0 if x is continuous.
+        """
 
     @property
     def codes(self) -> int:
-        """How many integer codes x holds; 0 where it is continuous."""
+        """How many integer codes x holds; 0 if it is continuous."""
         return 0
 
     @contextmanager
     def viewed(self, *moves: Move) -> Iterator[None]:
-        """Forwards inside read x under the moves."""
+        """Inside the context forwards read x under the moves."""
         self.view(*moves)
         try:
             yield
         finally:
             self.view()
 
-    def held(self, move: Move) -> AbstractContextManager[None]:
-        """As `viewed`, where many forwards follow: x is moved once for all of them if memory for a second one is small."""
+    def materialized(self, move: Move) -> AbstractContextManager[None]:
+        """As `viewed`, for many forwards: x is moved once for all of them if memory for a second x is small."""
         return self.viewed(move)
 
 
@@ -86,84 +95,74 @@ def check_finite(spaces: Sequence[Space]) -> None:
 
 
 class BlockSpace(Space):
-    """The scales (or offsets, or both by one factor) of a packed weight; one fp32 value a block."""
+    """The scales (or offsets, or both by one factor) of a packed weight, one fp32 value a block; or its codebooks' entries."""
 
-    splits = owned = True
+    supports_paired_views = supports_per_token_views = True
 
-    def __init__(self, tensor: QuantTensor, part: Part | str = Part.SCALE, *, relative: bool = True) -> None:
-        tensor.tune(part, relative=relative)
-        assert tensor.master is not None
-        self.name, self.values, self.tensor = tensor.name, tensor.master, tensor
+    def __init__(self, weight: PackedWeight, part: Part | str = Part.SCALE, *, relative: bool = True) -> None:
+        weight.tune(part, relative=relative)
+        self.name, self.values, self.weight = weight.name, weight.tuned_values.values, weight
 
     def view(self, *moves: Move) -> None:
-        self.tensor.views = moves
+        self.weight.views = Views(moves)
 
     @contextmanager
-    def viewed_by(self, owners: Tensor, moves: Sequence[Move]) -> Iterator[None]:
-        self.tensor.owners = owners
+    def viewed_per_example(self, example_of_token: Tensor, moves: Sequence[Move]) -> Iterator[None]:
+        self.weight.views = Views(tuple(moves), example_of_token)
         try:
-            with self.viewed(*moves):
-                yield
+            yield
         finally:
-            self.tensor.owners = None
+            self.weight.views = UNMOVED
 
     def move(self, moves: Sequence[Move]) -> int:
-        kernels.move_blocks(self.tensor, moves)
+        kernels.move_blocks(self.weight, moves)
         return 0
 
+    @contextmanager
+    def materialized(self, move: Move) -> Iterator[None]:
+        with self.weight.read_at(self.weight.tuned_values.values.clone()):
+            kernels.move_blocks(self.weight, [move])
+            yield
+
     def slopes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """File rows, and by what each weight in them changes where its tuned value moves by one unit: int64 (n,), and fp32
-        (n, columns) in packed order. Weights are linear in what is tuned."""
-        tensor, unit = self.tensor, self.tensor.unit()
-        ends = [replace(tensor, master=x, views=(), owners=None) for x in (unit, torch.zeros_like(unit))]
-        every = torch.arange(tensor.rows, device=tensor.packed.device)
-        for rows in torch.split(every, max(1, AT_ONCE // tensor.columns)):
-            one, zero = (kernels.dequantize(end, rows, torch.float32)[0] for end in ends)
+        """The change of each weight if its tuned value moves by one unit (weights are linear in what is tuned), a few rows at a
+        time: file rows, int64 (n,), and slopes, fp32 (n, columns) in packed order."""
+        weight, unit = self.weight, self.weight.unit()
+        at_one, at_zero = weight.at(unit), weight.at(torch.zeros_like(unit))
+        every = torch.arange(weight.rows, device=weight.packed.device)
+        for rows in torch.split(every, max(1, SLOPES_AT_ONCE // weight.columns)):
+            one, zero = (kernels.dequantize(end, rows, torch.float32)[0] for end in (at_one, at_zero))
             yield rows, one - zero
 
     def mean_square_slope(self) -> float:
-        """Of all weights."""
-        return sum(float(slopes.square().sum()) for _, slopes in self.slopes()) / (self.tensor.rows * self.tensor.columns)
+        """The mean over all weights."""
+        return sum(float(slopes.square().sum()) for _, slopes in self.slopes()) / (self.weight.rows * self.weight.columns)
 
-    def follow(self, rows: Tensor, columns: Tensor, by: float) -> None:
+    def move_along_outer_product(self, rows: Tensor, columns: Tensor, by: float) -> None:
         """Move x along the gradient of <W, G>, G = sum_t rows_t (x) columns_t: x <- x + by * unit * dW/dx . G.
 
         One value's sum is added up by halves, so that its bits are the same on every device.
 
         Args:
             rows: fp32 (terms, rows), in the file's order.
-            columns: fp32 (terms, columns), in the model's.
+            columns: fp32 (terms, columns), in the model's order.
             by: how far, in units; rounded to fp32.
         """
-        tensor = self.tensor
-        assert tensor.master is not None
-        device = tensor.packed.device
-        rows, columns = rows.to(device), columns.to(device)
-        if tensor.column_order is not None:
-            columns = columns[:, tensor.column_order]
-        group = tensor.columns if tensor.values == 1 else tensor.share * tensor.block.size
-        moved = tensor.master.clone()
-        unit = tensor.unit()
+        weight, values = self.weight, self.weight.tuned_values.values
+        rows, columns = rows.to(values.device), columns.to(values.device)
+        if weight.column_order is not None:
+            columns = columns[:, weight.column_order]
+        moved = values.clone()
+        unit = weight.unit()
         for these, slopes in self.slopes():
-            total = torch.zeros(len(these), tensor.values, device=device)
+            total = torch.zeros(len(these), weight.values_per_row, device=values.device)
             for row, column in zip(rows[:, these], columns, strict=True):
-                total = total + row.unsqueeze(1) * _grouped(slopes * column, group)
-            moved[these] = tensor.master[these] + unit[these] * (total * f32(by))
-        tensor.master.copy_(stopped(tensor, moved))
-
-    @contextmanager
-    def held(self, move: Move) -> Iterator[None]:
-        master = self.tensor.master
-        assert master is not None
-        try:
-            self.tensor.master = master.clone()
-            kernels.move_blocks(self.tensor, [move])
-            yield
-        finally:
-            self.tensor.master = master
+                total = total + row.unsqueeze(1) * _summed(slopes * column, weight.columns_per_value)
+            moved[these] = values[these] + unit[these] * (total * f32(by))
+        values.copy_(stopped(weight, moved))
 
 
-def _grouped(x: Tensor, group: int) -> Tensor:
+def _summed(x: Tensor, group: int) -> Tensor:
     """Sums over groups of columns, the last of which may be shorter: (n, columns) -> (n, groups)."""
     width = 1 << (group - 1).bit_length()
     x = nn.functional.pad(x, (0, -x.shape[1] % group)).view(len(x), -1, group)
@@ -178,43 +177,46 @@ class CodeSpace(Space):
     """The integer codes of a packed weight, or of every n-th row of it, one a weight, in steps of their grid.
 
     Args:
-        tensor: the packed weight; updates write its codes in place.
+        weight: the packed weight; updates write its codes in place.
         stride: tune rows 0, stride, 2 * stride ... in the file's order, and leave the others alone.
         clamp: whether a query stops at the grid's ends as an update does.
-        residual: keep what an update's rounding left over, a byte a code, and add it to the next (error feedback). Without
-            one every update is rounded stochastically: unbiased too, but each adds noise of its own.
+        residual: keep the rest of an update's rounding, a byte a code, and add it to the next update (error feedback).
+            Without one every update is rounded stochastically: unbiased too, but each adds noise of its own.
+
+    Raises:
+        GradlessError: the weight's codes are no steps of a grid.
     """
 
-    splits = True
+    supports_paired_views = True
 
-    def __init__(self, tensor: QuantTensor, *, stride: int = 1, clamp: bool = False, residual: bool = False) -> None:
-        tensor.tune(Part.CODE)
-        tensor.stride, tensor.clamp = stride, clamp
-        tensor.residual = None
+    def __init__(self, weight: PackedWeight, *, stride: int = 1, clamp: bool = False, residual: bool = False) -> None:
+        self.weight = weight.in_blocks()
+        self.weight.tuned = tuned = TunedCodes(stride, clamp)
         if residual:
-            shape = torch.Size((tensor.tuned_rows, tensor.columns))
-            tensor.residual = kernels.dither(tensor.name, shape).to(tensor.packed.device)
-        self.name, self.values, self.tensor = tensor.name, tensor.packed, tensor
+            shape = torch.Size((self.weight.tuned_rows, self.weight.columns))
+            tuned.residual = kernels.on("cpu").dither(weight.name, shape).to(weight.packed.device)
+        self.name, self.values = weight.name, weight.packed
 
     @property
     def codes(self) -> int:
-        return self.tensor.tuned_rows * self.tensor.columns
+        return self.weight.tuned_rows * self.weight.columns
 
     def view(self, *moves: Move) -> None:
-        self.tensor.views = moves
+        self.weight.views = Views(moves)
 
     def move(self, moves: Sequence[Move]) -> int:
-        return sum(kernels.move_codes(self.tensor, move) for move in moves)
+        ops = kernels.on(self.weight.packed.device)
+        return sum(ops.move_codes(self.weight, move) for move in moves)
 
 
 class GridSpace(Space):
     """A plain tensor whose values are a scale times the levels of a grid: x = scale * levels[codes].
 
     Args:
-        name: of the tensor.
+        name: the tensor's name.
         codes: int16, any shape; updates write them in place.
         grid: the levels; a step is one level up or down, whatever its size.
-        scale: of the whole tensor.
+        scale: the one scale of the tensor.
         clamp: whether a query stops at the grid's ends. Only a uniform grid has anything to read beyond them.
         residual: as in `CodeSpace`.
     """
@@ -223,7 +225,7 @@ class GridSpace(Space):
         self, name: str, codes: Tensor, grid: Grid, scale: float, *, clamp: bool = False, residual: bool = False
     ) -> None:
         self.name, self.values, self.grid, self.scale = name, codes, grid, scale
-        self.residual = kernels.dither(name, codes.shape).to(codes.device) if residual else None
+        self.residual = kernels.on("cpu").dither(name, codes.shape).to(codes.device) if residual else None
         self.clamp = clamp or not grid.uniform
         self._view: Move | None = None
         self._shown: Tensor | None = None
@@ -233,11 +235,11 @@ class GridSpace(Space):
         return self.values.numel()
 
     def shown(self) -> Tensor:
-        """x as a forward reads it now: fp32, of the codes' shape; kept until the next view or move."""
+        """x as a forward reads it now: fp32, in the codes' shape; kept until the next view or move."""
         if self._shown is None:
             codes: Tensor = self.values
             if self._view is not None:
-                u = kernels.coordinates(self._view.direction, self.name, codes.numel(), codes.device)
+                u = kernels.on(codes.device).coordinates(self._view.direction, self.name, codes.numel(), codes.device)
                 codes = codes + u.view_as(codes) * self._view.coefficient
             if self.clamp:
                 codes = codes.clamp(self.grid.lowest, self.grid.highest)
@@ -252,7 +254,9 @@ class GridSpace(Space):
         return sum(map(self._moved, moves))
 
     def _moved(self, move: Move) -> int:
-        step = kernels.whole_steps(self.name, move, self.values.numel(), self.values.device, self.residual)
+        step = kernels.on(self.values.device).whole_steps(
+            self.name, move, self.values.numel(), self.values.device, self.residual
+        )
         far = len(self.grid.levels)  # from end to end, in whatever integers the codes are
         after = self.grid.step(self.values, step.clamp(-far, far).view_as(self.values).to(self.values.dtype))
         changed = int((after != self.values).sum())
@@ -262,7 +266,7 @@ class GridSpace(Space):
 
 
 class DenseSpace(Space):
-    """A plain tensor that a model's modules show as a parameter.
+    """A plain tensor that a model's modules hold as a parameter.
 
     A linear layer or an embedding that models call sees its moved weight only while its own forward runs, so one layer's copy
     exists at a time. Other parameters (norms, biases) are swapped for as long as the view lasts, and so are layers that no
@@ -270,10 +274,10 @@ class DenseSpace(Space):
     written by a view, so nothing drifts, whatever its type.
 
     Args:
-        name: of the tensor.
-        values: bf16 or fp32 values that moves write; a parameter's own data, or a master beside it.
-        sites: (module, attribute) of every parameter that shows them; none in a replay.
-        show: values -> what the parameters hold, where they differ (a file's own order and offset).
+        name: the tensor's name.
+        values: bf16 or fp32 values that moves write; a parameter's own data, or an fp32 copy beside it.
+        sites: (module, attribute) of every parameter that holds them; none in a replay.
+        show: turns values into the parameters' own, if they differ (a file's own order and offset).
     """
 
     def __init__(
@@ -302,8 +306,9 @@ class DenseSpace(Space):
                 self._swap(site)
 
     def move(self, moves: Sequence[Move]) -> int:
+        ops = kernels.on(self.values.device)
         for move in moves:
-            self.values.copy_(kernels.moved(self.values, self.name, move, self.values.dtype, stochastic=True))
+            self.values.copy_(ops.moved(self.values, self.name, move, self.values.dtype, stochastic=True))
         for parameter in self.parameters.values():
             if parameter.data_ptr() != self.values.data_ptr():
                 parameter.data.copy_(self._shown(self.values))
@@ -317,8 +322,8 @@ class DenseSpace(Space):
         parameter = self.parameters[site]
         if self._view is not None:
             dtype = parameter.dtype if self.show is None else torch.float32
-            moved = self._shown(kernels.moved(self.values, self.name, self._view, dtype)).to(parameter.dtype)
-            parameter = nn.Parameter(moved, requires_grad=False)
+            moved = kernels.on(self.values.device).moved(self.values, self.name, self._view, dtype)
+            parameter = nn.Parameter(self._shown(moved).to(parameter.dtype), requires_grad=False)
         module._parameters[attribute] = parameter
 
     def _enter(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, Any], None]:
@@ -336,7 +341,7 @@ class DenseSpace(Space):
         return leave
 
 
-def parameters(
+def dense_spaces(
     model: nn.Module, chosen: Callable[[str, nn.Module], bool] | None = None, *, master: bool = False
 ) -> list[Space]:
     """The parameters of a dense model as spaces.
@@ -344,7 +349,7 @@ def parameters(
     Args:
         model: any torch module with fp32 or bf16 parameters.
         chosen: (name, module) -> whether to search it; None: the weights and biases of linear layers, heads left out.
-        master: keep an fp32 master beside each bf16 parameter; otherwise updates of bf16 are rounded stochastically.
+        master: keep an fp32 copy beside each bf16 parameter; otherwise updates of bf16 are rounded stochastically.
 
     Raises:
         GradlessError: nothing was chosen, or a parameter is neither fp32 nor bf16.
@@ -360,7 +365,7 @@ def parameters(
 def parameter_sites(
     model: nn.Module, chosen: Callable[[str, nn.Module], bool] | None = None
 ) -> dict[str, list[tuple[nn.Module, str]]]:
-    """The chosen parameters by their first name: every (module, attribute) that shows each; see `parameters`."""
+    """The chosen parameters by their first name: every (module, attribute) that holds each; see `dense_spaces`."""
     chosen = chosen or linear_layers(model)
     names: dict[nn.Parameter, str] = {}
     sites: dict[str, list[tuple[nn.Module, str]]] = {}
@@ -375,16 +380,16 @@ def parameter_sites(
 
 
 def linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """Chooses what gradless trains by default: linear layers of the part that reads text, but not the head that shares or
-    mirrors an embedding."""
+    """A test for the modules that gradless trains by default: linear layers of the part that reads text, but not the head that
+    shares or mirrors an embedding."""
     get_head: Callable[[], nn.Module] | None = getattr(model, "get_output_embeddings", None)
     head, reads = get_head() if get_head is not None else None, reads_text(model)
     return lambda _name, module: isinstance(module, nn.Linear) and module is not head and module in reads
 
 
 def reads_text(model: Any) -> set[nn.Module]:
-    """The modules that text goes through: all but the encoders of images and sounds, and what brings these into the stream.
-    No loss depends on those here, so that a search would only move them about."""
+    """The modules that text goes through: all but the encoders of images and sounds, and their projections into the stream.
+    No loss depends on those here, so a search would only move them about."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or config.get_text_config(decoder=True) is config:
         return set(model.modules())

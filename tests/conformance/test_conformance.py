@@ -12,7 +12,7 @@ from gradless.formats.load import load
 from gradless.independence import independence
 from gradless.layers import is_plain
 from gradless.noise import Direction
-from gradless.spaces import parameters, reads_text
+from gradless.spaces import dense_spaces, reads_text
 from gradless.tensor import Move
 from tests.conformance import folders
 from tests.conformance.architectures import KINDS, tiny_model
@@ -91,7 +91,7 @@ def test_a_packed_weight_that_a_model_multiplies_itself_follows_its_view(falcon_
 
 def test_a_dense_weight_that_a_model_multiplies_itself_follows_its_view():
     model = tiny_model("falcon_mamba")
-    (space,) = parameters(model, lambda name, _: name.endswith("layers.1.mixer.dt_proj.weight"))
+    (space,) = dense_spaces(model, lambda name, _: name.endswith("layers.1.mixer.dt_proj.weight"))
     before = logits(model)
     for _ in range(2):  # before and after a first forward
         space.view(Move(Direction(0, 0), 0.5))
@@ -140,5 +140,5 @@ def test_only_the_part_that_reads_text_is_tuned_by_default():
     paths = {path for path, module in model.named_modules() if module in reads_text(model)}
     assert {"lm_head", "model.language_model.layers.1.mlp.up_proj"} <= paths
     assert not any("vision" in path for path in paths)
-    named = [name for name in (space.name for space in parameters(model)) if "language_model" not in name]
+    named = [name for name in (space.name for space in dense_spaces(model)) if "language_model" not in name]
     assert named == []

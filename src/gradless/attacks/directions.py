@@ -75,4 +75,4 @@ def coordinates_of_images(direction: Direction, numbers: Tensor, pixels: int, de
         pixels: of an image.
         device: of the result.
     """
-    return kernels.coordinates_of_each(direction, [f"image {number}" for number in numbers.tolist()], pixels, device)
+    return kernels.on(device).coordinates_of_each(direction, [f"image {number}" for number in numbers.tolist()], pixels, device)

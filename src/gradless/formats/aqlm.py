@@ -11,23 +11,22 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from gradless.blocks import BlockType, Unpacked
 from gradless.errors import GradlessError
 from gradless.formats.account import understood
 from gradless.formats.checkpoint import Layout, finite, rounded
-from gradless.tensor import CodebookTensor, Part, QuantTensor
+from gradless.tensor import CodebookWeight, Part
 
 USED = ("in_group_size", "out_group_size", "num_codebooks", "nbits_per_codebook")
 NEUTRAL = ("linear_weights_not_to_quantize", "bits", "group_size")
 
 
 @dataclass(frozen=True)
-class AQLM(Layout):
+class AQLM(Layout[CodebookWeight]):
     """A layer's tensors as AQLM writes them.
 
     Attributes:
         codebooks: how many vectors are added up.
-        bits: of a code.
+        bits: bits of a code.
         size: columns of a group.
     """
 
@@ -53,7 +52,7 @@ class AQLM(Layout):
     def title(self) -> str:
         return f"AQLM, {self.codebooks}x{self.bits}, groups of {self.size}"
 
-    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> CodebookWeight:
         rows, groups, _ = parts["codes"].shape
         expected = {
             "codes": (rows, groups, self.codebooks),
@@ -65,26 +64,18 @@ class AQLM(Layout):
                 raise GradlessError(f"{name}: its {part} are {tuple(parts[part].shape)}; config.json says {shape}.")
         for part in ("codebooks", "scales"):
             finite(name, parts[part])
-        return CodebookTensor(
+        return CodebookWeight(
             name,
-            BlockType(
-                f"{self.codebooks}x{self.bits}/{self.size}", -1, self.size, 0, 0, None, (0, 2**self.bits - 1), None, _none
-            ),
             parts["codes"],
             scales=parts["scales"].float().view(rows, 1),
             codebooks=parts["codebooks"].view(self.codebooks, -1, self.size),
         )
 
-    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert tensor.master is not None
-        part = "codebooks" if tensor.part is Part.CODEBOOK else "scales"
-        return {part: rounded(tensor.master.cpu(), parts[part].dtype).view(parts[part].shape)}
+    def write(self, weight: CodebookWeight, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tuned = weight.tuned_values
+        part = "codebooks" if tuned.part is Part.CODEBOOK else "scales"
+        return {part: rounded(tuned.values.cpu(), parts[part].dtype).view(parts[part].shape)}
 
-    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
-        assert tensor.master is not None
-        (written,) = self.write(tensor, parts).values()
-        return written.float().view_as(tensor.master)
-
-
-def _none(blocks: Tensor) -> Unpacked:
-    raise NotImplementedError("codes of vectors are no integers")
+    def saved(self, weight: CodebookWeight, parts: Mapping[str, Tensor]) -> Tensor:
+        (written,) = self.write(weight, parts).values()
+        return written.float().view_as(weight.tuned_values.values)

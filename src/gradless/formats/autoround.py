@@ -9,6 +9,7 @@ from gradless.formats.awq import AWQ
 from gradless.formats.checkpoint import Layout
 from gradless.formats.gptq import GPTQ
 from gradless.formats.words import FLOAT_BITS
+from gradless.tensor import BlockWeight
 
 PACKINGS = {
     "auto_round": "gptq_v2",
@@ -19,7 +20,7 @@ PACKINGS = {
 """`packing_format` -> the layout."""
 
 
-def from_config(config: dict[str, Any]) -> Layout:
+def from_config(config: dict[str, Any]) -> Layout[BlockWeight]:
     """The layout that a `quantization_config` describes.
 
     Raises:

@@ -14,7 +14,7 @@ from gradless.errors import GradlessError
 from gradless.formats.words import Words, check_settings, formats_named, pack_words, unpack_words
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The row (of eight) in each nibble of a word, lowest nibble first."""
+"""The row, 0 to 7, in each nibble of a word, from the lowest nibble on."""
 
 USED = ("w_bit", "q_group_size", "version", "desc_act")
 
@@ -27,7 +27,7 @@ class AWQ(Words):
         """The layout that a `quantization_config` describes.
 
         Raises:
-            GradlessError: the order is not gemm, the bits are not 4, or a setting is unknown.
+            GradlessError: its order is not gemm's, its bits are not 4, or it has a setting that gradless does not know.
         """
         check_settings(config, "AWQ", USED)
         orders = formats_named(config, "version", "format", "checkpoint_format") or {"gemm"}

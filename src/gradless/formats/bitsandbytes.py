@@ -1,8 +1,8 @@
 """bitsandbytes' checkpoints: NF4 and FP4, with plain or quantized scales, and INT8.
 
-Of a 4-bit layer `weight` holds two codes in a byte, the high nibble first, along its rows; `absmax` a scale for every block of
-codes. With double quantization `absmax` is a code too: scale = nested_quant_map[absmax] * nested_absmax + nested_offset. Tuned
-scales are then rounded to the nearest of these, where they moved at all.
+In a 4-bit layer `weight` holds two codes in a byte, the high nibble first, along its rows, and `absmax` a scale for every block
+of codes. With double quantization `absmax` is a code too: scale = nested_quant_map[absmax] * nested_absmax + nested_offset.
+Scales that tuning moved are then rounded to the nearest of these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gradless.errors import GradlessError
 from gradless.formats.account import understood
 from gradless.formats.checkpoint import Layout, finite, rounded
 from gradless.grids import GRIDS, integers
-from gradless.tensor import Part, QuantTensor
+from gradless.tensor import BlockWeight, Part, TunedCodes
 
 KINDS = ("nf4", "fp4")
 USED = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage")
@@ -31,7 +31,7 @@ NEUTRAL = (
 STATE = "weight.quant_state.bitsandbytes__"
 
 
-def from_config(config: dict[str, Any]) -> Layout:
+def from_config(config: dict[str, Any]) -> Layout[BlockWeight]:
     """From `quantization_config`.
 
     Raises:
@@ -48,7 +48,7 @@ def from_config(config: dict[str, Any]) -> Layout:
     return EightBit() if eight else FourBit(str(config.get("bnb_4bit_quant_type", "fp4")))
 
 
-class FourBit(Layout):
+class FourBit(Layout[BlockWeight]):
     """NF4's and FP4's tensors.
 
     Args:
@@ -74,7 +74,7 @@ class FourBit(Layout):
     def title(self) -> str:
         return f"bitsandbytes, {self.grid.name}"
 
-    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> BlockWeight:
         if sum(part.startswith(STATE) for part in parts) > 1:
             raise GradlessError(f"{name} says that it is both of {' and '.join(KINDS)}; download or quantize it again.")
         state = _state(parts[self.state])
@@ -96,33 +96,33 @@ class FourBit(Layout):
             codes[_nibbles(parts["weight"])].view(rows, -1, size),
             scale.repeat_interleave(length // size).view(rows, -1),
         )
-        return QuantTensor(name, block, packed, share=length // size)
+        return BlockWeight(name, block, packed, blocks_per_value=length // size)
 
-    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if tensor.part is not Part.CODE:
-            return {"weight.absmax": _absmax(tensor, parts, _state(parts[self.state]))}
+    def write(self, weight: BlockWeight, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not isinstance(weight.tuned, TunedCodes):
+            return {"weight.absmax": _absmax(weight, parts, _state(parts[self.state]))}
         raw = _nibbles(parts["weight"])
         levels = parts["weight.quant_map"]
-        after = self.grid.values(tensor.block.unpack(tensor.packed.flatten(0, 1).cpu()).codes.flatten())
+        after = self.grid.values(weight.block.unpack(weight.packed.flatten(0, 1).cpu()).codes.flatten())
         moved = levels[raw] != after
         raw[moved] = (levels == after[moved].unsqueeze(1)).int().argmax(1)
         high, low = raw.view(-1, 2).unbind(1)
         return {"weight": (high << 4 | low).to(torch.uint8)}
 
-    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
-        assert tensor.master is not None
+    def saved(self, weight: BlockWeight, parts: Mapping[str, Tensor]) -> Tensor:
         state = _state(parts[self.state])
-        return _scales(dict(parts) | {"weight.absmax": _absmax(tensor, parts, state)}, state).view_as(tensor.master)
+        written = dict(parts) | {"weight.absmax": _absmax(weight, parts, state)}
+        return _scales(written, state).view_as(weight.tuned_values.values)
 
 
-class EightBit(Layout):
-    """INT8's tensors: w = weight * SCB / 127, SCB being each row's largest value."""
+class EightBit(Layout[BlockWeight]):
+    """INT8's tensors: w = weight * SCB / 127. SCB is each row's largest value."""
 
     parts: ClassVar[tuple[str, ...]] = ("SCB", "weight", "weight_format")
     optional = frozenset({"weight_format"})
     title = "bitsandbytes, int8"
 
-    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> BlockWeight:
         if "weight_format" in parts and parts["weight_format"].any():
             raise GradlessError(f"{name} is in an order of bitsandbytes' own kernels (weight_format); rows are supported.")
         codes, largest = parts["weight"], finite(name, parts["SCB"])
@@ -132,18 +132,17 @@ class EightBit(Layout):
         size = _size(name, columns, columns)
         block = grid_block(integers(8), size, "fp32")
         packed = assemble(block, codes.view(rows, -1, size), (largest / 127).unsqueeze(1).expand(-1, columns // size))
-        return QuantTensor(name, block, packed, share=columns // size)
+        return BlockWeight(name, block, packed, blocks_per_value=columns // size)
 
-    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if tensor.part is not Part.CODE:
-            assert tensor.master is not None
-            tuned = tensor.master.cpu()
-            return {"SCB": torch.where(tuned == tensor.base().cpu(), parts["SCB"].unsqueeze(1), tuned * 127)}
-        codes = tensor.block.unpack(tensor.packed.flatten(0, 1).cpu()).codes
+    def write(self, weight: BlockWeight, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not isinstance(weight.tuned, TunedCodes):
+            tuned = weight.tuned_values.values.cpu()
+            return {"SCB": torch.where(tuned == weight.file_values(Part.SCALE).cpu(), parts["SCB"].unsqueeze(1), tuned * 127)}
+        codes = weight.block.unpack(weight.packed.flatten(0, 1).cpu()).codes
         return {"weight": codes.to(torch.int8)}
 
-    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
-        return self.write(tensor, parts)["SCB"] / 127
+    def saved(self, weight: BlockWeight, parts: Mapping[str, Tensor]) -> Tensor:
+        return self.write(weight, parts)["SCB"] / 127
 
 
 def _state(stored: Tensor) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def _state(stored: Tensor) -> dict[str, Any]:
 
 
 def _size(name: str, columns: int, length: int) -> int:
-    """Of our blocks, so that they divide rows and the format's own blocks."""
+    """The size of our blocks that divides rows and the format's own blocks."""
     size = dividing_size(length)
     if size is None or columns % length:
         raise GradlessError(f"{name} has blocks of {length} in rows of {columns}; blocks that divide a row are supported.")
@@ -160,13 +159,13 @@ def _size(name: str, columns: int, length: int) -> int:
 
 
 def _nibbles(stored: Tensor) -> Tensor:
-    """Codes of bytes, the high nibble first: int64, (n,)."""
+    """The codes in bytes, the high nibble first: int64, (n,)."""
     flat = stored.flatten()
     return torch.stack([flat >> 4, flat & 15], 1).flatten().long()
 
 
 def _nested(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
-    """What each scale's code is multiplied by: fp32."""
+    """The factor of each scale's code: fp32."""
     n = parts["weight.absmax"].numel()
     return parts["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[:n]
 
@@ -180,14 +179,13 @@ def _scales(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
     return scales
 
 
-def _absmax(tensor: QuantTensor, parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
-    """`absmax` as the file holds the tuned scales: itself where they did not move, else the nearest."""
-    assert tensor.master is not None
-    before, tuned = parts["weight.absmax"], tensor.master.cpu().flatten()
+def _absmax(weight: BlockWeight, parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
+    """`absmax` as the file will hold the tuned scales: the nearest codes, and the file's own for scales that did not move."""
+    before, tuned = parts["weight.absmax"], weight.tuned_values.values.cpu().flatten()
     if "nested_blocksize" not in state:
         return rounded(tuned, before.dtype)
     levels = parts["weight.nested_quant_map"]
     unit = (tuned - state["nested_offset"]) / _nested(parts, state)
     middles = (levels[1:] + levels[:-1]) / 2
     nearest = torch.searchsorted(middles, unit.contiguous()).to(before.dtype)
-    return torch.where(tuned == tensor.base().cpu().flatten(), before.flatten(), nearest)
+    return torch.where(tuned == weight.file_values(Part.SCALE).cpu().flatten(), before.flatten(), nearest)

@@ -1,7 +1,7 @@
 """A checkpoint that is mapped into memory as it is, and whose export patches only what was tuned.
 
-Whatever the container, a checkpoint is tensors at offsets of files, floats and packed matrices; a `Layout` says how the tensors
-of a packed matrix become our blocks and what of them changes when these were tuned.
+In every container a checkpoint is tensors at offsets of files: floats and packed matrices. A `Layout` says how the tensors of a
+packed matrix become a `PackedWeight`, and which of them change if it was tuned.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,15 +22,17 @@ from gradless import kernels
 from gradless.blocks import block_type
 from gradless.errors import GradlessError
 from gradless.readers.tensors import FLOAT_TYPES, TYPES, TensorInfo
-from gradless.tensor import Part, QuantTensor
+from gradless.tensor import BlockWeight, PackedWeight, Part, TunedValues
+
+Weight = TypeVar("Weight", bound=PackedWeight)
 
 
-class Layout(ABC):
+class Layout(ABC, Generic[Weight]):
     """How a format packs a matrix.
 
     Attributes:
-        parts: what the names of its tensors end with, after the module's path; the first is in no other layer.
-        optional: those of them that may be missing.
+        parts: the ends of its tensors' names, after the module's path; the first is in no other kind of layer.
+        optional: the parts that may be missing.
     """
 
     parts: ClassVar[tuple[str, ...]]
@@ -47,24 +49,24 @@ class Layout(ABC):
         return [name.removesuffix(first) + ".weight" for name in names if name.endswith(first)]
 
     @abstractmethod
-    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
-        """The matrix in our blocks.
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> Weight:
+        """The matrix as a packed weight.
 
         Raises:
-            GradlessError: its tensors contradict each other, or hold what cannot be tuned.
+            GradlessError: its tensors contradict each other, or hold something that cannot be tuned.
         """
 
     @abstractmethod
-    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parts that tuning changed, each whole, of the file's own types and shapes."""
+    def write(self, weight: Weight, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts that tuning changed, each whole, in the file's own types and shapes."""
 
     @abstractmethod
-    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """What the file will hold of the tuned values: fp32, (rows, values)."""
+    def saved(self, weight: Weight, parts: Mapping[str, Tensor]) -> Tensor:
+        """The tuned values as the file will hold them: fp32, of their shape."""
 
 
-class Blocks(Layout):
-    """Matrices that lie in the file in blocks of ours."""
+class Blocks(Layout[BlockWeight]):
+    """Matrices that lie in the file in blocks that we read as they are."""
 
     parts = ("weight",)
 
@@ -78,27 +80,25 @@ class Blocks(Layout):
     def matrices(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.types]
 
-    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> BlockWeight:
         block = block_type(self.types[name])
         rows = math.prod(parts["weight"].shape[:-1])
-        return QuantTensor(name, block, parts["weight"].view(rows, -1, block.nbytes))
+        return BlockWeight(name, block, parts["weight"].view(rows, -1, block.nbytes))
 
-    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        packed = tensor.packed.cpu().clone()
-        if tensor.master is not None:
-            block, tuned = tensor.block, {tensor.part: tensor.master}
-            if tensor.part is Part.BOTH:
-                tuned = {Part.SCALE: tensor.master, Part.OFFSET: kernels.exported_offset(tensor)}
+    def write(self, weight: BlockWeight, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        packed = weight.packed.cpu().clone()
+        if isinstance(weight.tuned, TunedValues):
+            block, tuned = weight.block, {weight.tuned.part: weight.tuned.values}
+            if weight.tuned.part is Part.BOTH:
+                tuned = {Part.SCALE: weight.tuned.values, Part.OFFSET: kernels.exported_offset(weight)}
             for part, values in tuned.items():
                 at = block.offset_at if part is Part.OFFSET else block.scale_at
                 assert at is not None
                 packed[..., at : at + 2] = rounded(values, torch.float16).cpu().unsqueeze(-1).view(torch.uint8)
         return {"weight": packed.view_as(parts["weight"])}
 
-    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
-        del parts
-        assert tensor.master is not None
-        return rounded(tensor.master, torch.float16).float()
+    def saved(self, weight: BlockWeight, parts: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        return rounded(weight.tuned_values.values, torch.float16).float()
 
 
 @dataclass
@@ -106,10 +106,10 @@ class Checkpoint(ABC):
     """Memory-mapped tensors.
 
     Attributes:
-        path: of the file or folder.
+        path: the file or folder.
         tensors: every tensor's place, in the file's order.
-        layout: of the packed matrices.
-        contents: the tensors, by name, as views of the file in their own type; those in blocks as bytes.
+        layout: the layout of the packed matrices.
+        contents: the tensors, by name, as views of the file in their own type; tensors in blocks as bytes.
         quantized: the packed matrices, by the name of their module's weight.
         floats: the floating-point tensors that are no part of a packed matrix, by name.
     """
@@ -118,9 +118,9 @@ class Checkpoint(ABC):
 
     path: Path
     tensors: dict[str, TensorInfo] = field(repr=False)
-    layout: Layout
+    layout: Layout[Any]
     contents: dict[str, Tensor] = field(repr=False, init=False)
-    quantized: dict[str, QuantTensor] = field(repr=False, init=False, default_factory=dict)
+    quantized: dict[str, PackedWeight] = field(repr=False, init=False, default_factory=dict)
     floats: dict[str, Tensor] = field(repr=False, init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """What the checkpoint calls its model."""
+        """The name that the checkpoint gives its model."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -183,26 +183,26 @@ class Checkpoint(ABC):
         """
 
     def linear_layers(self) -> list[str]:
-        """The packed matrices that the file's names alone do not tell to be embeddings or a head."""
+        """The packed matrices without those that the file's names show to be embeddings or a head."""
         return list(self.quantized)
 
-    def saved(self, tensor: QuantTensor) -> Tensor:
-        """What the checkpoint will hold of a matrix's tuned values: fp32, (rows, values)."""
-        return self.layout.saved(tensor, self._contents(tensor.name))
+    def saved(self, weight: PackedWeight) -> Tensor:
+        """The tuned values as the checkpoint will hold them: fp32, of their shape."""
+        return self.layout.saved(weight, self._contents(weight.name))
 
     def changes(self, floats: Mapping[str, Tensor]) -> Iterator[tuple[TensorInfo, Tensor]]:
-        """What a copy differs in: tensors' places and their new contents."""
-        for name, tensor in self.quantized.items():
-            if tensor.part is not None:
-                for part, content in self.layout.write(tensor, self._contents(name)).items():
+        """The differences of a copy: tensors' places and their new contents."""
+        for name, weight in self.quantized.items():
+            if weight.tuned is not None:
+                for part, content in self.layout.write(weight, self._contents(name)).items():
                     yield self.parts(name)[part], content
         for name, values in floats.items():
             yield self.tensors[name], values.cpu().to(FLOAT_TYPES[self.tensors[name].type])
 
 
 def mapped(tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """Tensors as views of their files, in their own type; those in blocks as bytes. Copy-on-write: torch sees writable memory,
-    what is written gets pages of its own, and the file itself never changes."""
+    """Tensors as views of their files, in their own type; tensors in blocks as bytes. Copy-on-write: torch sees writable
+    memory, written pages are copied, and the file itself never changes."""
     pages = cache(lambda path: np.memmap(path, dtype=np.uint8, mode="c"))
     found = {}
     for name, info in tensors.items():

@@ -22,7 +22,7 @@ from gradless.formats.folder import copy_folder, identity, read_headers, unread
 from gradless.formats.model import Plain
 from gradless.fusing import fuse
 from gradless.readers.tensors import FLOAT_TYPES, TYPES, TensorInfo
-from gradless.spaces import Space, check_finite, parameter_sites, parameters
+from gradless.spaces import Space, check_finite, dense_spaces, parameter_sites
 from gradless.targets import EVERYTHING, Kind, Targets
 
 ACCOUNTED = ("LOAD REPORT", "specifies to tie")
@@ -117,7 +117,7 @@ class DenseModel(Plain):
         if self.path is not None:
             _written(self.model, self.path, read_headers(self.path)[0], values=False)
         wanted = set(names)
-        self.searched = parameters(self.model, lambda name, _module: name in wanted, master=master)
+        self.searched = dense_spaces(self.model, lambda name, _module: name in wanted, master=master)
         return self.searched
 
     def save(self, path: str | Path) -> None:

@@ -24,7 +24,7 @@ from gradless.readers.safetensors import read_header
 from gradless.readers.sentences import damaged, shown
 from gradless.readers.tensors import TensorInfo
 
-LAYOUTS: dict[str, Callable[[dict[str, Any]], Layout]] = {
+LAYOUTS: dict[str, Callable[[dict[str, Any]], Layout[Any]]] = {
     "gptq": gptq.GPTQ.from_config,
     "aqlm": aqlm.AQLM.from_config,
     "awq": awq.AWQ.from_config,

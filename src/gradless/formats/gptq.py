@@ -1,7 +1,7 @@
 """GPTQ's checkpoints (AutoGPTQ, GPTQModel, AutoRound): 2, 3, 4 and 8 bits, symmetric or not, in act-order or not.
 
 Codes lie along the columns: word k of a row holds columns 32 k / bits and on. The first version of the format holds zero points
-less one: the subtraction is done on whole words, but for 3 bits, whose codes cross from word to word.
+minus one. The subtraction is done on whole words, except for 3 bits, whose codes cross from word to word.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradless.errors import GradlessError
 from gradless.formats.words import Words, check_settings, formats_named, pack_words, unpack_words
-from gradless.tensor import QuantTensor
+from gradless.tensor import BlockWeight
 
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
@@ -27,9 +27,9 @@ class GPTQ(Words):
     """A layer's tensors as GPTQ's tools write them.
 
     Attributes:
-        less_one: whether zero points are held less one.
-        symmetric: whether every zero point is the middle of the codes; None where the settings do not say.
-        act_order: whether a layer must say which group each column is of.
+        less_one: whether the file holds zero points minus one.
+        symmetric: whether every zero point is the middle of the codes; None if the settings do not say.
+        act_order: whether a layer must say to which group each column belongs.
     """
 
     less_one: bool = True
@@ -62,7 +62,7 @@ class GPTQ(Words):
             act_order=bool(config.get("desc_act")),
         )
 
-    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> BlockWeight:
         if self.act_order and "g_idx" not in parts:
             raise GradlessError(f"{name} is in act-order (desc_act), but has no g_idx, which would say what that order is.")
         return super().read(name, parts)
@@ -71,10 +71,11 @@ class GPTQ(Words):
         return unpack_words(words, self.bits)
 
     def zeros(self, words: Tensor) -> Tensor:
-        """A symmetric file's are all the middle of the codes, held either as that or less one, whatever its format says.
+        """Zero points; see `Words.zeros`. All zero points of a symmetric file are the middle of the codes, and the file holds
+        either that or one less, in every version of the format.
 
         Raises:
-            GradlessError: a symmetric file's are something else.
+            GradlessError: a symmetric file has other zero points.
         """
         middle = 1 << (self.bits - 1)
         stored = unpack_words(words.T.contiguous(), self.bits).to(torch.int16).T

@@ -1,4 +1,4 @@
-"""A transformers model around packed tensors, whatever file they lie in.
+"""A transformers model around packed weights, from any file.
 
 Nothing is dequantized: linear layers and embeddings of a model on the meta device are replaced by `layers`, and only the small
 float tensors get memory of their own.
@@ -24,7 +24,7 @@ from gradless.formats.model import Plain
 from gradless.layers import QuantEmbedding, QuantLinear, is_plain
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space, check_finite, reads_text
 from gradless.targets import EVERYTHING, Kind, Targets
-from gradless.tensor import CodebookTensor, QuantTensor
+from gradless.tensor import PackedWeight
 
 BIAS_SWITCHES = ("attention_bias", "mlp_bias")
 """Settings of transformers' configurations that give linear layers biases."""
@@ -52,7 +52,7 @@ class QuantizedModel(Plain):
     A replay needs the file alone: it leaves `model`, `tokenizer` and the places in `floats` out.
 
     Attributes:
-        notes: what a user should know of tensors that change nothing and are not used (`Account.settle`).
+        notes: sentences for the user about tensors that are not used (`Account.settle`).
         searched: the spaces that were made, by name.
     """
 
@@ -67,7 +67,7 @@ class QuantizedModel(Plain):
 
     @property
     def output_name(self) -> str:
-        """What a run calls the tuned checkpoint."""
+        """The name that a run gives the tuned checkpoint."""
         return self.file.output_name
 
     @property
@@ -83,9 +83,9 @@ class QuantizedModel(Plain):
         return self.file.identity()
 
     @property
-    def tuned(self) -> list[QuantTensor]:
-        """The packed tensors whose block values are being tuned."""
-        return [tensor for tensor in self.file.quantized.values() if tensor.master is not None]
+    def tuned(self) -> list[PackedWeight]:
+        """The packed weights whose values are being tuned."""
+        return [weight for weight in self.file.quantized.values() if weight.part is not None]
 
     def tunable(self, kind: str, targets: Targets = EVERYTHING) -> list[str]:
         """Names of what is searched: "blocks" or "codes" of linear layers, "floats" or "vectors" (norms and biases).
@@ -97,8 +97,8 @@ class QuantizedModel(Plain):
         if kind in (Kind.BLOCKS, Kind.CODES):
             packed = {path: m.packed for path, m in modules.items() if isinstance(m, QuantLinear | QuantEmbedding)}
             if kind == Kind.CODES:
-                packed = {path: tensor for path, tensor in packed.items() if not isinstance(tensor, CodebookTensor)}
-            named = {path: tensor.name for path, tensor in packed.items()}
+                packed = {path: weight for path, weight in packed.items() if weight.has_grid}
+            named = {path: weight.name for path, weight in packed.items()}
             return targets.choose(list(named.items()), [name for name in self.linear_layers() if name in named.values()])
         places, head = {module: path for path, module in modules.items()}, self.model.get_output_embeddings()
         shown = {name: [module for module, _ in shown.sites] for name, shown in self.floats.items()}
@@ -122,17 +122,17 @@ class QuantizedModel(Plain):
         return self.file.quantized[name].is_centred
 
     def has_offset(self, name: str) -> bool:
-        """See `QuantTensor.has_offset`."""
+        """See `PackedWeight.has_offset`."""
         return self.file.quantized[name].has_offset
 
     def grid_length(self, name: str) -> float:
         """How many steps the grid of a tensor's codes has from end to end."""
-        return self.file.quantized[name].block.grid.length
+        return self.file.quantized[name].in_blocks().block.grid.length
 
     def step_size(self, name: str) -> float:
-        """The mean size of such a step, in units of the weights (of the first rows)."""
-        tensor = self.file.quantized[name]
-        return tensor.block.step(tensor.packed[:16].flatten(0, 1))
+        """The mean size of such a step in the first rows, in units of the weights."""
+        weight = self.file.quantized[name].in_blocks()
+        return weight.block.step(weight.packed[:16].flatten(0, 1))
 
     def spaces(
         self,
@@ -207,20 +207,20 @@ def kept_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
     return next((own for pattern, own in kept.items() if re.search(pattern.replace("*", ".*"), name)), dtype)
 
 
-def packed_layer(module: nn.Linear | nn.Embedding, tensor: QuantTensor, dtype: torch.dtype) -> nn.Module:
+def packed_layer(module: nn.Linear | nn.Embedding, weight: PackedWeight, dtype: torch.dtype) -> nn.Module:
     """The module that stands for a linear layer or an embedding.
 
     Raises:
-        GradlessError: the tensor has another shape.
+        GradlessError: the weight has another shape.
     """
-    if (tensor.rows, tensor.columns) != module.weight.shape:
+    if (weight.rows, weight.columns) != module.weight.shape:
         expected = " x ".join(map(str, module.weight.shape))
-        raise GradlessError(f"{tensor.name} is {tensor.rows} x {tensor.columns}; the model's configuration says {expected}.")
+        raise GradlessError(f"{weight.name} is {weight.rows} x {weight.columns}; the model's configuration says {expected}.")
     if isinstance(module, nn.Linear):
         if not is_plain(module):
-            raise GradlessError(f"{tensor.name} is packed, and {type(module).__name__} does more than multiply it.")
-        return QuantLinear(tensor, module.bias, dtype)
-    return QuantEmbedding(tensor, getattr(module, "embed_scale", None), dtype)
+            raise GradlessError(f"{weight.name} is packed, and {type(module).__name__} does more than multiply it.")
+        return QuantLinear(weight, module.bias, dtype)
+    return QuantEmbedding(weight, getattr(module, "embed_scale", None), dtype)
 
 
 def place_float(shown: ShownFloat, module: nn.Module, attribute: str, dtype: torch.dtype) -> None:

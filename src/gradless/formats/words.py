@@ -1,7 +1,7 @@
 """Integer codes in 32-bit words, with a scale and a zero point for each group of a row: w = scale * (code - zero).
 
-GPTQ's checkpoints and AWQ's both hold a layer like this, as columns by rows: `qweight` (the codes), `qzeros` and `scales`
-(groups by rows), and GPTQ's also `g_idx`, the group of each column. They differ in how codes lie in words.
+This is how GPTQ's and AWQ's checkpoints hold a layer, as columns by rows: `qweight` (the codes), `qzeros` and `scales` (groups
+by rows), and in GPTQ's also `g_idx` (the group of each column). They differ in the order of codes in words.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from gradless.errors import GradlessError
 from gradless.formats.account import understood
 from gradless.formats.checkpoint import Layout, finite, rounded
 from gradless.grids import integers
-from gradless.tensor import Part, QuantTensor
+from gradless.tensor import BlockWeight, TunedCodes
 
 USED = ("bits", "group_size", "sym", "format", "checkpoint_format", "dynamic", "pack_dtype", "method", "data_type", "act_bits")
 NEUTRAL = (
-    # How codes were found, by GPTQModel, AutoGPTQ, optimum and AutoRound: all that came of it is in the tensors.
+    # How GPTQModel, AutoGPTQ, optimum and AutoRound found the codes: the tensors hold the result.
     *(
         "damp_percent",
         "damp_auto_increment",
@@ -65,20 +65,20 @@ NEUTRAL = (
     *("act_group_size", "act_sym", "act_dynamic", "act_data_type", "static_kv_granularity", "static_attention_granularity"),
     # Which layers are packed: the tensors' names say so.
     *("lm_head", "quant_lm_head", "modules_in_block_to_quantize", "modules_to_not_convert", "regex_config"),
-    # Whose kernel would run it.
+    # The kernels that would run it.
     *("backend", "use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config", "do_fuse", "fuse_max_seq_len"),
     *("modules_to_fuse", "model_name_or_path", "model_file_base_name"),
 )
 FLOAT_BITS = 16
-"""From so many on, activations or a layer's weights are as good as not quantized."""
+"""The least number of bits with which activations, or a layer's weights, count as not quantized."""
 
 
 @dataclass(frozen=True)
-class Words(Layout):
+class Words(Layout[BlockWeight]):
     """A layout of codes in words.
 
     Attributes:
-        bits: of a code.
+        bits: bits of a code.
         group_size: columns of a group; None for a whole row.
     """
 
@@ -105,7 +105,7 @@ class Words(Layout):
     def words(self, codes: Tensor) -> Tensor:
         """uint8 (columns, rows) -> `qweight` int32."""
 
-    def read(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor:
+    def read(self, name: str, parts: Mapping[str, Tensor]) -> BlockWeight:
         for part in ("qweight", "qzeros"):
             if parts[part].dtype is not torch.int32:
                 raise GradlessError(f"{name} has its {part} in {parts[part].dtype}; {self.title} lies in 32-bit words.")
@@ -127,33 +127,32 @@ class Words(Layout):
             raise GradlessError(f"{name} has groups of {group} in rows of {columns}; multiples of 32 are supported.")
         order = None if "g_idx" not in parts else column_order(name, parts["g_idx"], columns, group)
         block = grid_block(integers(self.bits, symmetric=False), size, "zero")
-        lowest, share = block.codes[0], group // size
+        lowest, blocks_per_value = block.codes[0], group // size
         codes = (codes if order is None else codes[order]).T.reshape(rows, -1, size)
-        scale, zero = (x.T.repeat_interleave(share, 1)[:, : columns // size] for x in (scales, zeros))
+        scale, zero = (x.T.repeat_interleave(blocks_per_value, 1)[:, : columns // size] for x in (scales, zeros))
         packed = assemble(block, codes.to(torch.int16) + lowest, scale, zero=zero + lowest)
-        return QuantTensor(name, block, packed, column_order=order, share=share)
+        return BlockWeight(name, block, packed, column_order=order, blocks_per_value=blocks_per_value)
 
-    def write(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if tensor.part is not Part.CODE:
-            assert tensor.master is not None
-            return {"scales": rounded(tensor.master.T.cpu(), parts["scales"].dtype)}
-        raw = tensor.block.unpack(tensor.packed.flatten(0, 1).cpu()).codes - tensor.block.codes[0]
-        codes = raw.to(torch.uint8).view(tensor.rows, tensor.columns).T
-        if tensor.column_order is not None:
-            codes = torch.empty_like(codes).index_copy_(0, tensor.column_order.cpu(), codes)
+    def write(self, weight: BlockWeight, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not isinstance(weight.tuned, TunedCodes):
+            return {"scales": rounded(weight.tuned_values.values.T.cpu(), parts["scales"].dtype)}
+        raw = weight.block.unpack(weight.packed.flatten(0, 1).cpu()).codes - weight.block.codes[0]
+        codes = raw.to(torch.uint8).view(weight.rows, weight.columns).T
+        if weight.column_order is not None:
+            codes = torch.empty_like(codes).index_copy_(0, weight.column_order.cpu(), codes)
         return {"qweight": self.words(codes)}
 
-    def saved(self, tensor: QuantTensor, parts: Mapping[str, Tensor]) -> Tensor:
-        return self.write(tensor, parts)["scales"].T.float()
+    def saved(self, weight: BlockWeight, parts: Mapping[str, Tensor]) -> Tensor:
+        return self.write(weight, parts)["scales"].T.float()
 
 
 def check_settings(config: Mapping[str, Any], what: str, used: tuple[str, ...]) -> None:
-    """An account of `quantization_config`, of what GPTQ's tools and AWQ's have in common.
+    """Check the settings of `quantization_config` that GPTQ's tools and AWQ's have in common.
 
     Args:
         config: the settings.
         what: the quantizer.
-        used: those that its own layout reads.
+        used: the names of settings that its own layout reads.
 
     Raises:
         GradlessError: layers differ from each other, words are not of 32 bits, codes are no integers, activations are quantized
@@ -171,12 +170,12 @@ def check_settings(config: Mapping[str, Any], what: str, used: tuple[str, ...]) 
 
 
 def formats_named(config: Mapping[str, Any], *names: str) -> set[str]:
-    """What these settings call the format, in small letters."""
+    """The names that these settings give the format, in small letters."""
     return {str(config[name]).lower() for name in names if config.get(name)}
 
 
 def column_order(name: str, g_idx: Tensor, columns: int, group: int) -> Tensor | None:
-    """The model's column of each packed one, so that groups lie together: int64 (columns,); None where they do already.
+    """The model's column of each packed column, if groups are to lie together: int64 (columns,); None if they do already.
 
     Raises:
         GradlessError: a group is out of range, or is not as long as the others.
@@ -193,7 +192,7 @@ def column_order(name: str, g_idx: Tensor, columns: int, group: int) -> Tensor |
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """Codes that lie one after the other in int32 words, lowest bits first: (n, m) -> uint8 (32 n / bits, m)."""
+    """Codes that follow each other in int32 words, lowest bits first: (n, m) -> uint8 (32 n / bits, m)."""
     together = _words_together(bits)
     mask, taken = (1 << bits) - 1, []
     for first in range(0, 32 * together, bits):
@@ -220,5 +219,5 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 
 def _words_together(bits: int) -> int:
-    """In how many words codes begin and end together."""
+    """The least number of words that hold whole codes."""
     return 3 if bits == 3 else 1

@@ -1,47 +1,44 @@
-"""The operations on weights whose codes stand for vectors (AQLM), around the device's own sums of them."""
+"""The operations on weights whose codes name vectors (AQLM), around the device's own sums of vectors."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from gradless.kernels.protocol import Ops
 from gradless.kernels.reference import moved_blocks, products
-from gradless.tensor import CodebookTensor, Move, Part
-
-Vectors = Callable[[Tensor, Tensor, torch.dtype], Tensor]
-"""`reference.vectors`, or what does the same."""
+from gradless.tensor import CodebookWeight, Move, Part
 
 
-def dequantize(tensor: CodebookTensor, rows: Tensor, dtype: torch.dtype, vectors: Vectors) -> Tensor:
+def dequantize(weight: CodebookWeight, rows: Tensor, dtype: torch.dtype, ops: Ops) -> Tensor:
     """See `reference.dequantize`."""
-    codes = tensor.packed[rows]
+    codes = weight.packed[rows]
     views = [
-        vectors(codes, _table(tensor, view), torch.float32) * _scales(tensor, view)[rows] for view in tensor.views or (None,)
+        ops.vectors(codes, _table(weight, move), torch.float32) * _scales(weight, move)[rows]
+        for move in weight.views.moves or (None,)
     ]
     return torch.stack(views).to(dtype)
 
 
-def linear(tensor: CodebookTensor, rows: Tensor, x: Tensor, vectors: Vectors) -> Tensor:
+def linear(weight: CodebookWeight, rows: Tensor, x: Tensor, ops: Ops) -> Tensor:
     """See `reference.linear`; a row's scale multiplies its outputs, so that all views of scales share one product."""
-    views: tuple[Move | None, ...] = tensor.views or (None,)
-    if tensor.part is Part.CODEBOOK:
-        return products(x, dequantize(tensor, rows, x.dtype, vectors))
-    y = products(x.flatten(0, 1).unsqueeze(0), vectors(tensor.packed[rows], _table(tensor, None), x.dtype).unsqueeze(0))
-    scales = torch.stack([_scales(tensor, view)[rows].T for view in views])
+    if weight.part is Part.CODEBOOK:
+        return products(x, dequantize(weight, rows, x.dtype, ops))
+    unscaled = ops.vectors(weight.packed[rows], _table(weight, None), x.dtype)
+    y = products(x.flatten(0, 1).unsqueeze(0), unscaled.unsqueeze(0))
+    scales = torch.stack([_scales(weight, move)[rows].T for move in weight.views.moves or (None,)])
     return (y.view(*x.shape[:-1], -1).float() * scales).to(x.dtype)
 
 
-def _scales(tensor: CodebookTensor, view: Move | None) -> Tensor:
-    """Each row's scale under a view: fp32, (rows, 1)."""
-    if tensor.part is not Part.SCALE or tensor.master is None:
-        return tensor.scales
-    return tensor.master if view is None else moved_blocks(tensor, view)
+def _scales(weight: CodebookWeight, move: Move | None) -> Tensor:
+    """Each row's scale under a move: fp32, (rows, 1)."""
+    if weight.part is not Part.SCALE:
+        return weight.scales
+    return weight.tuned_values.values if move is None else moved_blocks(weight, move)
 
 
-def _table(tensor: CodebookTensor, view: Move | None) -> Tensor:
-    """The codebooks' entries under a view: fp32, (codebooks * entries, size)."""
-    if tensor.part is not Part.CODEBOOK or tensor.master is None:
-        return tensor.codebooks.flatten(0, 1).float()
-    return tensor.master if view is None else moved_blocks(tensor, view)
+def _table(weight: CodebookWeight, move: Move | None) -> Tensor:
+    """The codebooks' entries under a move: fp32, (codebooks * entries, size)."""
+    if weight.part is not Part.CODEBOOK:
+        return weight.codebooks.flatten(0, 1).float()
+    return weight.tuned_values.values if move is None else moved_blocks(weight, move)

@@ -1,4 +1,4 @@
-"""What the kernels mean, in plain torch, on any device. Every fast path equals these to the bit.
+"""The meaning of every kernel, in plain torch, on any device. Every fast path equals these to the bit.
 
 One multiplication or addition rounds once (no fused multiply-add), in the order in which it is written.
 """
@@ -14,50 +14,50 @@ from torch.nn import functional as F
 
 from gradless import noise
 from gradless.noise import Direction, Signs, Stream
-from gradless.tensor import RESIDUAL_UNIT, Move, Part, QuantTensor
+from gradless.tensor import RESIDUAL_UNIT, BlockWeight, Move, PackedWeight, Part, TunedCodes, TunedValues
 
 NAME = "torch"
 
 
-def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of the weight under each of `tensor.views`, or as it is where there are none.
+def dequantize(weight: BlockWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of the weight under each of its views.
 
     Args:
-        tensor: the packed weight.
+        weight: the packed weight.
         rows: int64, (n,): file rows.
         dtype: fp32 or bf16; values are computed in fp32 and rounded once, to nearest even.
 
     Returns:
-        (views, n, columns) in `dtype`; one view where there are none.
+        (views, n, columns) in `dtype`.
     """
-    weights = []
-    for codes, scale, offset in _read(tensor, rows):
-        weight = scale * tensor.block.level(codes)
-        weight = weight if offset is None else weight + offset
-        weights.append(weight.reshape(len(rows), tensor.columns).to(dtype))
-    return torch.stack(weights)
+    views = []
+    for codes, scale, offset in _read(weight, rows):
+        w = scale * weight.block.level(codes)
+        w = w if offset is None else w + offset
+        views.append(w.reshape(len(rows), weight.columns).to(dtype))
+    return torch.stack(views)
 
 
-def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+def linear(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     """Each share of x times the weight under its view: `dequantize`, then a library's product in x's dtype.
 
     Args:
-        tensor: the packed weight.
+        weight: the packed weight.
         rows: int64, (n,): file rows.
         x: fp32 or bf16, (views, m, columns).
 
     Returns:
         (views, m, n), in x's dtype; another kernel's agrees within the rounding of its sum.
     """
-    return products(x, dequantize(tensor, rows, x.dtype))
+    return products(x, dequantize(weight, rows, x.dtype))
 
 
 WIDENED_ROWS = 1024
-"""Rows of a bf16 weight that are held as fp32 at once."""
+"""The number of rows of a bf16 weight that are held as fp32 at once."""
 
 
 def widens_bf16(device: torch.device) -> bool:
-    """Whether bf16 is best multiplied as fp32: on processors without instructions for it, where torch widens every product."""
+    """Whether bf16 is best multiplied as fp32: on processors without instructions for it, torch widens every product."""
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return device.type == "cpu" and not supported
 
@@ -75,64 +75,66 @@ def products(x: Tensor, weights: Tensor) -> Tensor:
     return y
 
 
-def add_shifts(tensor: QuantTensor, rows: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add to each token's outputs what its own view of the offsets changes in them. With v the view that token i reads,
+def add_shifts(weight: BlockWeight, rows: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add to each token's outputs the change that its own view of the offsets makes. With v the view that token i reads,
 
         y_ir += coefficient_v * sum_g z_vr,g unit_r,g m_rg * sum over j in group g of x_ij
 
-    where m is a group's offset multiplier: 1/size of a product's work. No offset is stopped at zero here: a view must move it
-    by less than it is, or be one that may cross.
+    where m is a group's offset multiplier. This is 1/size of a product's work. It stops no offset at zero: either the view
+    moves an offset by less than its size, or the offset may cross zero.
 
     Args:
-        tensor: one whose views shift offsets (`QuantTensor.shifts`), with owners.
+        weight: its views move additive offsets (`PackedWeight.is_additive_offset`), and each token has one of its own.
         rows: int64, (n,): file rows.
         x: fp32 or bf16, (tokens, columns).
         y: the same type, (tokens, n): the product of x and the weight without its views; written.
     """
-    assert tensor.owners is not None
-    blocks = tensor.packed.shape[1]
-    multiplier = tensor.block.unpack(tensor.packed[rows].flatten(0, 1)).offset_multiplier.view(len(rows), blocks, -1)
+    example_of_token = weight.views.example_of_token
+    assert example_of_token is not None
+    blocks = weight.packed.shape[1]
+    multiplier = weight.block.unpack(weight.packed[rows].flatten(0, 1)).offset_multiplier.view(len(rows), blocks, -1)
     pooled = x.float().view(len(x), multiplier[0].numel(), -1).sum(-1)
 
     def of_groups(values: Tensor) -> Tensor:
         """Tuned values (n, values) -> (n, blocks, 1)."""
-        return values.repeat_interleave(tensor.share, 1)[:, :blocks].unsqueeze(-1)
+        return values.repeat_interleave(weight.blocks_per_value, 1)[:, :blocks].unsqueeze(-1)
 
-    add = of_groups(tensor.unit()[rows]) * multiplier
-    for v, move in enumerate(tensor.views):
-        mine = tensor.owners == v
-        z = coordinates(move.direction, tensor.name, tensor.rows * tensor.values, x.device).view(tensor.rows, -1)[rows]
+    add = of_groups(weight.unit()[rows]) * multiplier
+    for v, move in enumerate(weight.views.moves):
+        mine = example_of_token == v
+        z = coordinates(move.direction, weight.name, weight.rows * weight.values_per_row, x.device)
+        z = z.view(weight.rows, -1)[rows]
         more = (pooled[mine] * f32(move.coefficient)) @ (add * of_groups(z)).flatten(1).T
         y[mine] = (y[mine].float() + more).to(y.dtype)
 
 
 def instructions() -> dict[str, str]:
-    """What multiplies int8 and bf16 activations with packed weights."""
+    """The instructions that multiply int8 and bf16 activations with packed weights, by the activations' type."""
     return dict.fromkeys(("int8", "bf16"), NAME)
 
 
-def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
-    """x @ W.T of integer activations and the integer codes of the weight under each of `tensor.views`.
+def linear_int8(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
+    """x @ W.T of integer activations and the integer codes of the weight under each of its views.
 
-    A token i is quantized by itself: s = max_j |x_ij| / 127, or 1 where that is no normal number, and xq_j = x_ij * (1 / s),
+    A token i is quantized by itself: s = max_j |x_ij| / 127, or 1 if that is no normal number, and xq_j = x_ij * (1 / s),
     rounded to nearest even. For an output, each group of the weight's columns has a scale and, in some types, an offset. Group
     after group, from y = 0 on,
 
         acc = sum of xq * code,  sum = sum of xq,  y <- scale * acc + y,  y <- offset * sum + y
 
-    without the offset's term where there is none. acc and sum are exact integers, rounded to fp32 once, and each product is
+    without the last term if the type has no offset. acc and sum are exact integers, rounded to fp32 once, and each product is
     added to y before it is rounded, as a fused multiply-add does; the result is s * y.
 
     Args:
-        tensor: the packed weight, of a type whose codes are their own levels; a view of its codes moves them by whole numbers.
+        weight: the packed weight, of a type whose codes are their own levels; a view of its codes moves them by whole numbers.
         rows: int64, (n,): file rows.
         x: fp32 or bf16, (views, m, columns): each view's share of the batch.
 
     Returns:
         (views, m, n), in x's dtype.
     """
-    assert tensor.block.levels is None
-    return torch.stack([_linear_int8(share, *read) for share, read in zip(x, _read(tensor, rows), strict=True)])
+    assert weight.block.levels is None
+    return torch.stack([_linear_int8(share, *read) for share, read in zip(x, _read(weight, rows), strict=True)])
 
 
 def quantized_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,32 +177,32 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where((error != 0) & even & error.isfinite(), odd, total).float()
 
 
-def _read(tensor: QuantTensor, rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def _read(weight: BlockWeight, rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """Rows of the weight under each view: codes (n * blocks, groups, size / groups), and each group's scale and offset."""
-    return [_read_under(tensor, view, rows) for view in tensor.views or (None,)]
+    return [_read_under(weight, move, rows) for move in weight.views.moves or (None,)]
 
 
-def _read_under(tensor: QuantTensor, view: Move | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    block, packed = tensor.block, tensor.packed[rows]
+def _read_under(weight: BlockWeight, move: Move | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    block, packed = weight.block, weight.packed[rows]
     scale = block.field(packed, block.scale_at)
     offset = None if block.offset_at is None else block.field(packed, block.offset_at)
-    if tensor.master is not None:
-        values = (tensor.master if view is None else moved_blocks(tensor, view))[rows]
-        tuned = values.repeat_interleave(tensor.share, 1)[:, : packed.shape[1]]
-        match tensor.part:
+    if isinstance(weight.tuned, TunedValues):
+        values = (weight.tuned.values if move is None else moved_blocks(weight, move))[rows]
+        values = values.repeat_interleave(weight.blocks_per_value, 1)[:, : packed.shape[1]]
+        match weight.tuned.part:
             case Part.SCALE:
-                scale = tuned
+                scale = values
             case Part.OFFSET:
-                offset = tuned
+                offset = values
             case Part.BOTH:
-                offset, scale = _scaled_offset(offset, tuned, scale), tuned
+                offset, scale = _scaled_offset(offset, values, scale), values
     if block.has_zero_point:
         offset = scale
     codes, multiplier, offset_multiplier = block.unpack(packed.flatten(0, 1))
-    if tensor.part is Part.CODE and view is not None:
-        moved = codes + (view.coefficient * _noise(tensor, view)[rows]).view_as(codes)
-        tuned = (rows % tensor.stride == 0).repeat_interleave(tensor.packed.shape[1]).view(-1, 1, 1)
-        codes = torch.where(tuned, moved.clamp(*block.codes) if tensor.clamp else moved, codes)
+    if isinstance(weight.tuned, TunedCodes) and move is not None:
+        moved = codes + (move.coefficient * _noise(weight, move)[rows]).view_as(codes)
+        tuned = (rows % weight.tuned.stride == 0).repeat_interleave(weight.packed.shape[1]).view(-1, 1, 1)
+        codes = torch.where(tuned, moved.clamp(*block.codes) if weight.tuned.clamp else moved, codes)
     scale = (scale.reshape(-1, 1) * multiplier).unsqueeze(-1)
     return codes, scale, None if offset is None else (offset.reshape(-1, 1) * offset_multiplier).unsqueeze(-1)
 
@@ -212,45 +214,43 @@ def _scaled_offset(offset: Tensor | None, scale: Tensor, base: Tensor) -> Tensor
     return offset * torch.where(base == 0, 1.0, scale / base)
 
 
-def exported_offset(tensor: QuantTensor) -> Tensor:
-    """The offset that goes with `master` where one factor tunes both fields: fp32, (rows, blocks)."""
-    assert tensor.master is not None
-    assert tensor.block.offset_at is not None
-    offset = _scaled_offset(tensor.block.field(tensor.packed, tensor.block.offset_at), tensor.master, tensor.base())
+def exported_offset(weight: BlockWeight) -> Tensor:
+    """The offset that goes with the tuned scale if one factor tunes both: fp32, (rows, blocks)."""
+    offset = _scaled_offset(weight.file_values(Part.OFFSET), weight.tuned_values.values, weight.file_values(Part.SCALE))
     assert offset is not None
     return offset
 
 
-def _noise(tensor: QuantTensor, move: Move) -> Tensor:
+def _noise(weight: BlockWeight, move: Move) -> Tensor:
     """One coordinate a weight: fp32, (rows, columns)."""
-    n = tensor.rows * tensor.columns
-    return coordinates(move.direction, tensor.name, n, tensor.packed.device).view(tensor.rows, tensor.columns)
+    n = weight.rows * weight.columns
+    return coordinates(move.direction, weight.name, n, weight.packed.device).view(weight.rows, weight.columns)
 
 
-def move_codes(tensor: QuantTensor, move: Move) -> int:
-    """Update the packed codes in place: q <- clamp(q + k), the grid's ends being the clamp's; see `whole_steps` for k.
+def move_codes(weight: BlockWeight, move: Move) -> int:
+    """Update the packed codes in place: q <- clamp(q + k), between the grid's ends; see `whole_steps` for k.
 
     Args:
-        tensor: with `part` CODE; its residual is updated too.
+        weight: its codes are tuned; their residual is updated too.
         move: over an integer distribution.
 
     Returns:
         How many codes changed.
     """
-    residual = None
-    if tensor.residual is not None:
-        residual = tensor.residual.new_zeros(tensor.rows, tensor.columns)
-        residual[:: tensor.stride] = tensor.residual
-    n, device = tensor.rows * tensor.columns, tensor.packed.device
-    step = whole_steps(tensor.name, move, n, device, residual).view(tensor.rows, tensor.columns)
-    step[torch.arange(tensor.rows, device=device) % tensor.stride != 0] = 0
-    if tensor.residual is not None and residual is not None:
-        tensor.residual.copy_(residual[:: tensor.stride])
-    blocks = tensor.packed.flatten(0, 1)
-    before = tensor.block.unpack(blocks).codes.flatten(1)
+    tuned, residual = weight.tuned_codes, None
+    if tuned.residual is not None:
+        residual = tuned.residual.new_zeros(weight.rows, weight.columns)
+        residual[:: tuned.stride] = tuned.residual
+    n, device = weight.rows * weight.columns, weight.packed.device
+    step = whole_steps(weight.name, move, n, device, residual).view(weight.rows, weight.columns)
+    step[torch.arange(weight.rows, device=device) % tuned.stride != 0] = 0
+    if tuned.residual is not None and residual is not None:
+        tuned.residual.copy_(residual[:: tuned.stride])
+    blocks = weight.packed.flatten(0, 1)
+    before = weight.block.unpack(blocks).codes.flatten(1)
     step = step.view_as(before)
-    after = torch.where(step == 0, before, (before + step).clamp(*tensor.block.codes))
-    blocks.copy_(tensor.block.pack(blocks, after))
+    after = torch.where(step == 0, before, (before + step).clamp(*weight.block.codes))
+    blocks.copy_(weight.block.pack(blocks, after))
     return int((after != before).sum())
 
 
@@ -265,14 +265,14 @@ def coordinates_of_each(direction: Direction, names: Sequence[str], n: int, devi
 
 
 def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: Tensor | None) -> Tensor:
-    """What an update by coefficient * u moves codes by.
+    """The whole steps k by which an update of coefficient * u moves codes.
 
-    Without a residual k = SR(coefficient * u). With one, an update is added to it, and k is the whole steps in the sum:
+    Without a residual k = SR(coefficient * u). With one, the update is added to it, and k is the whole steps in the sum:
 
         r <- r + SR(256 * coefficient * u),  k = round(r / 256),  r <- r - 256 * k
 
     Args:
-        name: of the tensor.
+        name: the tensor's name, for its noise.
         move: the update.
         n: how many codes the tensor has.
         device: where to draw.
@@ -292,10 +292,10 @@ def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: T
 
 
 def dither(name: str, shape: torch.Size) -> Tensor:
-    """Where the residuals of a tensor begin: uniform over their range, int8.
+    """The first residuals of a tensor's codes: uniform over their range, int8.
 
-    Were they all zero, no code would move before an update of half a step had come together; like this, one of a thousandth of
-    a step moves one code in a thousand.
+    If they were all zero, no code would move before half a step had come together. As they are spread evenly, an update of a
+    thousandth of a step moves one code in a thousand.
     """
     words = Direction(0, 0).words(name, Stream.DITHER)(0, -(-shape.numel() // 4))
     return words.to(torch.uint32).view(torch.int8)[: shape.numel()].view(shape)
@@ -321,27 +321,26 @@ def vectors(codes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     return total.flatten(-2).to(dtype)
 
 
-def moved_blocks(tensor: QuantTensor, move: Move) -> Tensor:
-    """decay * x + (coefficient * z) * unit, stopped at zero where a sign is kept: fp32, (rows, values)."""
-    assert tensor.master is not None
-    x = tensor.master
-    z = move.direction.values(tensor.name, 0, x.numel(), x.device).view_as(x)
-    return stopped(tensor, x * f32(move.decay) + (z * f32(move.coefficient)) * tensor.unit())
+def moved_blocks(weight: PackedWeight, move: Move) -> Tensor:
+    """decay * x + (coefficient * z) * unit, stopped at zero if a sign is kept: fp32, of the tuned values' shape."""
+    x = weight.tuned_values.values
+    z = move.direction.values(weight.name, 0, x.numel(), x.device).view_as(x)
+    return stopped(weight, x * f32(move.decay) + (z * f32(move.coefficient)) * weight.unit())
 
 
-def stopped(tensor: QuantTensor, values: Tensor) -> Tensor:
-    """Values for a weight's master, (rows, values), stopped at zero where a sign is kept."""
-    if not tensor.keeps_sign:
+def stopped(weight: PackedWeight, values: Tensor) -> Tensor:
+    """New tuned values, stopped at zero if they keep their sign."""
+    if not weight.keeps_sign:
         return values
-    base = tensor.base()
+    base = weight.file_values(weight.tuned_values.part)
     return torch.where(base > 0, values.clamp(min=0), torch.where(base < 0, values.clamp(max=0), 0.0))
 
 
-def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
-    """Update every tuned block value in place, by one move after the other: the only writer of `tensor.master`."""
-    assert tensor.master is not None
+def move_blocks(weight: PackedWeight, moves: Sequence[Move]) -> None:
+    """Update every tuned value in place, by one move after the other."""
+    values = weight.tuned_values.values
     for move in moves:
-        tensor.master.copy_(moved_blocks(tensor, move))
+        values.copy_(moved_blocks(weight, move))
 
 
 def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochastic: bool = False) -> Tensor:
@@ -368,12 +367,12 @@ def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochast
 
 
 def f32(value: float) -> float:
-    """Rounded to fp32."""
+    """The value rounded to fp32."""
     return float(np.float32(value))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * (plus + weight) over the last dimension; the compiled one agrees within bf16's rounding.
+    """x / sqrt(mean(x^2) + eps) * (plus + weight) over the last dimension; a compiled kernel agrees within bf16's rounding.
 
     Args:
         x: bf16, (..., d).
@@ -386,20 +385,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus: float) -> Tensor:
 
 
 def gate(gates: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
-    """act(gates) * up, act being SiLU or GELU's tanh form; the compiled one agrees within bf16's rounding. bf16, any shape."""
+    """act(gates) * up, act being SiLU or GELU's tanh form; a compiled kernel agrees within bf16's rounding. bf16, any shape."""
     x = gates.float()
     return ((F.gelu(x, approximate="tanh") if gelu else F.silu(x)) * up.float()).to(up.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale q k^T) v, head by head; the compiled one rounds weights to bf16 before their sum is divided out.
+    """softmax(scale q k^T) v, head by head; a compiled kernel rounds weights to bf16 before it divides by their sum.
 
     Args:
         q: bf16, (batch, heads, length, size).
-        k: bf16, (batch, heads that are shared by as many queries' each, length, size).
+        k: bf16, (batch, key heads, length, size); each is shared by an equal number of query heads.
         v: the same.
-        mask: bool, broadcastable to (batch, 1, length, length): who sees whom; None for causal.
-        scale: of the scores.
+        mask: bool, broadcastable to (batch, 1, length, length): True where a query sees a key; None for causal.
+        scale: the factor of the scores.
 
     Returns:
         bf16, (batch, length, heads, size).

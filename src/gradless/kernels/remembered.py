@@ -1,7 +1,7 @@
-"""Which compiled kernels passed their self-test here before, so that it need not run at every start.
+"""A record of the compiled kernels that passed their self-test on this machine, so that it does not run at every start.
 
-A pass is remembered for one library, this package's meaning of it (the sources that the test runs), one processor and the
-versions of what lies between: where a byte of any of these differs, nothing is known. A failure is not remembered.
+A pass is valid for one library, the sources of this package that the test runs, one processor, and the versions of torch,
+numpy, Python and the C library. If any byte of these differs, the test runs again. A failure is not recorded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def circumstances(library: Path) -> str:
-    """What a pass is remembered for, a line each."""
+    """Everything on which a pass depends, one line each."""
     sources = [*_PACKAGE.glob("*.py"), *_PACKAGE.glob("*.npy"), *(_PACKAGE / "kernels").rglob("*.py")]
     return "\n".join(
         (
@@ -40,7 +40,7 @@ def circumstances(library: Path) -> str:
 
 
 def passed(library: Path) -> bool:
-    """Whether the library passed in just these circumstances."""
+    """Whether the library passed in these circumstances."""
     with contextlib.suppress(OSError, RuntimeError, UnicodeDecodeError):
         said = circumstances(library)
         return _place(said).read_text() == said
@@ -48,7 +48,7 @@ def passed(library: Path) -> bool:
 
 
 def remember(library: Path) -> None:
-    """Write down that the library passed; where nothing can be written, it is tried again next time."""
+    """Write down that the library passed. If nothing can be written, the test runs again next time."""
     with contextlib.suppress(OSError, RuntimeError, GradlessError):
         said = circumstances(library)
         write_text(_place(said), said)
@@ -67,7 +67,7 @@ def _hash(files: Iterable[Path]) -> str:
 
 
 def _processor() -> str:
-    """The processor's own description, without what changes while it runs."""
+    """The processor's own description, without values that change while it runs."""
     with contextlib.suppress(OSError):
         one = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         return repr(

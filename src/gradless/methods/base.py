@@ -180,14 +180,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Args:
             query: its number.
             signs: +1 or -1; several: each for its equal share of the batch.
-            many_forwards: whether many follow, such as those that generate an answer; for one sign. See `Space.held`.
+            many_forwards: whether many follow, such as those that generate an answer; for one sign. See `Space.materialized`.
         """
         with ExitStack() as views:
             for group, spaces in zip(self.param_groups, self.spaces_of, strict=True):
                 u, radius = self.direction(self.t, query, group), self.radius(group)
                 moves = [Move(u, sign * radius) for sign in signs]
                 for space in spaces:
-                    views.enter_context(space.held(*moves) if many_forwards else space.viewed(*moves))
+                    views.enter_context(space.materialized(*moves) if many_forwards else space.viewed(*moves))
             yield
 
     @property
@@ -203,7 +203,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def query(self, batch: Batch, query: int) -> tuple[Loss, Loss]:
         """(loss at +eps, loss at -eps) along one direction: from one forward if batch and spaces allow it, so that weights are
         unpacked, and noise is drawn, once for both."""
-        if batch.paired and all(space.splits for space in self.spaces):
+        if batch.paired and all(space.supports_paired_views for space in self.spaces):
             with self.perturbed(query, +1, -1):
                 plus, minus = batch.paired_loss()
         else:

@@ -121,7 +121,7 @@ class CodeRecipe(Recipe[CodesT]):
         return groups
 
     def tunable(self, file: Checkpoint) -> tuple[dict[str, int], str]:
-        coded = [tensor for name in file.linear_layers() if (tensor := file.quantized[name]).has_codes]
+        coded = [tensor for name in file.linear_layers() if (tensor := file.quantized[name]).has_grid]
         values = sum(-(-tensor.rows // DEFAULT_STRIDE) * tensor.columns for tensor in coded)
         return (
             {"tensors": len(coded), "values": values},

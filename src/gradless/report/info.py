@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from copy import copy
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from gradless.formats.gguf import GGUFFile
 from gradless.formats.hub import local
 from gradless.methods.registry import RECIPES
 from gradless.noise import Direction
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import Move, PackedWeight, Part
 
 ENOUGH = 0.9
 """Cosine between an intended perturbation and what is left of it in a bf16 scratch, below which `info` warns."""
@@ -35,7 +34,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
     file = Folder.open(folder) if folder.is_dir() else GGUFFile.open(folder)
     counts, weights, nbytes = Counter[str](), Counter[str](), Counter[str]()
     for name, tensor in file.quantized.items():
-        kind = tensor.block.name
+        kind = tensor.type_name
         counts[kind] += 1
         weights[kind] += tensor.rows * tensor.columns
         nbytes[kind] += sum(info.nbytes for info in file.parts(name).values())
@@ -67,25 +66,24 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
         "kernels": kernels.name(),
         "why_not_compiled": kernels.why_not_compiled(),
         "products": kernels.products(),
-        "surviving": {tensor.block.name: {"eps": eps, "cosine": round(surviving(tensor, eps), 4)} for tensor, eps in shown},
+        "surviving": {tensor.type_name: {"eps": eps, "cosine": round(surviving(tensor, eps), 4)} for tensor, eps in shown},
     }
 
 
-def _scale_eps(tensor: QuantTensor) -> float:
+def _scale_eps(tensor: PackedWeight) -> float:
     """The default perturbation of a tensor's scales, of the first method that moves them by themselves."""
     found = (each.scale_eps(centred=tensor.is_centred) for each in RECIPES.values())
     return next(eps for eps in found if eps is not None)
 
 
-def _one_a_type(tensors: list[QuantTensor]) -> list[QuantTensor]:
-    return list({tensor.block.name: tensor for tensor in tensors}.values())
+def _one_a_type(tensors: list[PackedWeight]) -> list[PackedWeight]:
+    return list({tensor.type_name: tensor for tensor in tensors}.values())
 
 
-def surviving(tensor: QuantTensor, eps: float, part: Part = Part.SCALE) -> float:
+def surviving(tensor: PackedWeight, eps: float, part: Part = Part.SCALE) -> float:
     """The cosine between a perturbation of `tensor` as meant, in fp32, and as a bf16 scratch holds it."""
-    own = copy(tensor)
+    own = tensor.under(Move(Direction(0, 0), eps), Move(Direction(0, 0), -eps))
     own.tune(part)
-    own.views = (Move(Direction(0, 0), eps), Move(Direction(0, 0), -eps))
     rows = torch.arange(min(own.rows, 256))
     sides = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradless.blocks import BlockType
+from gradless.blocks import BlockType, Kind
 from gradless.kernels import reference
 from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Signs, Stream, Words, key, normal_table
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import BlockWeight, Move, Part, TunedCodes, TunedValues
 
 NAME = "cpu"
 
-_PARTS = {None: 0, Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3, Part.CODE: 4}
+_PARTS, _CODE = {Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3}, 4
 
 
 class _Words(ctypes.Structure):
@@ -57,12 +57,12 @@ class _Move(ctypes.Structure):
 class _Blocks(ctypes.Structure):
     _fields_ = (
         ("packed", ctypes.c_void_p),
-        ("master", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("blocks", ctypes.c_int64),
         ("all_blocks", ctypes.c_int64),
-        ("share", ctypes.c_int64),
-        ("type", ctypes.c_int32),
+        ("blocks_per_value", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
         ("part", ctypes.c_int32),
         ("relative", ctypes.c_int32),
         ("clamp", ctypes.c_int32),
@@ -94,14 +94,62 @@ class _Attention(ctypes.Structure):
     )
 
 
+_STRUCTS = (_Words, _Direction, _Move, _Blocks, _Heads, _Attention)
+"""The structs of native.cpp, in the order of its `gradless_sizes`."""
+
+_BYTES, _N, _INT, _FLOAT, _TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_char_p
+_DIRECTION, _MOVES, _BLOCKS = (ctypes.POINTER(struct) for struct in (_Direction, _Move, _Blocks))
+_READ = (_BLOCKS, _MOVES, _N, _N)
+"""A weight, the moves of its views, how many moves, and how many rows."""
+
+_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "kinds": (_TEXT, ()),
+    "sizes": (ctypes.POINTER(_N), ()),
+    "keep_freed_memory": (None, ()),
+    "set_normal_table": (None, (_BYTES,)),
+    "end_on_lost_page": (None, (_TEXT,)),
+    "coordinates": (None, (_DIRECTION, _N, _BYTES)),
+    "coordinates_of_each": (None, (_DIRECTION, _BYTES, _N, _N, _BYTES)),
+    "whole_steps": (None, (_MOVES, _N, _BYTES, _BYTES)),
+    "bytes": (None, (ctypes.POINTER(_Words), _N, _BYTES)),
+    "dequantize": (None, (*_READ, _INT, _BYTES)),
+    "multiplies_bf16": (_INT, ()),
+    "choose_path": (_TEXT, (_INT,)),
+    "linear_bf16": (None, (*_READ, _N, _BYTES, _BYTES)),
+    "linear_int8_f32": (None, (*_READ, _N, _BYTES, _BYTES)),
+    "linear_int8_bf16": (None, (*_READ, _N, _BYTES, _BYTES)),
+    "add_shifts": (None, (*_READ, _N, _INT, _BYTES, _BYTES, _BYTES)),
+    "vectors": (None, (_BYTES, _INT, _BYTES, _N, _N, _N, _N, _INT, _BYTES)),
+    "move_blocks": (None, (_BLOCKS, _MOVES, _N, _N)),
+    "move_codes": (_N, (_BLOCKS, _MOVES)),
+    "moved": (None, (_MOVES, _N, _INT, _INT, _INT, _BYTES, _BYTES)),
+    "rms_norm": (None, (_BYTES, _BYTES, _N, _N, _FLOAT, _FLOAT, _BYTES)),
+    "gate": (None, (_BYTES, _BYTES, _INT, _N, _BYTES)),
+    "attention": (None, (ctypes.POINTER(_Attention), _N, _N, *[_BYTES] * 5)),
+}
+"""Result and arguments of every function of the library, by its name after `gradless_`."""
+
+
 def _load() -> ctypes.CDLL:
-    """Load the library beside this file; raises OSError where it was not built or cannot run here."""
+    """Load the library beside this file.
+
+    Raises:
+        OSError: it was not built, was built from other sources, or cannot run here.
+    """
     for path in Path(__file__).parent.glob("_native*.so"):
         library = ctypes.CDLL(str(path))
-        library.gradless_move_codes.restype = ctypes.c_int64
-        library.gradless_choose_path.restype = ctypes.c_char_p
+        try:
+            for name, (result, arguments) in _FUNCTIONS.items():
+                function = getattr(library, f"gradless_{name}")
+                function.restype, function.argtypes = result, arguments
+        except AttributeError as error:
+            raise OSError(f"{path.name} was built from other sources; install gradless again ({error})") from error
+        kinds = library.gradless_kinds().decode().split()
+        sizes = library.gradless_sizes()[: len(_STRUCTS)]
+        if kinds != [kind.name for kind in Kind] or sizes != [ctypes.sizeof(struct) for struct in _STRUCTS]:
+            raise OSError(f"{path.name} was built from other sources; install gradless again")
         library.gradless_keep_freed_memory()
-        library.gradless_set_normal_table(normal_table().ctypes.data_as(ctypes.c_void_p))
+        library.gradless_set_normal_table(normal_table().ctypes.data)
         return library
     raise OSError("the C++ kernels were not built (no compiler when gradless was installed)")
 
@@ -112,14 +160,14 @@ LIBRARY = Path(_library._name)
 
 
 def end_on_lost_page(sentence: str) -> None:
-    """From now on a read beyond the end of a mapped file that became shorter prints a sentence and ends the process with 1."""
-    _library.gradless_end_on_lost_page(ctypes.c_char_p(sentence.encode()))
+    """Print a sentence and end the process with 1 if, from now on, a mapped file becomes shorter and its lost part is read."""
+    _library.gradless_end_on_lost_page(sentence.encode())
 
 
 def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.device) -> Tensor:
     """See `reference.coordinates`."""
     out = torch.empty(n, device=device)
-    _library.gradless_coordinates(ctypes.byref(_direction(direction, name)), ctypes.c_int64(n), _at(out))
+    _library.gradless_coordinates(ctypes.byref(_direction(direction, name)), n, out.data_ptr())
     return out
 
 
@@ -128,7 +176,7 @@ def coordinates_of_each(direction: Direction, names: Sequence[str], n: int, devi
     out, count = torch.empty(len(names), n, device=device), len(names)
     keys = (ctypes.c_uint64 * count)(*(key(direction.seed, name) for name in names))
     drawn = ctypes.byref(_direction(direction, names[0]))
-    _library.gradless_coordinates_of_each(drawn, keys, ctypes.c_int64(count), ctypes.c_int64(n), _at(out))
+    _library.gradless_coordinates_of_each(drawn, keys, count, n, out.data_ptr())
     return out
 
 
@@ -137,68 +185,71 @@ def whole_steps(name: str, move: Move, n: int, device: torch.device, residual: T
     out = torch.empty(n, device=device)
     _library.gradless_whole_steps(
         ctypes.byref(_move(move, name)),
-        ctypes.c_int64(n),
-        None if residual is None else _at(residual),
-        _at(out),
+        n,
+        None if residual is None else residual.data_ptr(),
+        out.data_ptr(),
     )
     return out
 
 
-def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: BlockWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`."""
-    out = torch.empty(max(1, len(tensor.views)), len(rows), tensor.columns, dtype=dtype)
+    out = torch.empty(weight.views.count, len(rows), weight.columns, dtype=dtype)
     rows = rows.contiguous()
     _library.gradless_dequantize(
-        ctypes.byref(_blocks(tensor, rows)),
-        *_moves(tensor.views, tensor.name),
-        ctypes.c_int64(len(rows)),
-        ctypes.c_int32(dtype is torch.bfloat16),
-        _at(out),
+        ctypes.byref(_blocks(weight, rows)),
+        *_moves(weight.views.moves, weight.name),
+        len(rows),
+        dtype is torch.bfloat16,
+        out.data_ptr(),
     )
     return out
 
 
-def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
-    """See `reference.linear`; bf16 in panels, a few rows unpacked at a time, where the processor multiplies it."""
+def linear(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
+    """See `reference.linear`. If the processor multiplies bf16, products of bf16 unpack a few rows at a time, in panels."""
     if x.dtype is torch.bfloat16 and _library.gradless_multiplies_bf16():
-        return _product(_library.gradless_linear_bf16, tensor, rows, x)
-    return reference.products(x, dequantize(tensor, rows, x.dtype))
+        return _product(_library.gradless_linear_bf16, weight, rows, x)
+    return reference.products(x, dequantize(weight, rows, x.dtype))
 
 
-def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+def linear_int8(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     """See `reference.linear_int8`."""
-    assert tensor.block.levels is None
+    assert weight.block.levels is None
     bf16 = x.dtype is torch.bfloat16
-    return _product(_library.gradless_linear_int8_bf16 if bf16 else _library.gradless_linear_int8_f32, tensor, rows, x)
+    return _product(_library.gradless_linear_int8_bf16 if bf16 else _library.gradless_linear_int8_f32, weight, rows, x)
 
 
-def add_shifts(tensor: QuantTensor, rows: Tensor, x: Tensor, y: Tensor) -> None:
+def add_shifts(weight: BlockWeight, rows: Tensor, x: Tensor, y: Tensor) -> None:
     """See `reference.add_shifts`."""
-    assert tensor.owners is not None
+    example_of_token = weight.views.example_of_token
+    assert example_of_token is not None
     assert y.is_contiguous()
-    x, rows, owners = x.contiguous(), rows.contiguous(), tensor.owners.contiguous()
+    x, rows, example_of_token = x.contiguous(), rows.contiguous(), example_of_token.contiguous()
     _library.gradless_add_shifts(
-        ctypes.byref(_blocks(tensor, rows)),
-        *_moves(tensor.views, tensor.name),
-        ctypes.c_int64(len(rows)),
-        ctypes.c_int64(len(x)),
-        ctypes.c_int32(x.dtype is torch.bfloat16),
-        *map(_at, (x, owners, y)),
+        ctypes.byref(_blocks(weight, rows)),
+        *_moves(weight.views.moves, weight.name),
+        len(rows),
+        len(x),
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        example_of_token.data_ptr(),
+        y.data_ptr(),
     )
 
 
-def _product(multiply: Any, tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+def _product(multiply: Any, weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     """x (views, m, columns) by the rows of a weight, through a function of the library."""
-    assert x.shape[::2] == (max(1, len(tensor.views)), tensor.columns)
+    assert x.shape[::2] == (weight.views.count, weight.columns)
     x, rows = x.contiguous(), rows.contiguous()
     out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype)
     multiply(
-        ctypes.byref(_blocks(tensor, rows)),
-        *_moves(tensor.views, tensor.name),
-        ctypes.c_int64(len(rows)),
-        ctypes.c_int64(x.shape[1]),
-        _at(x),
-        _at(out),
+        ctypes.byref(_blocks(weight, rows)),
+        *_moves(weight.views.moves, weight.name),
+        len(rows),
+        x.shape[1],
+        x.data_ptr(),
+        out.data_ptr(),
     )
     return out
 
@@ -207,8 +258,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus: float) -> Tensor:
     """See `reference.rms_norm`."""
     x = x.contiguous()
     out, d = torch.empty_like(x), x.shape[-1]
-    sizes = (ctypes.c_int64(x.numel() // d), ctypes.c_int64(d))
-    _library.gradless_rms_norm(_at(x), _at(weight), *sizes, ctypes.c_float(eps), ctypes.c_float(plus), _at(out))
+    sizes = (x.numel() // d, d)
+    _library.gradless_rms_norm(x.data_ptr(), weight.data_ptr(), *sizes, eps, plus, out.data_ptr())
     return out
 
 
@@ -216,7 +267,7 @@ def gate(gates: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
     """See `reference.gate`."""
     gates, up = gates.contiguous(), up.contiguous()
     out = torch.empty_like(up)
-    _library.gradless_gate(_at(gates), _at(up), ctypes.c_int32(gelu), ctypes.c_int64(up.numel()), _at(out))
+    _library.gradless_gate(gates.data_ptr(), up.data_ptr(), gelu, up.numel(), out.data_ptr())
     return out
 
 
@@ -234,18 +285,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     how.scale = scale
     _library.gradless_attention(
         ctypes.byref(how),
-        ctypes.c_int64(batch),
-        ctypes.c_int64(k.shape[1]),
-        *map(_at, (q, k, v)),
-        None if mask is None else _at(mask),
-        _at(out),
+        batch,
+        k.shape[1],
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        out.data_ptr(),
     )
     return out
 
 
 def choose_path(slower: int = 0) -> str | None:
-    """Multiply integers by the fastest instructions of this processor, once `slower` of them are passed over; their name."""
-    name: bytes | None = _library.gradless_choose_path(ctypes.c_int32(slower))
+    """Multiply integers by the fastest instructions of this processor, or the `slower`-th next to them.
+
+    Returns:
+        Their name; None if there are no such instructions.
+    """
+    name: bytes | None = _library.gradless_choose_path(slower)
     return None if name is None else name.decode()
 
 
@@ -266,36 +323,38 @@ def vectors(codes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     codes, table = codes.contiguous(), table.contiguous()
     out = torch.empty(*codes.shape[:-1], size, dtype=dtype)
     _library.gradless_vectors(
-        _at(codes),
-        ctypes.c_int32(codes.dtype is torch.int16),
-        _at(table),
-        *map(ctypes.c_int64, (codebooks, entries, size, out.numel() // size)),
-        ctypes.c_int32(dtype is torch.bfloat16),
-        _at(out),
+        codes.data_ptr(),
+        codes.dtype is torch.int16,
+        table.data_ptr(),
+        codebooks,
+        entries,
+        size,
+        out.numel() // size,
+        dtype is torch.bfloat16,
+        out.data_ptr(),
     )
     return out.flatten(-2)
 
 
-def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
+def move_blocks(weight: BlockWeight, moves: Sequence[Move]) -> None:
     """See `reference.move_blocks`."""
-    assert tensor.master is not None
     _library.gradless_move_blocks(
-        ctypes.byref(_blocks(tensor)),
-        *_moves(moves, tensor.name),
-        ctypes.c_int64(tensor.master.numel()),
+        ctypes.byref(_blocks(weight)),
+        *_moves(moves, weight.name),
+        weight.tuned_values.values.numel(),
     )
 
 
-def move_codes(tensor: QuantTensor, move: Move) -> int:
+def move_codes(weight: BlockWeight, move: Move) -> int:
     """See `reference.move_codes`."""
-    return int(_library.gradless_move_codes(ctypes.byref(_blocks(tensor)), ctypes.byref(_move(move, tensor.name))))
+    return int(_library.gradless_move_codes(ctypes.byref(_blocks(weight)), ctypes.byref(_move(move, weight.name))))
 
 
 def dither(name: str, shape: torch.Size) -> Tensor:
     """See `reference.dither`."""
     out = torch.empty(shape, dtype=torch.int8)
     words = _words(Direction(0, 0).words(name, Stream.DITHER))
-    _library.gradless_bytes(ctypes.byref(words), ctypes.c_int64(out.numel()), _at(out))
+    _library.gradless_bytes(ctypes.byref(words), out.numel(), out.data_ptr())
     return out
 
 
@@ -305,18 +364,14 @@ def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochast
     out = torch.empty(values.shape, dtype=dtype)
     _library.gradless_moved(
         ctypes.byref(_move(move, name)),
-        ctypes.c_int64(values.numel()),
-        ctypes.c_int32(values.dtype is torch.bfloat16),
-        ctypes.c_int32(dtype is torch.bfloat16),
-        ctypes.c_int32(stochastic and dtype is torch.bfloat16),
-        _at(values),
-        _at(out),
+        values.numel(),
+        values.dtype is torch.bfloat16,
+        dtype is torch.bfloat16,
+        stochastic and dtype is torch.bfloat16,
+        values.data_ptr(),
+        out.data_ptr(),
     )
     return out
-
-
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _words(words: Words) -> _Words:
@@ -329,7 +384,7 @@ def _direction(direction: Direction | Signs, name: str) -> _Direction:
         for term, weight in reversed(direction.terms):
             made = _direction(term, name)
             made.weight, made.next = np.float32(weight), following and ctypes.addressof(following)
-            made.source, following = following, made  # keeps alive what the pointer shows
+            made.source, following = following, made  # keeps alive what the pointer refers to
         made.signs = True
         return made
     words = _words(direction.words(name))
@@ -357,19 +412,19 @@ def _move(move: Move, name: str) -> _Move:
     direction = _direction(move.direction, name)
     rounding = _words(move.direction.words(name, Stream.ROUNDING))
     made = _Move(direction, rounding, np.float32(move.coefficient), np.float32(move.decay))
-    made.source = direction  # keeps alive what its pointers show
+    made.source = direction  # keeps alive what its pointers refer to
     return made
 
 
-def _moves(moves: Sequence[Move], name: str) -> tuple[Any, ctypes.c_int64]:
+def _moves(moves: Sequence[Move], name: str) -> tuple[Any, int]:
     """Moves as the library takes them: an array and its length."""
-    n = ctypes.c_int64(len(moves))
+    n = len(moves)
     directions = [move.direction for move in moves if isinstance(move.direction, Direction)]
     if len(directions) == len(moves) > 2 and len({(u.seed, u.distribution, u.span) for u in directions}) == 1:
         return _many_alike(moves, directions, name), n
     made = [_move(move, name) for move in moves]
     array: Any = (_Move * len(made))(*made)
-    array.sources = made  # keeps alive what their pointers show
+    array.sources = made  # keeps alive what their pointers refer to
     return array, n
 
 
@@ -380,7 +435,7 @@ def _many_alike(moves: Sequence[Move], directions: Sequence[Direction], name: st
     array.sources = first
 
     def column(of: Any, start: int, dtype: type[Any]) -> np.ndarray[Any, Any]:
-        """A field of every move; `of` a field of one of its parts, which begins at a byte."""
+        """A field of every move: field `of` of the part of a move that begins at byte `start`."""
         return np.ndarray(len(moves), dtype, array, start + of.offset, size)
 
     steps = np.array([u.step for u in directions], np.uint32)
@@ -401,23 +456,26 @@ def _code_layout(block: BlockType) -> tuple[int, Tensor, Tensor | None]:
     return zero, torch.stack(pieces), None if block.levels is None else torch.tensor(block.levels)
 
 
-def _blocks(tensor: QuantTensor, rows: Tensor | None = None) -> _Blocks:
-    zero, pieces, levels = _code_layout(tensor.block)
-    return _Blocks(
-        tensor.packed.data_ptr(),
-        None if tensor.master is None else tensor.master.data_ptr(),
-        None if rows is None else rows.data_ptr(),
-        tensor.packed.shape[1],
-        tensor.packed.shape[0] * tensor.packed.shape[1],
-        tensor.share,
-        tensor.block.index,
-        _PARTS[tensor.part],
-        int(tensor.relative),
-        int(tensor.clamp),
-        *tensor.block.codes,
-        zero,
-        None if levels is None else levels.data_ptr(),
-        pieces.data_ptr(),
-        None if tensor.residual is None else tensor.residual.data_ptr(),
-        tensor.stride,
+def _blocks(weight: BlockWeight, rows: Tensor | None = None) -> _Blocks:
+    zero, pieces, levels = _code_layout(weight.block)
+    made = _Blocks(
+        packed=weight.packed.data_ptr(),
+        rows=None if rows is None else rows.data_ptr(),
+        blocks=weight.packed.shape[1],
+        all_blocks=weight.packed.shape[0] * weight.packed.shape[1],
+        blocks_per_value=weight.blocks_per_value,
+        kind=weight.block.kind,
+        lowest=weight.block.codes[0],
+        highest=weight.block.codes[1],
+        zero=zero,
+        levels=None if levels is None else levels.data_ptr(),
+        pieces=pieces.data_ptr(),
+        stride=1,
     )
+    match weight.tuned:
+        case TunedValues(part, relative, values):
+            made.part, made.relative, made.values = _PARTS[part], relative, values.data_ptr()
+        case TunedCodes(stride, clamp, residual):
+            made.part, made.stride, made.clamp = _CODE, stride, clamp
+            made.residual = None if residual is None else residual.data_ptr()
+    return made

@@ -1,4 +1,4 @@
-// The bf16 product behind reference.linear: a panel of 48 rows by a tile of 8 tokens, where the processor multiplies pairs of bf16
+// The bf16 product behind reference.linear: a panel of 48 rows by a tile of 8 tokens, for processors that multiply pairs of bf16
 // (AVX512-BF16). A lane of a vector is a row, so no sum runs across lanes.
 #pragma once
 #include <cstdint>
@@ -39,8 +39,8 @@ BF16_TARGET static void interleave(const uint32_t *rows, int64_t pairs, uint32_t
         }
 }
 
-// x: BF16_TILE rows of `pairs` words. The accumulators have names, and their products are written in assembly, since GCC 12 keeps an
-// array of so many in memory and copies it around the intrinsic.
+// x: BF16_TILE rows of `pairs` words. The accumulators have names, and their products are written in assembly: GCC 12 would keep
+// an array of 24 in memory and copy it around the intrinsic.
 #define EACH_TOKEN(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
 #define BEGIN(I) __m512 first##I = _mm512_setzero_ps(), second##I = first##I, third##I = first##I;
 #define ADD(I) \

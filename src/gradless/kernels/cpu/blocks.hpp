@@ -1,4 +1,4 @@
-// The block types as blocks.py reads them: w = (d * multiplier) * code + m * offset_multiplier.
+// The block types as blocks.py reads them: w = (d * multiplier) * code + m * offset_multiplier. native.cpp lists them (KINDS).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -40,13 +40,13 @@ INLINE Bytes load_bytes(const uint8_t *p) {
     std::memcpy(&v, p, 16);
     return v;
 }
-// Stored at once: a wider load of two stores would have to wait for both.
+// One store of 32 bytes: a wider load that follows two stores would have to wait for both.
 INLINE void store_codes(int8_t *code, Bytes low, Bytes high) {
     typedef uint8_t Pair __attribute__((vector_size(32)));
     Pair v = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
     std::memcpy(code, &v, 32);
 }
-// Per type: constants, and unpack(bytes, codes, multiplier, offset_multiplier).
+// Each type has constants, and unpack(bytes, codes, multiplier, offset_multiplier).
 template <uint8_t ZERO> struct Nibbles {
     INLINE void unpack(const uint8_t *q, int8_t *code) {
         Bytes v = load_bytes(q);
@@ -170,7 +170,14 @@ struct Q6_K {
     }
 };
 
-// Our own types: d, m where there is one, and the codes of any grid, two in a byte or one.
+// 4-bit codes that stand for levels (blocks.py has them).
+struct IQ4_NL {
+    static constexpr int size = 32, nbytes = 18, groups = 1, scale_at = 0, offset_at = -1;
+    static constexpr float offset_unit = 0;
+    INLINE void unpack(const uint8_t *b, int8_t *code, float *, float *) { Nibbles<0>::unpack(b + 2, code); }
+};
+
+// Our own types: d, then m if there is one, then the codes of any grid, two in a byte or one.
 template <int SIZE, int ZERO, bool OFFSET> struct GridNibbles {
     static constexpr int at = OFFSET ? 4 : 2, size = SIZE, nbytes = at + SIZE / 2, groups = 1, scale_at = 0, offset_at = OFFSET ? 2 : -1;
     static constexpr float offset_unit = OFFSET ? 7.5f : 0;
@@ -207,6 +214,20 @@ template <int SIZE, bool BYTES> struct Wide {
             for (int i = 0; i < SIZE / 32; i++) Nibbles<0>::unpack(b + 4 + 16 * i, code + 32 * i);
     }
 };
+
+#define BOTH_SIZES(NAME, TEMPLATE, ...) \
+    typedef TEMPLATE<64, __VA_ARGS__> NAME##_64; \
+    typedef TEMPLATE<32, __VA_ARGS__> NAME##_32;
+BOTH_SIZES(SIGNED_NIBBLES, GridNibbles, 8, false)
+BOTH_SIZES(NIBBLES, GridNibbles, 0, false)
+BOTH_SIZES(NIBBLES_OFFSET, GridNibbles, 0, true)
+BOTH_SIZES(NIBBLES_ZERO, Zeroed, false)
+BOTH_SIZES(NIBBLES_FP32, Wide, false)
+BOTH_SIZES(BYTES, GridBytes, false)
+BOTH_SIZES(BYTES_OFFSET, GridBytes, true)
+BOTH_SIZES(BYTES_ZERO, Zeroed, true)
+BOTH_SIZES(BYTES_FP32, Wide, true)
+
 template <class T> constexpr bool has_zero_point = T::offset_at == T::scale_at;
 template <class T> constexpr bool has_wide_scale = false;
 template <int SIZE, bool BYTES> constexpr bool has_wide_scale<Wide<SIZE, BYTES>> = true;

@@ -1,5 +1,5 @@
-// What stands between the linear layers, in one pass each over bf16 values, computed in fp32. These are approximations of
-// reference.py within a stated bound; nothing that is replayed depends on their bits.
+// The passes between the linear layers, each fused into one over bf16 values and computed in fp32. They approximate reference.py
+// within a stated bound; no replay depends on their bits.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -7,7 +7,8 @@
 #include <vector>
 #include "noise.hpp"
 
-// e^x for x <= 0, to three parts in a million, far below a bf16's rounding: 2^n 2^f, f's power being its series to the fifth.
+// e^x for x <= 0, to three parts in a million, far below a bf16's rounding: 2^n 2^f, where 2^f is its Taylor series to the fifth
+// power.
 INLINE float exp_negative(float x) {
     const float t = x < -87.0f ? -125.5f : x * 1.44269504f;
     const float n = t + 0x1.8p23f, f = t - (n - 0x1.8p23f);  // n's lowest bits are the integer nearest to t
@@ -22,7 +23,7 @@ INLINE float exp_negative(float x) {
     y = __builtin_fmaf(y, f, 6.9314718e-1f);
     return power * __builtin_fmaf(y, f, 1.0f);
 }
-// To bf16, of values of which none is a NaN of other than the processor's own making.
+// fp32 to bf16, if the only NaNs are the processor's default NaN.
 INLINE uint16_t rounded(float f) {
     uint32_t bits;
     std::memcpy(&bits, &f, 4);
@@ -113,9 +114,9 @@ struct Attention {
     float scale;
 };
 
-// Scores of some queries, the first of which is the i-th -> their weights up to a factor, in bf16; 1 / total is that factor.
+// The scores of queries i, i + 1, ... -> their weights in bf16, up to a factor of 1 / total.
 CLONES static void weigh(const uint8_t *mask, int64_t mask_row, int64_t i, int64_t rows, int64_t length, int64_t width, float scale, float *score, uint16_t *weight, float total[QUERIES]) {
-    constexpr float NONE = -1e30f, BEYOND = -2e30f;  // what a query does not see; what is there to fill the width alone
+    constexpr float NONE = -1e30f, BEYOND = -2e30f;  // the score of a key that a query does not see; of a place beyond the last key
     for (int64_t r = 0; r < rows; r++, score += width, weight += width) {
         const int64_t seen = mask ? length : i + r + 1;
         const uint8_t *sees = mask + r * mask_row;

@@ -1,8 +1,8 @@
 // The integer product behind reference.linear_int8: a panel of 32 rows of codes by a tile of tokens. A lane of a vector is a row,
 // so no sum runs across lanes.
 //
-// A code c, of -32639 .. 32639, is held as the two bytes of c + 32896, each of them 128 too large. Wherever c fits a byte the high one
-// is just 128: a group of such codes is multiplied by its low bytes alone. What the 128 add to a sum is taken off where it begins.
+// A code c from -32639 to 32639 is held as the two bytes of c + 32896, so each byte is 128 too large. If all codes of a group fit a
+// byte, their high bytes are 128, and only the low bytes are multiplied. A sum begins at minus the products of the extra 128.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -26,7 +26,7 @@ struct Panel {
     std::unique_ptr<float[]> scale;       // (groups, PANEL)
     std::unique_ptr<float[]> offset;      // the same; null: none
 
-    // Where `same` is given, its codes are this panel's too.
+    // If `same` is given, this panel shares its codes.
     Panel(int64_t groups, int64_t quads, bool has_offset, int lowest, int reach, const Panel *same)
         : groups(groups), quads(quads), lowest(lowest), reach(reach), wide(same ? same->wide : std::shared_ptr<uint8_t[]>(new uint8_t[groups]())), scale(new float[groups * PANEL]) {
         for (int byte = 0; byte < 2; byte++) code[byte] = same ? same->code[byte] : std::shared_ptr<uint32_t[]>(new uint32_t[groups * quads * PANEL]);
@@ -63,8 +63,8 @@ static void product_portable(const Panel &p, const Tile &t, float y[TILE][PANEL]
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-// acc += a group's codes by its activations. In assembly, since GCC 12 copies every accumulator around the intrinsic, which costs a
-// third of the speed.
+// acc += a group's codes times its activations. This is assembly because GCC 12 copies every accumulator around the intrinsic,
+// which costs a third of the speed.
 __attribute__((target("avx512f,avx512vnni"))) INLINE void dots_vnni(__m512i acc[TILE][2], const uint32_t *code, const uint32_t *x, int64_t quads) {
     for (; quads > 0; quads--, code += PANEL, x += TILE) {
         const __m512i first = _mm512_loadu_si512(code), second = _mm512_loadu_si512(code + 16);
@@ -100,11 +100,11 @@ __attribute__((target("avx512f,avx512vnni"))) static void product_vnni(const Pan
         for (int half = 0; half < 2; half++) _mm512_storeu_ps(out[i] + 16 * half, y[i][half]);
 }
 
-// Sixteen rows by three tokens at a time, for 256-bit vectors; `dots` adds a group's products to its accumulators. Where NARROW is
-// not 0, groups whose codes reach no further are left to `dots_narrow`.
+// Sixteen rows by three tokens at a time, for 256-bit vectors; `dots` adds a group's products to its accumulators. If NARROW is
+// not 0, groups with codes up to NARROW are multiplied by `dots_narrow`.
 constexpr int HALVES = PANEL / 16, TOKENS = 3;
 
-// Codes less the lowest, so small that sums of a few pairs of products fit 16 bits.
+// Codes minus the lowest code, small enough that sums of a few pairs of products fit 16 bits.
 __attribute__((target("avx2,fma"))) INLINE void dots_narrow(__m256i acc[TOKENS][2], const Panel &p, const uint32_t *code, const uint32_t *x) {
     const __m256i lift = _mm256_set1_epi8((char)(128 + p.lowest)), ones = _mm256_set1_epi16(1);
     const int64_t at_once = 32767 / (2 * 127 * p.reach);
@@ -166,7 +166,7 @@ __attribute__((target("avx2,fma,avxvnni"))) INLINE void dots_avx_vnni(__m256i ac
 }
 PRODUCT_256(product_avx_vnni, "avx2,fma,avxvnni", 0, dots_avx_vnni)
 
-// Pairs of products of bytes would overflow 16 bits: even and odd columns are widened and multiplied apart.
+// Pairs of products of bytes would overflow 16 bits, so even and odd columns are widened and multiplied separately.
 __attribute__((target("avx2,fma"))) INLINE void dots_avx2(__m256i acc[TOKENS][2], const uint32_t *code, const uint32_t *x, int64_t quads) {
     for (; quads > 0; quads--, code += PANEL, x += TILE) {
         __m256i even[2], odd[2];
@@ -188,7 +188,7 @@ PRODUCT_256(product_avx2, "avx2,fma", 63, dots_avx2)
 #endif
 
 #if defined(__aarch64__) && defined(__GNUC__)
-// Eight rows at a time. The dot product takes signed bytes: 128 is taken off each code here, and nothing where a sum begins.
+// Eight rows at a time. The dot product takes signed bytes, so 128 is subtracted from each code here, and sums begin at zero.
 __attribute__((target("arch=armv8.2-a+dotprod"))) static void product_neon(const Panel &p, const Tile &t, float out[TILE][PANEL]) {
     for (int row = 0; row < PANEL; row += 8) {
         float32x4_t y[TILE][2];
@@ -236,7 +236,7 @@ struct Path {
     Product product;
     bool runs;
 };
-// Fastest first.
+// The paths, the fastest first.
 static const Path *paths() {
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
@@ -255,7 +255,7 @@ static const Path *paths() {
 #endif
     return all;
 }
-// The fastest that runs here, once `slower` of them are passed over; the end of the list where there is none.
+// The fastest path that runs on this processor, or the `slower`-th after it; the end of the list if there is none.
 static const Path *path(int slower) {
     const Path *each = paths();
     while (each->name && (!each->runs || slower-- > 0)) each++;

@@ -1,6 +1,6 @@
-// The CPU kernels: reference.py in loops, with the noise drawn where it is used. Same bits as the reference; compile with
-// -ffp-contract=off. Plain C++ that the compiler vectorizes: each worker is built for several instruction sets and the
-// right one is bound when the library loads.
+// The CPU kernels: reference.py in loops, with the noise drawn where it is used. They have the reference's bits; compile them
+// with -ffp-contract=off. This is plain C++ that the compiler vectorizes: each worker is built for several instruction sets,
+// and the right one is bound when the library loads.
 #include <algorithm>
 #include <atomic>
 #include <csignal>
@@ -29,33 +29,34 @@ struct Move {
 
 struct Blocks {
     uint8_t *packed;
-    float *master;        // null: read the file's own fields
-    const int64_t *rows;  // null: rows 0, 1, ...
-    int64_t blocks;       // in a row
-    int64_t all_blocks;   // in the tensor
-    int64_t share;        // so many blocks of a row share one tuned value
-    int32_t type, part, relative;
+    float *values;             // the tuned values; null: none are, so the file's are read
+    const int64_t *rows;       // null: rows 0, 1, ...
+    int64_t blocks;            // in a row
+    int64_t all_blocks;        // in the weight
+    int64_t blocks_per_value;  // consecutive blocks of a row that share one tuned value
+    int32_t kind;              // a Kind
+    int32_t part, relative;    // a Part; whether moves are measured in each value's own unit
     int32_t clamp, lowest, highest;  // the codes' ends, and whether a query stops there
     int32_t zero;                    // the code that all-zero bits stand for
-    const float *levels;             // what each code stands for, from the lowest on; null: itself
+    const float *levels;             // the level of each code, from the lowest on; null: the codes are levels
     const int32_t *pieces;           // blocks.Pieces: byte, low, code_low, width, each (2, size)
     int8_t *residual;                // one a tuned code, in 1/256 steps; null: none
     int64_t stride;                  // codes are tuned in rows 0, stride, 2 * stride, ...
 };
 
 // Tuned values in a row.
-INLINE int64_t values_in_row(const Blocks &t) { return (t.blocks + t.share - 1) / t.share; }
+INLINE int64_t values_in_row(const Blocks &t) { return (t.blocks + t.blocks_per_value - 1) / t.blocks_per_value; }
 // The first block of value i.
 INLINE int64_t block_of(const Blocks &t, int64_t i) {
     const int64_t values = values_in_row(t);
-    return t.share == 1 ? i : i / values * t.blocks + i % values * t.share;
+    return t.blocks_per_value == 1 ? i : i / values * t.blocks + i % values * t.blocks_per_value;
 }
 
-// Of a run of tuned values: what a move of 1 means for each, and where it may lie: a scale keeps its sign, or stays at zero.
+// For a run of tuned values: the unit of a move, and the range of each value. A scale keeps its sign or stays at zero.
 struct Rooms {
     float unit[128], least[128], most[128];
 
-    // Of values [first, first + n).
+    // For values [first, first + n).
     template <class T> INLINE void read(Rooms &r, const Blocks &t, int64_t first, int n) {
         float d[128] = {0}, base[128] = {0};
         for (int i = 0; i < n; i++) {
@@ -88,13 +89,13 @@ INLINE void move_run(const Move &move, const Rooms &room, const float z[128], fl
     }
 }
 
-// A view of a row: what a forward reads of it.
+// A row as a forward reads it.
 struct View {
     const Move *move;  // null: the row as it is
     const View *same;  // an earlier view along the same direction, or this one
     Coordinates u;
-    std::vector<float> coordinate;  // of each tuned value, or of each code
-    std::vector<float> value;       // of each tuned one
+    std::vector<float> coordinate;  // one for each tuned value or code
+    std::vector<float> value;       // the tuned values
     std::vector<float> scale, offset;
     bool moves_codes;
 
@@ -104,7 +105,7 @@ struct View {
         for (int64_t first = 0; first < values; first += 128) {
             const int n = (int)std::min<int64_t>(128, values - first);
             float x[128] = {0}, z[128] = {0};
-            std::memcpy(x, t.master + row * values + first, sizeof(float) * n);
+            std::memcpy(x, t.values + row * values + first, sizeof(float) * n);
             if (v.move) {
                 Rooms room;
                 Rooms::read<T>(room, t, row * values + first, n);
@@ -123,11 +124,11 @@ struct View {
             const int64_t n = t.part == CODE ? t.blocks * T::size : values_in_row(t);
             Coordinates::read(v.u, row * n, n, v.coordinate.data());
         }
-        if (t.master) read_values<T>(v, t, row);
+        if (t.values) read_values<T>(v, t, row);
         for (int64_t k = 0; k < t.blocks; k++, b += T::nbytes) {
             float d = scale_of<T>(b), m = T::offset_at < 0 ? 0 : half_to_float(b + T::offset_at);
-            if (t.master) {
-                const float x = v.value[t.share == 1 ? k : k / t.share];
+            if (t.values) {
+                const float x = v.value[t.blocks_per_value == 1 ? k : k / t.blocks_per_value];
                 if (t.part == OFFSET) m = x;
                 else {
                     if (t.part == BOTH) m = m * (d == 0 ? 1.0f : x / d);
@@ -139,7 +140,7 @@ struct View {
     }
 };
 
-// One block, of codes as they are packed or of levels.
+// One block; `level` holds its codes as they are packed, or its levels.
 template <class T, class Level, class Out>
 INLINE void write_block(const Level *level, float scale, float offset, const float *multiplier, const float *offset_multiplier, Out *out) {
     constexpr int group = T::size / T::groups;
@@ -154,7 +155,7 @@ INLINE void write_block(const Level *level, float scale, float offset, const flo
     }
 }
 
-// One row under every view: views lie `apart` in `out`.
+// One row under every view; a view begins `apart` values behind the one before.
 template <class T, class Out> INLINE void dequantize_row(const Blocks &t, std::vector<View> &views, int64_t row, int64_t apart, Out *out) {
     const uint8_t *b = t.packed + row * t.blocks * T::nbytes;
     for (View &v : views) View::read<T>(v, t, row);
@@ -186,35 +187,25 @@ template <class T, class Out> INLINE void dequantize_row(const Blocks &t, std::v
     }
 }
 
-typedef GridNibbles<64, 8, false> Signed64;
-typedef GridNibbles<32, 8, false> Signed32;
-typedef GridNibbles<64, 0, false> Unsigned64;
-typedef GridNibbles<32, 0, false> Unsigned32;
-typedef GridNibbles<64, 0, true> Affine64;
-typedef GridNibbles<32, 0, true> Affine32;
-typedef GridBytes<64, false> Bytes64;
-typedef GridBytes<32, false> Bytes32;
-typedef GridBytes<64, true> AffineBytes64;
-typedef GridBytes<32, true> AffineBytes32;
-typedef Zeroed<64, false> Zeroed64;
-typedef Zeroed<32, false> Zeroed32;
-typedef Zeroed<64, true> ZeroedBytes64;
-typedef Zeroed<32, true> ZeroedBytes32;
-typedef Wide<64, false> Wide64;
-typedef Wide<32, false> Wide32;
-typedef Wide<64, true> WideBytes64;
-typedef Wide<32, true> WideBytes32;
+// The kinds of blocks, in the order of blocks.Kind (compared when the library loads): each name is a type of blocks.hpp.
+#define KINDS(DO, MORE) \
+    DO(Q4_0, MORE) DO(Q4_1, MORE) DO(Q5_0, MORE) DO(Q5_1, MORE) DO(Q8_0, MORE) \
+    DO(Q2_K, MORE) DO(Q3_K, MORE) DO(Q4_K, MORE) DO(Q5_K, MORE) DO(Q6_K, MORE) DO(IQ4_NL, MORE) \
+    DO(SIGNED_NIBBLES_64, MORE) DO(SIGNED_NIBBLES_32, MORE) \
+    DO(NIBBLES_64, MORE) DO(NIBBLES_32, MORE) DO(NIBBLES_OFFSET_64, MORE) DO(NIBBLES_OFFSET_32, MORE) \
+    DO(NIBBLES_ZERO_64, MORE) DO(NIBBLES_ZERO_32, MORE) DO(NIBBLES_FP32_64, MORE) DO(NIBBLES_FP32_32, MORE) \
+    DO(BYTES_64, MORE) DO(BYTES_32, MORE) DO(BYTES_OFFSET_64, MORE) DO(BYTES_OFFSET_32, MORE) \
+    DO(BYTES_ZERO_64, MORE) DO(BYTES_ZERO_32, MORE) DO(BYTES_FP32_64, MORE) DO(BYTES_FP32_32, MORE)
+#define ENUMERATOR(T, _) KIND_##T,
+#define NAME_AND_SPACE(T, _) #T " "
+#define CASE(T, DO) \
+    case KIND_##T: { \
+        DO(T) \
+    } break;
+enum Kind { KINDS(ENUMERATOR, _) };
+// DO(T) for the type T of a tensor's blocks.
 #define EACH_TYPE(DO) \
-    switch (t.type) { \
-        case 0: DO(Q4_0) break; case 1: DO(Q4_1) break; case 2: DO(Q5_0) break; case 3: DO(Q5_1) break; \
-        case 4: DO(Q8_0) break; case 5: DO(Q2_K) break; case 6: DO(Q3_K) break; case 7: DO(Q4_K) break; \
-        case 8: DO(Q5_K) break; case 9: DO(Q6_K) break; \
-        case 10: DO(Signed64) break; case 11: DO(Signed32) break; case 12: DO(Unsigned64) break; case 13: DO(Unsigned32) break; \
-        case 14: DO(Affine64) break; case 15: DO(Affine32) break; case 16: DO(Bytes64) break; case 17: DO(Bytes32) break; \
-        case 18: DO(AffineBytes64) break; case 19: DO(AffineBytes32) break; \
-        case 20: DO(Zeroed64) break; case 21: DO(Zeroed32) break; case 22: DO(ZeroedBytes64) break; case 23: DO(ZeroedBytes32) break; \
-        case 24: DO(Wide64) break; case 25: DO(Wide32) break; case 26: DO(WideBytes64) break; case 27: DO(WideBytes32) break; \
-    }
+    switch (t.kind) { KINDS(CASE, DO) }
 
 #define SIZE_OF(T) size = T::size;
 static int64_t block_size(const Blocks &t) {
@@ -228,7 +219,7 @@ static int64_t block_groups(const Blocks &t) {
     EACH_TYPE(GROUPS_OF)
     return groups;
 }
-// The views of `count` moves, or, for none, of what is there; a worker's own.
+// The views of `count` moves, or one view of the weight as it is. Each worker has its own.
 static std::vector<View> views_of(const Blocks &t, const Move *moves, int64_t count) {
     std::vector<View> views(std::max<int64_t>(1, count));
     for (int64_t i = 0; i < (int64_t)views.size(); i++) {
@@ -239,7 +230,7 @@ static std::vector<View> views_of(const Blocks &t, const Move *moves, int64_t co
             if (!std::memcmp(&moves[i].direction, &moves[j].direction, sizeof(Direction))) v.same = views[j].same;
         if (count) v.u.u = moves[i].direction;
         v.coordinate.resize(count && v.same == &v ? (t.part == CODE ? t.blocks * block_size(t) : values_in_row(t)) : 0);
-        v.value.resize(t.master ? values_in_row(t) : 0);
+        v.value.resize(t.values ? values_in_row(t) : 0);
         v.scale.resize(t.blocks), v.offset.resize(t.blocks);
     }
     return views;
@@ -402,13 +393,13 @@ QUANTIZE(quantize_bf16, uint16_t)
 MULTIPLY(multiply_f32, float)
 MULTIPLY(multiply_bf16, uint16_t)
 
-// What a shift of 1 adds to each group of some rows: (groups, SHIFT_ROWS), of types whose offset is a number of its own.
+// The change of each group of some rows by a shift of 1: (groups, SHIFT_ROWS), for types whose offset is a field of its own.
 #define UNITS(T) \
     if constexpr (T::offset_at >= 0 && !has_zero_point<T>) \
         for (int r = 0; r < SHIFT_ROWS; r++) { \
             const uint8_t *row = t.packed + rows[std::min(begin + r, end - 1)] * t.blocks * T::nbytes; \
             for (int64_t k = 0; k < t.blocks; k++) { \
-                const uint8_t *b = row + k * T::nbytes, *first = row + k / t.share * t.share * T::nbytes; \
+                const uint8_t *b = row + k * T::nbytes, *first = row + k / t.blocks_per_value * t.blocks_per_value * T::nbytes; \
                 float by = T::offset_unit != 0 ? __builtin_fabsf(scale_of<T>(first)) * T::offset_unit : __builtin_fabsf(half_to_float(first + T::offset_at)); \
                 by = t.relative ? by : 1; \
                 alignas(64) int8_t code[T::size]; \
@@ -431,12 +422,12 @@ SHIFT(shift_bf16, uint16_t)
         Rooms room; \
         Rooms::read<T>(room, t, first, (int)n); \
         float x[128] = {0}, z[128] = {0}; \
-        std::memcpy(x, t.master + first, sizeof(float) * n); \
+        std::memcpy(x, t.values + first, sizeof(float) * n); \
         for (int64_t k = 0; k < count; k++) { \
             Coordinates::read(u[k], first, n, z); \
             move_run(moves[k], room, z, x); \
         } \
-        std::memcpy(t.master + first, x, sizeof(float) * n); \
+        std::memcpy(t.values + first, x, sizeof(float) * n); \
     }
 CLONES void move_range(const Blocks &t, const Move *moves, int64_t count, int64_t begin, int64_t end) {
     std::vector<Coordinates> u(count);
@@ -489,7 +480,7 @@ CLONES static bool steps_of(const Move &move, Coordinates &u, uint64_t run, int 
     return any;
 }
 
-// Codes are updated in stretches: a tuned row, or, where every row is tuned, so many codes that noise is drawn once.
+// Codes are updated in stretches: a tuned row, or, if every row is tuned, 2^15 codes, so that noise is drawn once.
 INLINE int64_t stretch_length(const Blocks &t, int size) { return t.stride == 1 ? 1 << 15 : t.blocks * size; }
 
 // reference.move_codes for stretches [begin, end): how many codes changed. Most steps of a sparse move are zero.
@@ -593,7 +584,7 @@ template <class Worker> static void in_shares(int64_t n, int64_t grain, Worker w
         worker(share * grain, std::min(n, (share + 1) * grain));
 }
 
-// reference.linear_int8: `quantize` and `multiply` are those of x's and out's type.
+// reference.linear_int8; `quantize` and `multiply` are the functions for the type of x and out.
 template <class Value, class Quantize, class Multiply>
 static void linear_int8(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, const Value *x, Value *out, Quantize quantize, Multiply multiply) {
     const int64_t tiles = (m + TILE - 1) / TILE, columns = t->blocks * block_size(*t), views = std::max<int64_t>(1, count);
@@ -609,9 +600,9 @@ static void linear_int8(const Blocks *t, const Move *moves, int64_t count, int64
     });
 }
 
-// reference.shifts, added to out; `shift` is that of its type.
+// reference.add_shifts; `shift` is the function for its type.
 template <class Value, class Shift>
-static void add_shifts(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, const Value *x, const int64_t *owners, Value *out, Shift shift) {
+static void add_shifts(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, const Value *x, const int64_t *example_of_token, Value *out, Shift shift) {
     const int64_t groups_each = block_groups(*t), groups = t->blocks * groups_each, columns = t->blocks * block_size(*t), group = columns / groups;
     Pooled p{groups, std::vector<float>(m * groups)};
     in_shares(m, 16, [&](int64_t begin, int64_t end) {
@@ -619,7 +610,7 @@ static void add_shifts(const Blocks *t, const Move *moves, int64_t count, int64_
             for (int64_t g = 0; g < groups; g++) {
                 float sum = 0;
                 for (int64_t j = g * group; j < (g + 1) * group; j++) sum += load(x + i * columns + j);
-                p.sum[i * groups + g] = moves[owners[i]].coefficient * sum;
+                p.sum[i * groups + g] = moves[example_of_token[i]].coefficient * sum;
             }
     });
     for (int64_t v = 0; v < count; v++) {
@@ -630,20 +621,28 @@ static void add_shifts(const Blocks *t, const Move *moves, int64_t count, int64_
         p.first.push_back((int64_t)p.token.size());
         p.u.emplace_back(), p.u.back().u = moves[v].direction;
         for (int64_t i = 0; i < m; i++)
-            if (along(owners[i])) p.token.push_back(i);
+            if (along(example_of_token[i])) p.token.push_back(i);
     }
     p.first.push_back((int64_t)p.token.size());
     in_shares(n, SHIFT_ROWS, [&](int64_t begin, int64_t end) {
         std::vector<float> unit(groups * SHIFT_ROWS);
         units_of(*t, t->rows, begin, end, unit.data());
-        shift(p, unit.data(), t->rows, values_in_row(*t), groups_each * t->share, n, begin, end, out);
+        shift(p, unit.data(), t->rows, values_in_row(*t), groups_each * t->blocks_per_value, n, begin, end, out);
     });
 }
 
 extern "C" {
-void gradless_add_shifts(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, int32_t bf16, const void *x, const int64_t *owners, void *out) {
-    if (bf16) add_shifts(t, moves, count, n, m, (const uint16_t *)x, owners, (uint16_t *)out, shift_bf16);
-    else add_shifts(t, moves, count, n, m, (const float *)x, owners, (float *)out, shift_f32);
+// What the caller must agree with: the kinds of blocks in order, and the sizes of the structs.
+const char *gradless_kinds() { return KINDS(NAME_AND_SPACE, _); }
+
+const int64_t *gradless_sizes() {
+    static const int64_t sizes[] = {sizeof(Words), sizeof(Direction), sizeof(Move), sizeof(Blocks), sizeof(Heads), sizeof(Attention)};
+    return sizes;
+}
+
+void gradless_add_shifts(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, int32_t bf16, const void *x, const int64_t *example_of_token, void *out) {
+    if (bf16) add_shifts(t, moves, count, n, m, (const uint16_t *)x, example_of_token, (uint16_t *)out, shift_bf16);
+    else add_shifts(t, moves, count, n, m, (const float *)x, example_of_token, (float *)out, shift_f32);
 }
 
 void gradless_linear_int8_f32(const Blocks *t, const Move *moves, int64_t count, int64_t n, int64_t m, const float *x, float *out) {

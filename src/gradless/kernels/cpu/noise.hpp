@@ -6,8 +6,8 @@
 #include "philox.hpp"
 
 #define INLINE static inline __attribute__((always_inline))
-// Functions built for several instruction sets; the right one is bound when the library loads. What draws noise is such a
-// function of its own rather than inlined: there are many readers.
+// Marks functions that are built for several instruction sets; the right one is bound when the library loads. The functions that
+// draw noise are marked, not inlined, because many functions call them.
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -34,14 +34,14 @@ INLINE float load(const uint16_t *in) { return from_bf16(*in); }
 
 enum Distribution { GAUSSIAN = 0, RADEMACHER = 1, INTEGERS = 2, ROUNDED = 3 };
 
-// Which direction, and what its coordinates are drawn from.
+// A direction, as numbers from which its coordinates are drawn.
 struct Direction {
-    Words words, second;  // second: of the rounding in ROUNDED
+    Words words, second;  // second: rounds the values of ROUNDED
     int32_t distribution, m;
     const uint16_t *edges;  // INTEGERS: 2 m thresholds
     float eps;              // ROUNDED
-    float weight;           // in a sum whose signs are taken
-    const Direction *next;  // of that sum
+    float weight;           // the factor in a sum whose signs are taken
+    const Direction *next;  // the next term of that sum
     int32_t span;           // consecutive elements that share a coordinate
     int32_t signs;          // whether the coordinates are the signs of the sum that begins here
 };
@@ -87,7 +87,7 @@ CLONES static void page_of_halves(const Words &w, uint64_t page, uint16_t out[12
     }
 }
 
-// A drawn integer: the number of thresholds that a random 16-bit integer reaches, less m.
+// A drawn integer: the number of thresholds that a random 16-bit integer reaches, minus m.
 INLINE void integer_run(const Direction &u, uint64_t run, float value[128]) {
     uint16_t half[128];
     int16_t drawn[128];
@@ -143,8 +143,8 @@ CLONES static void run_of(const Direction &u, uint64_t run, float value[128]) {
     else one_run(u, run, value);
 }
 
-// u element by element. Coordinates come in runs of 128, the last run kept, and the last page of bits: consecutive reads draw each
-// page once.
+// u element by element. Coordinates come in runs of 128. The last run and the last page of bits are kept, so that consecutive reads
+// draw each page once.
 struct Coordinates {
     Direction u;
     uint64_t run = ~0ull, page = ~0ull;

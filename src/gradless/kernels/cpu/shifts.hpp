@@ -1,5 +1,5 @@
-// What a token's own view adds to its outputs where views shift offsets (reference.shifts): sums of inputs over groups of columns,
-// times what a shift of 1 adds to each group of a row, times signs that are drawn here, direction after direction.
+// reference.add_shifts, whose views move additive offsets: sums of a token's inputs over groups of columns, times the change of
+// each group of a row by a shift of 1, times signs that are drawn here, one direction after the other.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -10,12 +10,12 @@ constexpr int SHIFT_ROWS = 32, SHIFT_TOKENS = 3;
 typedef float Lanes __attribute__((vector_size(32)));
 constexpr int SHIFT_LANES = SHIFT_ROWS / 8;
 
-// Tokens' sums of inputs, times their views' coefficients, and the tokens that share a direction one after the other.
+// Tokens' sums of inputs, times their views' coefficients; and the tokens, sorted by direction.
 struct Pooled {
     int64_t groups;
     std::vector<float> sum;             // (tokens, groups)
-    std::vector<int64_t> token, first;  // the tokens, direction after direction; where each direction's begin, and their end
-    std::vector<Coordinates> u;         // of each direction
+    std::vector<int64_t> token, first;  // the sorted tokens; the first of each direction, and the end
+    std::vector<Coordinates> u;         // one for each direction
 };
 
 // SHIFT_ROWS of `add` (groups, SHIFT_ROWS) by SHIFT_TOKENS rows of sums.
@@ -30,7 +30,8 @@ INLINE void shift_tile(int64_t groups, const float *add, const float *const sum[
         }
 }
 
-// Rows [begin, end) of out (tokens, n). unit: (groups, SHIFT_ROWS); rows: of the file; groups_each: of columns, in a value's.
+// Rows [begin, end) of out (tokens, n). unit: (groups, SHIFT_ROWS); rows: the file's rows; groups_each: groups of columns that
+// share a value.
 #define SHIFT(NAME, OUT) \
     CLONES void NAME(const Pooled &p, const float *unit, const int64_t *rows, int64_t values, int64_t groups_each, int64_t n, int64_t begin, int64_t end, OUT *out) { \
         std::vector<float> add(p.groups * SHIFT_ROWS), z(SHIFT_ROWS * values); \

@@ -1,6 +1,6 @@
 """The kernels of a GPU, in Triton: `reference`'s functions to the bit, with the noise drawn inside (`programs.py`).
 
-What takes a small part of a step there is the reference itself, on the same device.
+Functions that take a small part of a step are the reference's own, on the same device.
 """
 
 from __future__ import annotations
@@ -19,19 +19,39 @@ from gradless.kernels import reference
 from gradless.kernels.reference import add_shifts, attention, coordinates_of_each, dither, gate, rms_norm, vectors
 from gradless.kernels.triton import programs
 from gradless.noise import Direction, Gaussian, Integers, Rademacher, RoundedGaussian, Signs, Stream, normal_table
-from gradless.tensor import Move, Part, QuantTensor
+from gradless.tensor import BlockWeight, Move, Part, TunedCodes, TunedValues
 
-__all__ = ["add_shifts", "attention", "coordinates_of_each", "dither", "gate", "rms_norm", "vectors"]
+__all__ = [
+    "NAME",
+    "add_shifts",
+    "attention",
+    "coordinates",
+    "coordinates_of_each",
+    "dequantize",
+    "dither",
+    "gate",
+    "instructions",
+    "linear",
+    "linear_int8",
+    "move_blocks",
+    "move_codes",
+    "moved",
+    "rms_norm",
+    "vectors",
+    "whole_steps",
+]
 
 NAME = "triton"
 FEW_TOKENS = 64
-"""Up to so many tokens of a view are multiplied with weights that are unpacked on the way and never stored."""
+"""The most tokens of a view that are multiplied with weights which are unpacked on the way and never stored."""
 WIDTH = 1024
-"""Elements that a program handles."""
-LEAST_K, MOST_K = 32, 64
-"""Codes of a row that a product takes at once: at least, of bytes; at most, that its tiles fit into shared memory."""
-_PARTS = {None: 0, Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3, Part.CODE: 4}
-_multipliers: WeakKeyDictionary[QuantTensor, tuple[Tensor, Tensor | None]] = WeakKeyDictionary()
+"""The number of elements that one program handles."""
+LEAST_K = 32
+"""The least number of a row's codes that a product of bytes takes at once."""
+MOST_K = 64
+"""The most codes of a row that a product takes at once, so that its tiles fit into shared memory."""
+_PARTS, _CODE = {Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3}, 4
+_multipliers: WeakKeyDictionary[BlockWeight, tuple[Tensor, Tensor | None]] = WeakKeyDictionary()
 
 
 def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.device) -> Tensor:
@@ -46,50 +66,52 @@ def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.d
     return out
 
 
-def dequantize(tensor: QuantTensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: BlockWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`."""
-    out = torch.empty(max(1, len(tensor.views)), len(rows), tensor.columns, dtype=dtype, device=rows.device)
-    for views, share in _launches(tensor.views, out):
-        blocks = tensor.packed.shape[1]
-        p = max(1, WIDTH // tensor.block.size)
+    out = torch.empty(weight.views.count, len(rows), weight.columns, dtype=dtype, device=rows.device)
+    tuned = weight.tuned
+    for moves, share in _launches(weight.views.moves, out):
+        blocks = weight.packed.shape[1]
+        p = max(1, WIDTH // weight.block.size)
         grid = (len(rows), -(-blocks // p))
-        clamps = tensor.clamp and tensor.part is Part.CODE and bool(views)
+        clamps = isinstance(tuned, TunedCodes) and tuned.clamp and bool(moves)
         numbers = {
             "rows": rows,
             "out": share,
             "n": len(rows),
             "blocks": blocks,
-            "stride": tensor.stride,
+            "stride": _stride(weight),
             "CLAMP": clamps,
             "P": p,
         }
-        _launch(programs.dequantize, grid, **numbers, **_read(tensor, views))
+        _launch(programs.dequantize, grid, **numbers, **_read(weight, moves))
     return out
 
 
-def linear(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+def linear(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     """See `reference.linear`; few tokens meet weights that are never stored, unless codes move or the product is in fp32."""
-    moves_codes = tensor.part is Part.CODE and bool(tensor.views)
+    moves_codes = isinstance(weight.tuned, TunedCodes) and bool(weight.views.moves)
     if x.shape[1] > FEW_TOKENS or moves_codes or x.dtype is torch.float32:
-        return reference.products(x, dequantize(tensor, rows, x.dtype))
+        return reference.products(x, dequantize(weight, rows, x.dtype))
     out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype, device=x.device)
     x, tile, tokens = x.contiguous(), 32, max(16, 1 << (x.shape[1] - 1).bit_length())
-    for views, y, inputs in _launches(tensor.views, out, x):
-        numbers = {"x": inputs, "rows": rows, "out": y, "tokens": x.shape[1], "n": len(rows), "blocks": tensor.packed.shape[1]}
-        shape = {"TOKENS": tokens, "ROWS": tile, "K": min(MOST_K, tensor.block.size)}
-        _launch(programs.linear, (-(-len(rows) // tile), 1), **numbers, **shape, **_read(tensor, views))
+    for moves, y, inputs in _launches(weight.views.moves, out, x):
+        numbers = {"x": inputs, "rows": rows, "out": y, "tokens": x.shape[1], "n": len(rows), "blocks": weight.packed.shape[1]}
+        shape = {"TOKENS": tokens, "ROWS": tile, "K": min(MOST_K, weight.block.size)}
+        _launch(programs.linear, (-(-len(rows) // tile), 1), **numbers, **shape, **_read(weight, moves))
     return out
 
 
-def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
+def linear_int8(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     """See `reference.linear_int8`."""
     out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype, device=x.device)
     inputs, s = reference.quantized_tokens(x)
     tile = 64
-    for views, y, share, scale in _launches(tensor.views, out, inputs.to(torch.int8), s):
-        read = _read(tensor, views)
+    clamps = isinstance(weight.tuned, TunedCodes) and weight.tuned.clamp
+    for moves, y, share, scale in _launches(weight.views.moves, out, inputs.to(torch.int8), s):
+        read = _read(weight, moves)
         del read["levels"], read["LEVELS"]
-        grid = (-(-len(rows) // tile), -(-x.shape[1] // tile), max(1, len(views)))
+        grid = (-(-len(rows) // tile), -(-x.shape[1] // tile), max(1, len(moves)))
         _launch(
             programs.linear_int8,
             grid,
@@ -99,50 +121,49 @@ def linear_int8(tensor: QuantTensor, rows: Tensor, x: Tensor) -> Tensor:
             out=y,
             tokens=x.shape[1],
             n=len(rows),
-            blocks=tensor.packed.shape[1],
-            stride=tensor.stride,
-            CLAMP=tensor.clamp,
+            blocks=weight.packed.shape[1],
+            stride=_stride(weight),
+            CLAMP=clamps,
             TOKENS=tile,
             ROWS=tile,
-            K=max(LEAST_K, tensor.block.size // read["GROUPS"]),
+            K=max(LEAST_K, weight.block.size // read["GROUPS"]),
             **read,
             num_stages=1,
         )
     return out
 
 
-def move_blocks(tensor: QuantTensor, moves: Sequence[Move]) -> None:
+def move_blocks(weight: BlockWeight, moves: Sequence[Move]) -> None:
     """See `reference.move_blocks`."""
-    master = tensor.master
-    assert master is not None
+    values = weight.tuned_values.values
     for move in moves:
         if isinstance(move.direction, Signs):
-            reference.move_blocks(tensor, [move])
+            reference.move_blocks(weight, [move])
             continue
-        numbers = {"master": master, "coefficient_0": move.coefficient, "decay_0": move.decay, "n": master.numel()}
-        numbers["blocks"] = tensor.packed.shape[1]
+        numbers = {"tuned": values, "coefficient_0": move.coefficient, "decay_0": move.decay, "n": values.numel()}
+        numbers["blocks"] = weight.packed.shape[1]
         _run(
             programs.move_blocks,
             **numbers,
-            **_drawn(move.direction, tensor.name, master.device),
-            **_fields(tensor),
+            **_drawn(move.direction, weight.name, values.device),
+            **_fields(weight),
         )
 
 
-def move_codes(tensor: QuantTensor, move: Move) -> int:
+def move_codes(weight: BlockWeight, move: Move) -> int:
     """See `reference.move_codes`."""
-    blocks, size = tensor.packed.shape[1], tensor.block.size
+    tuned, blocks, size = weight.tuned_codes, weight.packed.shape[1], weight.block.size
     p = max(1, WIDTH // size)
-    grid = (tensor.tuned_rows, -(-blocks // p))
-    count = torch.zeros(1, dtype=torch.int32, device=tensor.packed.device)
-    lowest, highest = map(float, tensor.block.codes)
-    zero, pieces, _ = _layout(tensor.block, tensor.packed.device)
+    grid = (weight.tuned_rows, -(-blocks // p))
+    count = torch.zeros(1, dtype=torch.int32, device=weight.packed.device)
+    lowest, highest = map(float, weight.block.codes)
+    zero, pieces, _ = _layout(weight.block, weight.packed.device)
     _launch(
         programs.move_codes,
         grid,
-        packed=tensor.packed,
-        residual=tensor.residual,
-        RESIDUAL=tensor.residual is not None,
+        packed=weight.packed,
+        residual=tuned.residual,
+        RESIDUAL=tuned.residual is not None,
         count=count,
         pieces=pieces,
         coefficient_0=move.coefficient,
@@ -150,11 +171,11 @@ def move_codes(tensor: QuantTensor, move: Move) -> int:
         zero=zero,
         lowest=lowest,
         highest=highest,
-        stride=tensor.stride,
-        NBYTES=tensor.block.nbytes,
+        stride=tuned.stride,
+        NBYTES=weight.block.nbytes,
         SIZE=size,
         P=p,
-        **_given_or_drawn(move, tensor.name, tensor.rows * tensor.columns, tensor.packed.device),
+        **_given_or_drawn(move, weight.name, weight.rows * weight.columns, weight.packed.device),
     )
     return int(count)
 
@@ -193,36 +214,46 @@ def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochast
     return out
 
 
+def instructions() -> dict[str, str]:
+    """See `reference.instructions`."""
+    return dict.fromkeys(("int8", "bf16"), NAME)
+
+
 def _run(program: Any, **arguments: Any) -> None:
     """A program over n elements in a row."""
     _launch(program, (-(-arguments["n"] // WIDTH),), **arguments, P=WIDTH)
 
 
 def _launch(program: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """On the device where the tensors are; without contraction, which would change bits."""
+    """Launch a program on the tensors' device, without contraction, which would change bits."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         program[grid](**arguments, enable_fp_fusion=False)
 
 
-def _launches(views: tuple[Move, ...], *tensors: Tensor) -> list[Any]:
-    """What one launch can do: all views of one direction, at most two, or one after the other; with their shares of tensors."""
-    if len(views) < 2 or (len(views) == 2 and views[0].direction == views[1].direction):
-        return [(views, *tensors)]
-    return [((view,), *(tensor[i] for tensor in tensors)) for i, view in enumerate(views)]
+def _launches(moves: tuple[Move, ...], *tensors: Tensor) -> list[Any]:
+    """The views of each launch, with their shares of some tensors: at most two of one direction, else one view a launch."""
+    if len(moves) < 2 or (len(moves) == 2 and moves[0].direction == moves[1].direction):
+        return [(moves, *tensors)]
+    return [((move,), *(tensor[i] for tensor in tensors)) for i, move in enumerate(moves)]
 
 
-def _read(tensor: QuantTensor, views: tuple[Move, ...]) -> dict[str, Any]:
-    """What reading a tensor under views of one direction takes."""
-    device = tensor.packed.device
-    zero, pieces, levels = _layout(tensor.block, device)
-    multiplier, offset_multiplier = _multipliers_of(tensor)
+def _stride(weight: BlockWeight) -> int:
+    """The distance between rows with tuned codes."""
+    return weight.tuned.stride if isinstance(weight.tuned, TunedCodes) else 1
+
+
+def _read(weight: BlockWeight, views: tuple[Move, ...]) -> dict[str, Any]:
+    """The arguments with which a program reads a weight under views of one direction."""
+    device = weight.packed.device
+    zero, pieces, levels = _layout(weight.block, device)
+    multiplier, offset_multiplier = _multipliers_of(weight)
     moves = [*views, *[Move(Direction(0, 0), 0.0)] * (2 - len(views))]
-    lowest, highest = map(float, tensor.block.codes)
+    lowest, highest = map(float, weight.block.codes)
     return {
-        **_fields(tensor),
-        **_drawn(moves[0].direction, tensor.name, device),
-        "master": tensor.master,
+        **_fields(weight),
+        **_drawn(moves[0].direction, weight.name, device),
+        "tuned": weight.tuned.values if isinstance(weight.tuned, TunedValues) else None,
         "multiplier": multiplier,
         "offset_multiplier": offset_multiplier,
         "levels": levels,
@@ -235,26 +266,31 @@ def _read(tensor: QuantTensor, views: tuple[Move, ...]) -> dict[str, Any]:
         "decay_0": moves[0].decay,
         "coefficient_1": moves[1].coefficient,
         "decay_1": moves[1].decay,
-        "SIZE": tensor.block.size,
-        "GROUPS": _groups(tensor.block),
+        "SIZE": weight.block.size,
+        "GROUPS": _groups(weight.block),
         "VIEWS": len(views),
     }
 
 
-def _fields(tensor: QuantTensor) -> dict[str, Any]:
-    """Where a tensor's block values lie, and how they move."""
-    block = tensor.block
+def _fields(weight: BlockWeight) -> dict[str, Any]:
+    """Where a weight's block values lie, and how they move."""
+    block, part, relative = weight.block, 0, True
+    match weight.tuned:
+        case TunedValues(of_values, relative):
+            part = _PARTS[of_values]
+        case TunedCodes():
+            part = _CODE
     return {
-        "packed": tensor.packed,
+        "packed": weight.packed,
         "unit_of_offset": 0.0 if block.offset_unit is None else block.offset_unit,
         "NBYTES": block.nbytes,
         "SCALE_AT": block.scale_at,
         "OFFSET_AT": -1 if block.offset_at is None else block.offset_at,
-        "SHARE": tensor.share,
+        "BLOCKS_PER_VALUE": weight.blocks_per_value,
         "WIDE": block.scale_type is torch.float32,
-        "PART": _PARTS[tensor.part],
-        "RELATIVE": tensor.relative,
-        "KEEPS_SIGN": tensor.keeps_sign,
+        "PART": part,
+        "RELATIVE": relative,
+        "KEEPS_SIGN": weight.keeps_sign,
     }
 
 
@@ -290,7 +326,7 @@ def _drawn(direction: Direction | Signs, name: str, device: torch.device) -> dic
 
 
 def _rounding(move: Move, name: str) -> dict[str, Any]:
-    """The words that round an update."""
+    """The random words that round an update, as the programs take them."""
     words = move.direction.words(name, Stream.ROUNDING)
     return {
         "key_low": _signed(words.key),
@@ -301,7 +337,7 @@ def _rounding(move: Move, name: str) -> dict[str, Any]:
 
 
 def _given_or_drawn(move: Move, name: str, n: int, device: torch.device) -> dict[str, Any]:
-    """An update's coordinates: drawn in the program, but for the signs of a sum of several, which are given."""
+    """An update's coordinates: drawn in the program, or, if they are the signs of a sum of several directions, given to it."""
     terms = move.direction.terms if isinstance(move.direction, Signs) else ((move.direction, 1.0),)
     u = coordinates(move.direction, name, n, device) if len(terms) > 1 else None
     signs = {"weight": terms[0][1], "SIGNS": isinstance(move.direction, Signs)}
@@ -326,22 +362,23 @@ def _edges(distribution: Integers, device: torch.device) -> Tensor:
 
 @cache
 def _layout(block: BlockType, device: torch.device) -> tuple[int, Tensor, Tensor | None]:
-    """The code of all-zero bits, where codes lie, and what they stand for where that is not themselves."""
+    """The code of all-zero bits, the places of codes, and their levels if these are not the codes themselves."""
     zero, pieces = block.layout()
     levels = None if block.levels is None else torch.tensor(block.levels, device=device)
     return zero, torch.stack(pieces).to(device), levels
 
 
-def _multipliers_of(tensor: QuantTensor) -> tuple[Tensor | None, Tensor | None]:
-    """The integers of each group, (blocks, groups), which no update changes; None where they are 1 or have no offset."""
-    if _groups(tensor.block) == 1 and not tensor.block.has_zero_point:
+def _multipliers_of(weight: BlockWeight) -> tuple[Tensor | None, Tensor | None]:
+    """The multipliers of each group, (blocks, groups), which no update changes. None for multipliers that are all 1, and for
+    offset multipliers if there is no offset."""
+    if _groups(weight.block) == 1 and not weight.block.has_zero_point:
         return None, None
-    if tensor not in _multipliers or _multipliers[tensor][0].device != tensor.packed.device:
-        unpacked = [tensor.block.unpack(some)[1:] for some in torch.split(tensor.packed.flatten(0, 1), 1 << 14)]
-        dtype = torch.int16 if tensor.block.has_zero_point else torch.int8
+    if weight not in _multipliers or _multipliers[weight][0].device != weight.packed.device:
+        unpacked = [weight.block.unpack(some)[1:] for some in torch.split(weight.packed.flatten(0, 1), 1 << 14)]
+        dtype = torch.int16 if weight.block.has_zero_point else torch.int8
         multiplier, offset_multiplier = (torch.cat(each).to(dtype) for each in zip(*unpacked, strict=True))
-        _multipliers[tensor] = multiplier, None if tensor.block.offset_at is None else offset_multiplier
-    return _multipliers[tensor]
+        _multipliers[weight] = multiplier, None if weight.block.offset_at is None else offset_multiplier
+    return _multipliers[weight]
 
 
 @cache

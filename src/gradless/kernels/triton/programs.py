@@ -85,17 +85,17 @@ def signs(x):
 
 
 @triton.jit
-def value_of(block, blocks, SHARE: tl.constexpr):
-    """Which tuned value each block reads: int64."""
+def value_of(block, blocks, BLOCKS_PER_VALUE: tl.constexpr):
+    """The tuned value that each block reads: int64."""
     value = block
-    if SHARE > 1:
-        value = block // blocks * ((blocks + SHARE - 1) // SHARE) + block % blocks // SHARE
+    if BLOCKS_PER_VALUE > 1:
+        value = block // blocks * ((blocks + BLOCKS_PER_VALUE - 1) // BLOCKS_PER_VALUE) + block % blocks // BLOCKS_PER_VALUE
     return value
 
 
 @triton.jit
 def scale_of(packed, block, here, NBYTES: tl.constexpr, AT: tl.constexpr, WIDE: tl.constexpr):
-    """The scale d at byte AT of blocks, fp16 or, where WIDE, fp32: fp32."""
+    """The scale d at byte AT of blocks (fp32 if WIDE, else fp16): fp32."""
     if WIDE:
         scale = tl.load((packed + block * NBYTES + AT).to(tl.pointer_type(tl.float32)), mask=here, other=0)
     else:
@@ -114,7 +114,7 @@ def field(packed, block, here, NBYTES: tl.constexpr, AT: tl.constexpr):
 
 @triton.jit
 def moved(x, z, base, unit, coefficient, decay, KEEPS_SIGN: tl.constexpr):
-    """decay * x + (coefficient * z) * unit, stopped at zero where a scale keeps its sign."""
+    """decay * x + (coefficient * z) * unit, stopped at zero if a scale keeps its sign."""
     y = x * decay + (z * coefficient) * unit
     if KEEPS_SIGN:
         y = tl.where(base > 0, tl.maximum(y, 0), tl.where(base < 0, tl.minimum(y, 0), 0.0))
@@ -126,7 +126,7 @@ def base_and_unit(
     packed, block, here, unit_of_offset, NBYTES: tl.constexpr, SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr,
     PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The file's value of the tuned field of each block, and what a move of 1 means for it."""
+    """The file's value of the tuned field of each block, and the unit of its moves."""
     d = scale_of(packed, block, here, NBYTES, SCALE_AT, WIDE)
     base, unit = d, tl.abs(d)
     if PART == OFFSET:
@@ -151,10 +151,9 @@ def codes_of(packed, block, i, here, pieces, zero, NBYTES: tl.constexpr, SIZE: t
 
 @triton.jit
 def read(
-    packed, master, block, value, blocks, here, z, coefficient, decay, unit_of_offset, NBYTES: tl.constexpr,
-    SCALE_AT: tl.constexpr,
-    OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr, SHARE: tl.constexpr,
-    WIDE: tl.constexpr, MOVED: tl.constexpr,
+    packed, tuned, block, value, blocks, here, z, coefficient, decay, unit_of_offset, NBYTES: tl.constexpr,
+    SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
+    BLOCKS_PER_VALUE: tl.constexpr, WIDE: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
     """Scale and offset of each block under a view; z: the view's coordinate of each block's tuned value."""
     scale = scale_of(packed, block, here, NBYTES, SCALE_AT, WIDE)
@@ -162,11 +161,11 @@ def read(
     if OFFSET_AT >= 0:
         offset = field(packed, block, here, NBYTES, OFFSET_AT)
     if PART > 0 and PART != CODE:
-        x = tl.load(master + value, mask=here, other=0)
+        x = tl.load(tuned + value, mask=here, other=0)
         if MOVED:
             first = block
-            if SHARE > 1:
-                first = block - block % blocks % SHARE
+            if BLOCKS_PER_VALUE > 1:
+                first = block - block % blocks % BLOCKS_PER_VALUE
             base, unit = base_and_unit(
                 packed, first, here, unit_of_offset, NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, WIDE
             )
@@ -204,19 +203,20 @@ def weights_of(
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def dequantize(
-    packed, master, multiplier, offset_multiplier, rows, out, levels, pieces, unit_of_offset,
+    packed, tuned, multiplier, offset_multiplier, rows, out, levels, pieces, unit_of_offset,
     key_low, key_high, step, query, second, normal, edges, m, eps, coefficient_0, decay_0, coefficient_1, decay_1,
     n, blocks, zero, lowest, highest, stride,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
-    SHARE: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, CLAMP: tl.constexpr, VIEWS: tl.constexpr, P: tl.constexpr,
+    BLOCKS_PER_VALUE: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, CLAMP: tl.constexpr, VIEWS: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """P blocks of one row under each view; out: (views, n, blocks * SIZE)."""
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i)
     k = tl.program_id(1) * P + tl.arange(0, P)
     here, block = k < blocks, row * blocks + k
-    value = value_of(block, blocks, SHARE)
+    value = value_of(block, blocks, BLOCKS_PER_VALUE)
     code = codes_of(packed, block, tl.arange(0, SIZE), here, pieces, zero, NBYTES, SIZE)
     element = (block * SIZE)[:, None] + tl.arange(0, SIZE)[None, :]
     z, step_of_code = tl.zeros((P,), tl.float32), tl.zeros((P, SIZE), tl.float32)
@@ -229,8 +229,8 @@ def dequantize(
         if view == 1:
             coefficient, decay = coefficient_1, decay_1
         scale, offset = read(
-            packed, master, block, value, blocks, here, z, coefficient, decay, unit_of_offset,
-            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
+            packed, tuned, block, value, blocks, here, z, coefficient, decay, unit_of_offset,
+            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, BLOCKS_PER_VALUE, WIDE, VIEWS > 0,
         )  # fmt: skip
         level = code.to(tl.float32) + step_of_code * coefficient
         if LEVELS or CLAMP:
@@ -247,12 +247,12 @@ def dequantize(
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def linear(
-    x, packed, master, multiplier, offset_multiplier, rows, out, levels, pieces, unit_of_offset,
+    x, packed, tuned, multiplier, offset_multiplier, rows, out, levels, pieces, unit_of_offset,
     key_low, key_high, step, query, second, normal, edges, m, eps, coefficient_0, decay_0, coefficient_1, decay_1,
     tokens, n, blocks, zero, lowest, highest,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
-    SHARE: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, VIEWS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCKS_PER_VALUE: tl.constexpr, WIDE: tl.constexpr, LEVELS: tl.constexpr, VIEWS: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """x @ W.T for ROWS of a weight whose codes stay as they are and TOKENS of each view; x: (views, tokens, blocks * SIZE)."""
@@ -263,18 +263,18 @@ def linear(
     first, second_view = tl.zeros((TOKENS, ROWS), tl.float32), tl.zeros((TOKENS, ROWS), tl.float32)
     for k in range(blocks):
         block, z = row * blocks + k, tl.zeros((ROWS,), tl.float32)
-        value = value_of(block, blocks, SHARE)
+        value = value_of(block, blocks, BLOCKS_PER_VALUE)
         if VIEWS > 0 and PART > 0:
             z = coordinate(value, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
         scale, offset = read(
-            packed, master, block, value, blocks, here, z, coefficient_0, decay_0, unit_of_offset,
-            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
+            packed, tuned, block, value, blocks, here, z, coefficient_0, decay_0, unit_of_offset,
+            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, BLOCKS_PER_VALUE, WIDE, VIEWS > 0,
         )  # fmt: skip
         scale_1, offset_1 = scale, offset
         if VIEWS > 1:
             scale_1, offset_1 = read(
-                packed, master, block, value, blocks, here, z, coefficient_1, decay_1, unit_of_offset,
-                NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
+                packed, tuned, block, value, blocks, here, z, coefficient_1, decay_1, unit_of_offset,
+                NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, BLOCKS_PER_VALUE, WIDE, VIEWS > 0,
             )  # fmt: skip
         for part in range(SIZE // K):
             column = part * K + tl.arange(0, K)
@@ -312,12 +312,12 @@ def linear(
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def linear_int8(
-    x, s, packed, master, multiplier, offset_multiplier, rows, out, pieces, unit_of_offset,
+    x, s, packed, tuned, multiplier, offset_multiplier, rows, out, pieces, unit_of_offset,
     key_low, key_high, step, query, second, normal, edges, m, eps, coefficient_0, decay_0, coefficient_1, decay_1,
     tokens, n, blocks, zero, lowest, highest, stride,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr, PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
-    SHARE: tl.constexpr, WIDE: tl.constexpr, CLAMP: tl.constexpr, VIEWS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCKS_PER_VALUE: tl.constexpr, WIDE: tl.constexpr, CLAMP: tl.constexpr, VIEWS: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """reference.linear_int8 for ROWS and TOKENS of one view; x: int8 (views, tokens, blocks * SIZE), s: fp32 (views, tokens).
@@ -335,12 +335,12 @@ def linear_int8(
     y = tl.zeros((TOKENS, ROWS), tl.float32)
     for k in range(blocks):
         block, z = row * blocks + k, tl.zeros((ROWS,), tl.float32)
-        value = value_of(block, blocks, SHARE)
+        value = value_of(block, blocks, BLOCKS_PER_VALUE)
         if VIEWS > 0 and PART > 0 and PART != CODE:
             z = coordinate(value, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
         scale, offset = read(
-            packed, master, block, value, blocks, here, z, coefficient, decay, unit_of_offset,
-            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, SHARE, WIDE, VIEWS > 0,
+            packed, tuned, block, value, blocks, here, z, coefficient, decay, unit_of_offset,
+            NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, BLOCKS_PER_VALUE, WIDE, VIEWS > 0,
         )  # fmt: skip
         for group in range(GROUPS):
             first = group * (SIZE // GROUPS) // K * K
@@ -385,23 +385,23 @@ def coordinates(
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def move_blocks(
-    packed, master, unit_of_offset, key_low, key_high, step, query, second, normal, edges, m, eps, coefficient_0,
+    packed, tuned, unit_of_offset, key_low, key_high, step, query, second, normal, edges, m, eps, coefficient_0,
     decay_0, n, blocks,
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, NBYTES: tl.constexpr, SCALE_AT: tl.constexpr, OFFSET_AT: tl.constexpr,
     PART: tl.constexpr, RELATIVE: tl.constexpr, KEEPS_SIGN: tl.constexpr,
-    SHARE: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
+    BLOCKS_PER_VALUE: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     value = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     here, block = value < n, value
-    if SHARE > 1:
-        values = (blocks + SHARE - 1) // SHARE
-        block = value // values * blocks + value % values * SHARE
+    if BLOCKS_PER_VALUE > 1:
+        values = (blocks + BLOCKS_PER_VALUE - 1) // BLOCKS_PER_VALUE
+        block = value // values * blocks + value % values * BLOCKS_PER_VALUE
     z = coordinate(value, key_low, key_high, step, query, second, normal, edges, m, eps, DISTRIBUTION, SPAN)
     base, unit = base_and_unit(
         packed, block, here, unit_of_offset, NBYTES, SCALE_AT, OFFSET_AT, PART, RELATIVE, KEEPS_SIGN, WIDE
     )
-    x = tl.load(master + value, mask=here, other=0)
-    tl.store(master + value, moved(x, z, base, unit, coefficient_0, decay_0, KEEPS_SIGN), mask=here)
+    x = tl.load(tuned + value, mask=here, other=0)
+    tl.store(tuned + value, moved(x, z, base, unit, coefficient_0, decay_0, KEEPS_SIGN), mask=here)
 
 
 @triton.jit
@@ -419,7 +419,7 @@ def whole_step(u, coefficient, index, key_low, key_high, step, rounding, residua
 
 @triton.jit(do_not_specialize=NEW_EVERY_STEP)
 def whole_steps(out, u, residual, key_low, key_high, step, rounding, coefficient_0, n, RESIDUAL: tl.constexpr, P: tl.constexpr):
-    """out: what an update by coefficient * u moves each of n codes by."""
+    """out: the whole steps by which an update of coefficient * u moves each of n codes."""
     index = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     here = index < n
     z = tl.load(u + index, mask=here, other=0)
@@ -434,9 +434,9 @@ def move_codes(
     DISTRIBUTION: tl.constexpr, SPAN: tl.constexpr, GIVEN: tl.constexpr, SIGNS: tl.constexpr, RESIDUAL: tl.constexpr,
     NBYTES: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """P blocks of one tuned row. A code changes by flipping bits of the 32-bit words that hold them: several may share a byte.
+    """P blocks of one tuned row. Codes change by flipping bits of 32-bit words, because several codes may share a byte.
 
-    u: the coordinates of the whole weight where they are GIVEN, else drawn; SIGNS: of weight * u.
+    u: the coordinates of the whole weight if GIVEN, else they are drawn. If SIGNS, an update takes the signs of weight * u.
     """
     tuned = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * P + tl.arange(0, P)

@@ -63,7 +63,7 @@ class EZO(ZerothOrderOptimizer):
         defaults = {"lr": lr, "eps": eps, "auto": auto, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=1, seed=seed, distribution=Rademacher())
         for space in self.spaces:
-            if not space.owned:
+            if not space.supports_per_token_views:
                 raise GradlessError(f"ezo tunes values of blocks; {space.name} is {type(space).__name__}.")
         for group in self.param_groups:
             if group["eps"] >= 1:
@@ -88,7 +88,7 @@ class EZO(ZerothOrderOptimizer):
                 z = [self.direction(self.t, first + i, group) for i in range(n)]
                 moves = [Move(each, sign * self.radius(group)) for sign in signs for each in z]
                 for space in spaces:
-                    viewed.enter_context(space.viewed_by(views, moves))
+                    viewed.enter_context(space.viewed_per_example(views, moves))
             yield
 
     @torch.no_grad()

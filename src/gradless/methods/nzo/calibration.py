@@ -94,7 +94,7 @@ def contrasts(words: int) -> Tensor:
 
 def draw(direction: Direction, name: str, count: int, rows: int) -> Tensor:
     """Coordinates of a direction, `count` times `rows` of them: fp32 (count, rows)."""
-    return kernels.coordinates(direction, name, count * rows, torch.device("cpu")).view(count, rows)
+    return kernels.on("cpu").coordinates(direction, name, count * rows, torch.device("cpu")).view(count, rows)
 
 
 def calibrate(batches: Sequence[Batch], slopes: Mapping[str, float], q: int, seed: int) -> dict[str, Calibration]:

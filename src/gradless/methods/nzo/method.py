@@ -66,8 +66,8 @@ class NZO(ZerothOrderOptimizer):
 
         W_n <- W_n + eta a_n S_n^T (1/B sum_i e_i phi_n(x_i)^T) phi_n,        phi_n: the layer's features, see `Calibration`
 
-    projected on what is tuned (`BlockSpace.follow`). lr is the root mean square by which a step is to change the batch's
-    contrasts; eta follows from it, S and the features. So eps and lr are both in units of the words' scores.
+    projected on what is tuned (`BlockSpace.move_along_outer_product`). lr is the root mean square by which a step is to change
+    the batch's contrasts; eta follows from it, S and the features. So eps and lr are both in units of the words' scores.
 
     A step's surprises and features are small whole numbers: a journal stays small, and sums over them are exact in any order.
 
@@ -100,19 +100,19 @@ class NZO(ZerothOrderOptimizer):
         for space in self.spaces:
             if not isinstance(space, BlockSpace):
                 raise GradlessError(f"nzo tunes values of blocks; {space.name} is {type(space).__name__}.")
-            if space.tensor.rows != self.spaces[0].values.shape[0]:
+            if space.weight.rows != self.spaces[0].values.shape[0]:
                 raise GradlessError(
-                    f"nzo tunes layers that write into one residual stream, of one width; {space.name} has {space.tensor.rows} "
+                    f"nzo tunes layers that write into one residual stream, of one width; {space.name} has {space.weight.rows} "
                     "outputs: choose others with --target-modules."
                 )
-            if space.tensor.part is Part.CODEBOOK:
+            if space.weight.part is Part.CODEBOOK:
                 raise GradlessError(f"nzo tunes what belongs to one row; an entry of {space.name}'s codebooks does not.")
             self.layers.append(space)
         self.calibrations = {space.name: Calibration.from_json(looks[space.name]) for space in self.layers}
         self.contrasts = contrasts(words)
         layers = range(len(self.calibrations))
         self.agreement = [[math.exp(-abs(n - m) / len(layers)) for m in layers] for n in layers]
-        self.sensitivity = torch.zeros(len(layers), words - 1, self.layers[0].tensor.rows)
+        self.sensitivity = torch.zeros(len(layers), words - 1, self.layers[0].weight.rows)
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
         del plus, minus, group
@@ -135,7 +135,7 @@ class NZO(ZerothOrderOptimizer):
         outputs = LayerOutputs(batch.layers(list(self.calibrations)))
         n, size = len(labels), self.param_groups[0]["eps"] / math.sqrt(len(self.layers))
         of_file = zip(self.layers, self.signs(self.t, batch.first * self.q, n * self.q), strict=True)
-        signs = {space.name: xi[:, space.tensor.file_rows.cpu()] for space, xi in of_file}
+        signs = {space.name: xi[:, space.weight.file_rows.cpu()] for space, xi in of_file}
 
         def shift(name: str) -> Tensor:
             xi = signs[name].view(n, self.q, -1)
@@ -206,4 +206,4 @@ class NZO(ZerothOrderOptimizer):
         for space, of_layer, c in zip(self.layers, self.sensitivity, whole, strict=True):
             calibration = self.calibrations[space.name]
             columns = (calibration.gains * c.view(t, -1)) @ calibration.features.float()  # exact in any order
-            space.follow(of_layer, columns, estimate.lr[0] * calibration.shift / calibration.slope)
+            space.move_along_outer_product(of_layer, columns, estimate.lr[0] * calibration.shift / calibration.slope)

@@ -104,7 +104,7 @@ class QZORecipe(Recipe[QZOOptions]):
 
     def tunable(self, file: Checkpoint) -> tuple[dict[str, int], str]:
         linear = [file.quantized[name] for name in file.linear_layers()]
-        values = sum(tensor.rows * tensor.values for tensor in linear)
+        values = sum(tensor.rows * tensor.values_per_row for tensor in linear)
         return {"tensors": len(linear), "values": values}, f"{values:,} block values in {len(linear)} linear layers"
 
     def state_bytes(self, linear: Sequence[tuple[int, int]], blocks: int) -> int:
