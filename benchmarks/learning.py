@@ -6,10 +6,10 @@
 A work list: a finished row is one line of benchmarks/learning.jsonl. SST-2 (`{text} It was`, all 872 dev rows) unless a row
 says AG News (500 test rows) or RTE; 1000 training rows (RTE: all 2490, but for AdamW), batch 16. A forward is one of a
 batch's tokens through the model: QZO, EZO, QuZO, ZOQO and MeZO pass twice as many a step; NZO the batch and 2 q tokens an
-example; AdamW is counted as three, a backward taking about two; what is asked before the first step (NZO's look, some 15
-forwards, and the probe of eps of EZO and MeZO) is left out. Seconds are the machine's that ran a row, measurements among them
-but for AdamW, so compare rows of one machine with nothing beside them. The last two columns are of the first 400 dev rows
-after `random.Random(0).shuffle`, on which the project's first figures were seen.
+example; AdamW is counted as three, a backward taking about two; forwards before the first step (some 15 of NZO's
+calibration, and the probe of eps of EZO and MeZO) are left out. Seconds are the machine's that ran a row, measurements among
+them but for AdamW, so compare rows of one machine with nothing beside them. The last two columns are of the first 400 dev
+rows after `random.Random(0).shuffle`.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def zeroth_order(method: str, path: Path) -> int:
 
 def resident(name: str, path: Path) -> int:
     """The highest resident size, libraries included, of a few forwards ("forward"), of steps of QZO ("step"), or of a run of
-    NZO, its look and trainer included ("nzo")."""
+    NZO, its calibration and trainer included ("nzo")."""
     tokenizer = tokenizer_of(path)
     import torch
 

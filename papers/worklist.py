@@ -243,7 +243,7 @@ class WorkList:
 
 
 def shuffled(n: int) -> list[int]:
-    """The dev rows in the order whose first `FIRST_ROWS` the project's first figures were seen on."""
+    """The dev rows in a fixed random order; some figures are on the first `FIRST_ROWS` of them."""
     order = list(range(n))
     random.Random(0).shuffle(order)
     return order

@@ -18,29 +18,33 @@ HEAD = """\
 Tiny random models of every causal architecture that transformers {transformers} knows, each in every format that can hold it
 (torch {torch}, on a CPU). The suite writes this page: `python -m tests.conformance.write`.
 
-**works**: the logits are those of transformers' own fp32 model of the same weights; each row of a batch has the loss that it
-has alone; `gradless dequantize` gives the same model; and three steps of every method are saved, read again with the same
-loss, and replayed to the byte. *not nzo [3]*: all of that, but this method is refused with sentence 3.
-**refused**: with the sentence below, before anything is computed. **-**: the format has no layer of it to hold.
+- **works**: the logits agree with those of transformers' own fp32 model of the same weights; each row of a batch has the loss
+  that it has alone; `gradless dequantize` gives the same model; and three steps of every method are saved, read again with the
+  same loss, and replayed to the byte. *not nzo [3]*: all of this, but the method is refused with sentence 3.
+- **refused**: with the sentence below, before any computation.
+- **-**: the format can hold none of the model's layers.
 
-*rows*: how a batch is laid out ([architecture.md](architecture.md)): packed end to end, padded, or a forward each (alone).
+*rows* is the layout of a batch ([architecture.md](architecture.md)): packed end to end, padded, or one sequence in a forward
+(alone).
 """
 FILES = """\
 ## GGUF files
 
-Beside llama.cpp (xllamacpp {xllamacpp}): log-probabilities within 1e-4 on a file in F32 (2e-3 where llama.cpp reads its GELU
-from a table of fp16), within .2 on one in Q4_1; rows, `dequantize` and methods as above, on that in Q4_1. The last column is
-what else its metadata and tensors were let state, each beside llama.cpp on a file in F32; what is not read is refused by name.
+Log-probabilities are compared with llama.cpp's (xllamacpp {xllamacpp}): they agree within 1e-4 on a file in F32 (2e-3 if
+llama.cpp reads GELU from a table of fp16), and within 0.2 on one in Q4_1. Rows, `dequantize` and methods are tested as above,
+on the file in Q4_1. The last column lists more metadata and tensors, each compared with llama.cpp on a file in F32. A setting
+that gradless does not read is refused by name.
 """
 TUNED = """\
-What is tuned: qzo and nzo the blocks' scales (nzo offsets too, where the format has them; AQLM: a row's scales, with `--part
-codebook` the vectors), ezo offsets or, without them, scales, quzo and zoqo integer codes, mezo all floats of a quantized model
-(norms, biases, what the format leaves out) and the linear layers of a dense one. Numbers of values, of the llama row:
+qzo and nzo tune the scales of blocks (nzo also the offsets, if the format has them; AQLM: one scale for each row or, with
+`--part codebook`, the vectors). ezo tunes offsets or, without them, scales. quzo and zoqo tune integer codes. mezo tunes all
+floats of a quantized model (norms, biases, everything that the format leaves out) and the linear layers of a dense one. Numbers
+of tuned values, in the llama row:
 """
 
 
 def written(cells: Iterable[Cell]) -> str:
-    """The page: architectures whose cells are all filled, a footnote for each sentence."""
+    """The page: the architectures whose cells are all filled, with a footnote for each sentence."""
     by_place = {(cell.architecture, cell.format): cell for cell in cells}
     kinds = sorted({kind for kind, _ in by_place if all((kind, form) in by_place for form in folders.ALL)})
     notes: dict[str, int] = {}
@@ -54,7 +58,7 @@ def written(cells: Iterable[Cell]) -> str:
     if files:
         lines += [
             FILES.format(xllamacpp=version("xllamacpp")),
-            f"| architecture | rows | {GGUF} | what a file may state |",
+            f"| architecture | rows | {GGUF} | other metadata and tensors |",
             "|---|---|---|---|",
         ]
     for cell in sorted(files, key=lambda cell: cell.architecture):
@@ -69,7 +73,7 @@ def written(cells: Iterable[Cell]) -> str:
 
 
 def _stated(architecture: str, by_place: Mapping[tuple[str, str], Cell], notes: dict[str, int]) -> str:
-    """What files of an architecture may state, as the cells found it."""
+    """The other metadata and tensors of an architecture's files, by the state of their cells."""
     found: dict[str, list[str]] = {}
     for (kind, form), cell in by_place.items():
         if kind == architecture and form.startswith(f"{GGUF}, "):
