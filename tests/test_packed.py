@@ -16,9 +16,9 @@ from gradless.formats.load import load
 from gradless.formats.packed import packed_rows, quantize
 from gradless.grids import GRIDS
 from gradless.layers import QuantLinear, set_activations
+from gradless.methods.codes import DEFAULT_STRIDE
 from gradless.noise import Direction, uniform_grid
 from gradless.tensor import BlockWeight, Move, TunedCodes, Views
-from gradless.training.options import DEFAULT_STRIDE
 from tests.test_cli import ONE_TOKEN, TASK
 
 
