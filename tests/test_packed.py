@@ -216,7 +216,7 @@ def test_info_shows_a_packed_folder(dense, tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["architecture"] == "llama"
     assert {row["type"]: row["bits_per_weight"] for row in shown["types"]}["nf4/64"] == 4.25
-    assert shown["tunable"]["quzo, zoqo"]["values"] == 64 * shown["tunable"]["qzo"]["values"] // DEFAULT_STRIDE
+    assert shown["tunable"]["quzo"]["values"] == 64 * shown["tunable"]["qzo"]["values"] // DEFAULT_STRIDE
     assert main(["info", str(dense)]) == 1
     assert "is a dense folder" in capsys.readouterr().err
 
