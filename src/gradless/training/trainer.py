@@ -245,12 +245,6 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         for _ in self.stepper.replay():
             self.lr_scheduler.step()
 
-    def _load_rng_state(self, checkpoint: Any) -> None:
-        """Nothing here draws from a global generator."""
-
-    def _load_scaler(self, checkpoint: Any) -> None:
-        """There is no gradient to scale."""
-
     def _save_checkpoint(self, *_: Any, **__: Any) -> None:
         """Every step is in the journal already."""
 
