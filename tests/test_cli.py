@@ -13,6 +13,7 @@ import pytest
 from gradless.cli import main, parser, run_options
 from gradless.errors import GradlessError
 from gradless.journal import Journal
+from gradless.methods.registry import RECIPES
 
 TASK = ["--template", "{text} is", "--labels", "0=no,1=yes"]
 ONE_TOKEN = ["--template", "{text} is\\n", "--labels", "0=n,1=y"]
@@ -232,6 +233,11 @@ def test_help_has_every_option_and_an_example(capsys):
 
     assert all("--" + field.name.replace("_", "-") in text for field in fields(RunOptions))
     assert "examples:\n  gradless tune" in text
+
+
+@pytest.mark.parametrize("method", ["auto", *RECIPES])
+def test_every_method_can_be_named_and_auto_too(method):
+    assert parser().parse_args(["tune", "a", "b", "--method", method]).method == method
 
 
 def test_starting_up_imports_neither_torch_nor_transformers():

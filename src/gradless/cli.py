@@ -108,7 +108,8 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("model", help=f"{QUANTIZED_HELP} A dense folder for mezo, --bits, --grid or --lora.")
     tune.add_argument("data", help=DATA_HELP)
     tune.add_argument("--config", metavar="FILE", help="YAML with the same names as these options; options given here win.")
-    add_flags(tune, RunOptions)
+    names = [field.name for field in fields(RunOptions)]
+    add_flags(tune, RunOptions, sorted(names, key=lambda name: name != "method"))  # the method first
 
     evaluate = _command(commands, "eval", "Measure a model on labelled rows.", EVAL_EXAMPLES)
     evaluate.add_argument("model", help=f"{QUANTIZED_HELP} A dense folder, too.")

@@ -40,7 +40,8 @@ DEFAULT = QZORecipe.name
 if TYPE_CHECKING:
     MethodOptions = SearchOptions
 else:
-    MethodOptions = make_dataclass("MethodOptions", [], bases=tuple(dict.fromkeys(each.options for each in RECIPES.values())))
+    _OPTIONS = {each.name: each for of in (SearchOptions, *(each.options for each in RECIPES.values())) for each in fields(of)}
+    MethodOptions = make_dataclass("MethodOptions", [(name, each.type, each) for name, each in _OPTIONS.items()])
     MethodOptions.__doc__ = "The options of all methods: how a run searches."
 
 
