@@ -341,7 +341,7 @@ def test_a_replay_never_replaces_what_it_reads(tiny, rows, tmp_path, capsys):
     journal = str(run / "journal.db")
     for output in ("base", "base.gguf", "run", "run/journal.db", "."):
         assert main(["replay", str(base), journal, "--output", str(tmp_path / output), "--overwrite"]) == 1
-        assert "is, or holds, what the replay reads" in capsys.readouterr().err
+        assert "is, or contains, an input of the replay" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     assert main(["replay", str(base), journal, "--output", str(tmp_path / "other"), "--overwrite"]) == 1
     assert "is a folder that holds no model" in capsys.readouterr().err

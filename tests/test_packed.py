@@ -204,7 +204,7 @@ def test_only_dense_folders_are_quantized(dense, tiny, tmp_path, capsys):
     base = quantized(dense, tmp_path / "base", "--bits", "8")
     for source in (tiny, base):
         assert main(["quantize", str(source), "--bits", "4", "--output", str(tmp_path / "out")]) == 1
-        assert "is no dense folder" in capsys.readouterr().err
+        assert "is not a dense folder" in capsys.readouterr().err
     assert main(["quantize", str(dense), "--bits", "4", "--output", str(base)]) == 1
     assert "give --overwrite" in capsys.readouterr().err
 
@@ -218,7 +218,7 @@ def test_info_shows_a_packed_folder(dense, tmp_path, capsys):
     assert {row["type"]: row["bits_per_weight"] for row in shown["types"]}["nf4/64"] == 4.25
     assert shown["tunable"]["quzo"]["values"] == 64 * shown["tunable"]["qzo"]["values"] // DEFAULT_STRIDE
     assert main(["info", str(dense)]) == 1
-    assert "is a dense folder" in capsys.readouterr().err
+    assert "is a folder without quantized weights" in capsys.readouterr().err
 
 
 def test_damaged_folders(dense, tmp_path):

@@ -82,7 +82,7 @@ def test_a_step_with_a_closure_works_or_says_what_is_missing(name, tiny, dense):
     (batch,) = run.first_batches()
     closure = lambda: objectives.losses(run.model.model, batch.inputs)[0].mean()  # noqa: E731
     if name in ("nzo", "ezo"):
-        with pytest.raises(GradlessError, match=r"this method asks for .*, and Closure gives none"):
+        with pytest.raises(GradlessError, match=r"this method needs .*, which Closure does not give"):
             method.step(closure)
     else:
         with torch.inference_mode():
@@ -93,10 +93,10 @@ def test_a_step_with_a_closure_works_or_says_what_is_missing(name, tiny, dense):
 
 def test_a_batch_refuses_what_it_cannot_answer_in_one_sentence(tiny):
     for ask in ("loss", "paired_loss", "losses", "paired_losses", "token_losses", "answer_scores", "outcome"):
-        with pytest.raises(GradlessError, match=r"^this method asks for .*, and Batch gives none: .*\.$"):
+        with pytest.raises(GradlessError, match=r"^this method needs .*, which Batch does not give: .*\.$"):
             getattr(Batch(), ask)()
     for ask in ("labels", "answer_tokens", "example_of_token"):
-        with pytest.raises(GradlessError, match=r"^this method asks for .*, and Closure gives none"):
+        with pytest.raises(GradlessError, match=r"^this method needs .*, which Closure does not give"):
             getattr(Closure(lambda: 0.0), ask)
     (batch,) = setting("qzo", tiny).first_batches()
     with torch.inference_mode():

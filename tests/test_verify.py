@@ -160,7 +160,7 @@ def test_a_base_whose_bytes_changed_unseen_is_not_exported(tiny, rows, tmp_path,
 
     monkeypatch.setattr(ZOTrainer, "train", train)
     assert tune(base, rows, tmp_path / "run") == 1
-    assert "is no longer what the run in" in capsys.readouterr().err
+    assert "is no longer the base of the run in" in capsys.readouterr().err
     assert not (tmp_path / "run" / "model.gguf").exists()
 
 

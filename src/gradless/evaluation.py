@@ -39,8 +39,8 @@ def evaluate(
 
     Args:
         model: the language model.
-        examples: at least one.
-        tokenizer: of the model.
+        examples: at least one example.
+        tokenizer: the model's tokenizer.
         batch_size: examples in a forward.
         generating: whether to generate answers to questions; otherwise only their loss is measured.
         progress: called after each batch with its number of examples.

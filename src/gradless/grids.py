@@ -1,8 +1,8 @@
 """Number formats as ordered levels.
 
-A grid is a finite, ascending set of levels, in units of a scale; a code is a level's place in that order. For an integer grid
-the code is the level itself. Whoever tunes codes moves along this order, one level up or down, whatever the distance between
-two levels is.
+A grid is a finite set of levels in ascending order, in units of a scale. A code is a level's place in that order; on an integer
+grid it is the level itself. Tuning codes means moving along that order, one level up or down, whatever the distance between two
+levels is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Grid:
     """Ordered levels.
 
     Attributes:
-        name: of the format.
+        name: the format's name.
         lowest: the code of the first level.
         levels: ascending, in units of the scale.
     """
@@ -43,8 +43,8 @@ class Grid:
 
     @cached_property
     def length(self) -> float:
-        """How many steps the grid has from end to end, were they all as long as those a third of the way out from zero, where
-        most weights lie (the largest of a group of 64 normal values is about three times their standard deviation)."""
+        """Number of steps from end to end, if all were as long as those a third of the way out from zero. Most weights lie
+        there: the largest of 64 normal values is about three times their standard deviation."""
         third = next(i for i, level in enumerate(self.levels) if 3 * level >= self.levels[-1])
         return (self.levels[-1] - self.levels[0]) / (self.levels[third] - self.levels[third - 1])
 
@@ -70,7 +70,7 @@ class Grid:
         return below + ((share > 0.5) | ((share == 0.5) & odd)) + self.lowest
 
     def stochastic(self, x: Tensor, words: Words, start: int = 0) -> Tensor:
-        """Codes of one of the two neighbouring levels at random, so that E[values(codes)] = x inside the grid; saturating.
+        """Codes of one of the two neighbouring levels, drawn so that E[values(codes)] = x inside the grid; saturating.
 
         Args:
             x: fp32, any shape, in units of the scale; element i of its flattened order takes draw start + i.
@@ -81,11 +81,11 @@ class Grid:
         return below + (r < share) + self.lowest
 
     def step(self, codes: Tensor, k: Tensor | int) -> Tensor:
-        """k levels up (or down, where negative), stopping at the ends."""
+        """The codes k levels up (down if k is negative), stopped at the grid's ends."""
         return (codes + k).clamp(self.lowest, self.highest)
 
     def _neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The place of the level at or below x, and how far x lies on the way to the next: int64 and fp32 in [0, 1]."""
+        """The index of the level at or below x, int64, and the position of x between it and the next one, fp32 in [0, 1]."""
         table = self.table(x.device)
         x = x.clamp(table[0], table[-1])
         below = (torch.searchsorted(table, x.contiguous(), right=True) - 1).clamp(0, len(table) - 2)
@@ -100,13 +100,13 @@ def _table(levels: tuple[float, ...], device: torch.device | str) -> Tensor:
 
 @cache
 def integers(bits: int, *, symmetric: bool = True) -> Grid:
-    """int2 to int8: -(2**(b-1) - 1) .. 2**(b-1) - 1 where symmetric, else all 2**b codes (0 .. 2**b - 1, or int8's own)."""
+    """int2 to int8: -(2**(b-1) - 1) .. 2**(b-1) - 1 if symmetric, else all 2**b (0 .. 2**b - 1; 8 bits: -128 .. 127)."""
     if not 2 <= bits <= 8:
         raise ValueError(f"integers of {bits} bits: 2 to 8 are supported")
     top = 2 ** (bits - 1) - 1
     if symmetric:
         return Grid(f"int{bits}", -top, tuple(map(float, range(-top, top + 1))))
-    lowest = -128 if bits == 8 else 0  # a code is held in a signed byte
+    lowest = -128 if bits == 8 else 0  # codes are signed bytes
     return Grid(f"uint{bits}", lowest, tuple(map(float, range(lowest, lowest + 2**bits))))
 
 
@@ -125,7 +125,7 @@ def mid_tread(bits: int, low: float, high: float) -> tuple[Grid, float]:
 
 @cache
 def floating(dtype: torch.dtype) -> Grid:
-    """The finite values of an 8-bit floating-point type, in order; a code is the byte's magnitude with the sign's sign."""
+    """The finite values of an 8-bit floating-point type, in order; a code is the byte without sign bit, or minus that."""
     values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     positive = values[:128][torch.isfinite(values[:128])].tolist()
     levels = [-value for value in reversed(positive[1:])] + positive
@@ -133,7 +133,7 @@ def floating(dtype: torch.dtype) -> Grid:
 
 
 def codebook(name: str, levels: tuple[float, ...]) -> Grid:
-    """Any sorted levels."""
+    """A grid of any sorted levels."""
     if sorted(set(levels)) != list(levels) or not 2 <= len(levels) <= 256:
         raise ValueError("a codebook is 2 to 256 different levels in ascending order")
     return Grid(name, 0, levels)
@@ -162,7 +162,7 @@ NF4 = codebook(
     ),
 )
 
-# bitsandbytes' 4-bit floats, in twelfths: two zeros are one level.
+# bitsandbytes' 4-bit floats, in twelfths; their two zeros are one level here.
 _FP4 = (0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 FP4 = codebook("fp4", tuple(float(np.float32(level / 12)) for level in (*(-x for x in reversed(_FP4)), 0.0, *_FP4)))
 
@@ -178,7 +178,7 @@ def scale_and_offset(x: Tensor, grid: Grid, *, search: bool = False) -> tuple[Te
 
     Args:
         x: fp32, (groups, n): the values of each group.
-        grid: symmetric grids get no offset.
+        grid: the levels; a symmetric grid gets no offset.
         search: try ranges down to half of the largest value and keep each group's best by squared error.
 
     Returns:
@@ -206,13 +206,13 @@ def scale_and_offset(x: Tensor, grid: Grid, *, search: bool = False) -> tuple[Te
 
 
 def round_trip(x: Tensor, grid: Grid, scale: Tensor, offset: Tensor) -> Tensor:
-    """The values that x (groups, n) is rounded to."""
+    """x, fp32 (groups, n), rounded to the grid."""
     codes = grid.nearest((x - offset.unsqueeze(1)) / scale.unsqueeze(1))
     return grid.values(codes) * scale.unsqueeze(1) + offset.unsqueeze(1)
 
 
 def lora_scale(a: Tensor, grid: Grid) -> float:
-    """One scale for both factors of an adapter: B starts at zero and needs room, so the range is twice A's own; A's own where
-    the grid has one level on each side, or A would round to nothing."""
+    """One scale for both factors of an adapter. Its range is twice A's, because B starts at zero and needs room. If the grid
+    has one level on each side, it is A's, because A would round to nothing in a larger one."""
     room = 2 if len(grid.levels) > 3 else 1
     return room * float(a.abs().max()) / float(grid.table().abs().max())

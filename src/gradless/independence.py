@@ -1,15 +1,16 @@
-"""How a batch must be laid out so that none of its rows sees another: tried on the model, once, not believed of its name.
+"""How a batch must be laid out so that its sequences do not see each other. This is tried on the model, once; its name decides
+nothing.
 
-Three short rows X, A, Y of different lengths are scored in at most four forwards:
+Three short sequences X, A, Y of different lengths are scored in at most four forwards:
 
     [X A Y]           packed end to end into one row, position ids beginning anew with each
-    [X' A Y']         the same lengths, other tokens: whatever A takes from its neighbours shows here
+    [X' A Y']         the same lengths with other tokens: whatever A takes from its neighbours shows here
     A                 alone
-    X, A, A.., Y      a row each, filled up at the right, A with two different fillings; only if A is not kept above
+    X, A, A.., Y      a row each, padded on the right, A with two different paddings; only if packing does not keep A apart
 
-A is kept if its scores depend at no position on what stands beside it, and are those of A alone within the rounding of another
-shape, at the median position: rounding turns a router's choice at some.
-A model that keeps A in neither layout gets a forward a row.
+A layout keeps A apart if A's scores depend on its neighbours at no position, and are those of A alone up to the rounding of
+another shape. The latter holds at the median position, because rounding changes a router's choice at some.
+A model that keeps A apart in neither layout gets a forward for each sequence.
 """
 
 from __future__ import annotations
@@ -30,22 +31,23 @@ from gradless.objectives import Rows, TokenizedExample
 from gradless.readers.sentences import said
 
 LENGTHS = (9, 7, 5)
-"""Tokens of X, A and Y; longer sequences come first in a packed row."""
+"""Numbers of tokens of X, A and Y. They fall, because longer sequences come first in a packed row."""
 ROUNDING = {torch.float32: 2.0**-10, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
-"""How far scores of one row may lie apart in batches of two shapes, relative to their spread (both root mean squares)."""
+"""Largest distance of a row's scores in batches of two shapes, relative to their spread (both root mean squares)."""
 LEAST_LEAK = {torch.float32: 2.0**-16, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""From where on scores that move with their neighbours' tokens, at any position, show a leak (relative to their spread). Other
-tokens go to other experts and so give products of other shapes: their rounding moved scores by 2e-7 in fp32. The least leak
-of an untrained network was .004 in fp32 and .006 in bf16."""
+"""Smallest distance of a row's scores beside two different neighbours, at any position, that counts as a leak (relative to
+their spread). Other tokens go to other experts, in products of other shapes, whose rounding moved scores by 2e-7 in fp32.
+The smallest leak of an untrained network was 0.004 in fp32 and 0.006 in bf16."""
 
 
 @dataclass(frozen=True)
 class Independence:
-    """What a model keeps apart.
+    """The layout that keeps sequences apart in a model.
 
     Attributes:
         rows: how sequences must be laid out.
-        halves: whether every packed layer sees all tokens of a batch in their order, so that it knows a batch from its copy.
+        halves: whether every packed layer receives all tokens of a batch in their order, so that it can split a doubled batch
+            into its halves.
     """
 
     rows: Rows
@@ -57,10 +59,10 @@ _COPIES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def independence(model: Any) -> Independence:
-    """What a model keeps apart, tried when it is first asked for and then remembered.
+    """The layout that a model needs: tried at the first call, then remembered.
 
     Raises:
-        GradlessError: the model scores a lone row differently from one forward to the next, or fails.
+        GradlessError: the model scores a lone row differently from one forward to the next, or its forward fails.
     """
     if model not in _TRIED:
         training = model.training
@@ -70,7 +72,7 @@ def independence(model: Any) -> Independence:
                 _TRIED[model] = _try(model)
         except GradlessError:
             raise
-        except Exception as error:  # whatever a model's own code makes of a few tokens
+        except Exception as error:  # a model's own code may raise anything
             why = f"{type(error).__name__}: {said(error)}"
             raise GradlessError(
                 f"the forward of {type(model).__name__} fails on a few tokens in {model.dtype} ({why})."
@@ -101,14 +103,14 @@ def _try(model: Any) -> Independence:
     if not _distances(alone, again).median() <= ROUNDING[model.dtype]:
         raise GradlessError(
             f"{type(model).__name__} scores one row differently from one forward to the next, so that its losses cannot be "
-            "compared; switch off what is random in it."
+            "compared; switch off its randomness."
         )
     return Independence(Rows.ALONE, halves=False)
 
 
 def keeps_copies(model: Any) -> bool:
-    """Whether copies of a row's last token, seen by none but themselves, score words as that token does: tried by two forwards
-    when it is first asked for, and then remembered."""
+    """Whether copies of a sequence's last token, each seen by itself alone, score words as that token does. Tried by two
+    forwards at the first call, then remembered."""
     if independence(model).rows is not Rows.PACKED or not independence(model).halves:
         return False
     if model not in _COPIES:
@@ -130,7 +132,7 @@ def _vocabulary(model: Any) -> int:
 
 
 def _sequences(model: Any, first: int) -> list[tuple[int, ...]]:
-    """X, A and Y as token ids; another `first` gives other ones, place by place."""
+    """X, A and Y as token ids; another `first` changes every token."""
     n = _vocabulary(model)
     return [tuple((n // 3 + 5 * i + 3 * k + first) % n for k in range(length)) for i, length in enumerate(LENGTHS)]
 
@@ -141,13 +143,13 @@ def _batch(sequences: list[tuple[int, ...]], rows: Rows) -> dict[str, Any]:
 
 
 def _scores_of(model: Any, batch: dict[str, Any]) -> list[Tensor]:
-    """Each sequence's scores of all tokens at every position but its last, about their mean: fp32 (length - 1, vocabulary)."""
+    """Scores of all tokens, minus their mean, at every position of a sequence but the last: fp32 (length - 1, vocabulary)."""
     logits, _ = objectives.supervised_logits(model, batch)
     return list(torch.split(logits - logits.mean(1, keepdim=True), batch["counts"]))
 
 
 def _filled_scores(model: Any, sequences: list[tuple[int, ...]]) -> list[Tensor]:
-    """A's scores in a batch with a row for each sequence, and those of a second A whose row is filled up with other tokens."""
+    """A's scores in a batch with a row for each sequence, and those of a second A whose row is padded with other tokens."""
     x, a, y = sequences
     batch = _batch([x, a, a, y], Rows.PADDED)
     batch["input_ids"][2, len(a) - 1 :] = y[0]
@@ -155,13 +157,13 @@ def _filled_scores(model: Any, sequences: list[tuple[int, ...]]) -> list[Tensor]
 
 
 def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[Tensor], bool]:
-    """The scores of a packed batch with a copy behind it, and whether every packed layer saw both as halves of its tokens, and
+    """The scores of a packed batch followed by its copy; and whether every packed layer saw both as halves of its tokens and
     none lent its weight."""
     batch = objectives.doubled(_batch(sequences, Rows.PACKED))
     layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
     seen: list[bool] = []
     for layer in layers:
-        layer.lent = False  # whatever looked at weights before a forward multiplies none of them
+        layer.lent = False  # weights that were read before this forward do not count
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if layer is not model.get_output_embeddings():
@@ -179,23 +181,23 @@ def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[T
 
 
 def _distances(scores: Tensor, others: Tensor) -> Tensor:
-    """How far scores lie from others at each position, relative to the spread of all (root mean squares): (positions,)."""
+    """Distances between scores and others by position, relative to the spread of all (root mean squares): (positions,)."""
     spread = scores.square().mean().sqrt().clamp_min(torch.finfo(scores.dtype).tiny)
     return (others - scores).square().flatten(1).mean(1).sqrt() / spread
 
 
 def _may_pack(model: Any) -> bool:
-    """Whether a model takes position ids, and no layer cuts a row into chunks, which no short row can show."""
+    """Whether a model takes position ids, and no layer cuts rows into chunks, which short rows cannot show."""
     takes = "position_ids" in inspect.signature(model.forward).parameters
     chunks = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
     return takes and not chunks
 
 
 def _follows_the_longest_row(config: Any) -> bool:
-    """Whether some rotary scaling takes the frequencies of all rows from the longest one, which no short row can show.
+    """Whether a rotary scaling takes the frequencies of all rows from the longest one, which short rows cannot show.
 
     Args:
-        config: of a model, or a part of it: plain values.
+        config: the plain values of a model's configuration, or a part of them.
     """
     if isinstance(config, list):
         return any(map(_follows_the_longest_row, config))

@@ -1,9 +1,9 @@
-"""How much memory this process holds, and how much each way of tuning a model would need.
+"""The memory of this process, and the memory that each way of tuning a model would need.
 
-A plan is the peak of one step, in bytes, from shapes alone. It counts tensors: what the interpreter, its libraries or a
-GPU's context hold comes on top, and so does what an allocator keeps of the memory that it was given back. With P the
-parameters, N the weights of the linear layers (heads left out), B their blocks, L the largest of them, A the values of
-adapters of rank 8 on all of them, T = batch * length the tokens and V the vocabulary:
+A plan is the peak of one step, in bytes, from shapes alone. It counts tensors. Not counted: the interpreter, its libraries, a
+GPU's context, and memory cached by the allocator. P is the number of parameters, N the number of weights of the linear layers
+(without heads), B the number of their blocks, L the size of the largest, A the number of values of adapters of rank 8 on all of
+them, T = batch * length the number of tokens, V the size of the vocabulary, and C is explained below:
 
             weights          gradients  states                 scratch
     adamw   4 P              4 P        8 P: two moments       -
@@ -15,35 +15,34 @@ adapters of rank 8 on all of them, T = batch * length the tokens and V the vocab
     zoqo    packed           -          N / 16: residuals       2 C min(L, TILE): a tile, unpacked
     quzo    packed           -          N / 16: residuals       2 C min(L, TILE)
     qzo     packed           -          4 B: fp32 masters      2 C min(L, TILE)
+    ezo     packed           -          4 B: fp32 masters      2 C min(L, TILE)
     nzo     packed           -          4 B / 2: at most       2 min(L, TILE)
 
-Full tuning is in fp32: 16 bytes a parameter with AdamW, which is also what mixed precision takes (bf16 weights and gradients,
-fp32 masters and moments). QAT holds latent weights and their rounded copies. Adapters are fp32 on a bf16 base, as peft makes
-them. `packed` is the quantized checkpoint's tensors as they are held: a GGUF file's own, the blocks that other folders' layers
-become, and of a dense model what `gradless quantize` would write, blocks for linear layers and bf16 for all else. Where a file
-is mapped into memory, as gradless does it, rows of an embedding that no token looks up are counted though they are never read.
-ZOQO and QuZO tune one row in 16 (their default), and hold a byte a code of those.
+Full tuning is in fp32: 16 bytes a parameter with AdamW, as much as mixed precision takes (bf16 weights and gradients, fp32
+masters and moments). QAT keeps latent weights and their rounded copies. Adapters are fp32 on a bf16 base, as peft makes them.
+`packed` is the size of the quantized checkpoint's tensors in memory: for a GGUF file its own tensors; for other folders the
+blocks that their layers become; for a dense model the output of `gradless quantize`, blocks for linear layers and bf16 for
+everything else. gradless maps files into memory, so rows of an embedding that no token looks up are counted but never read.
+ZOQO and QuZO tune one row in 16 (their default) and keep a byte for each of its codes.
 
-A backward keeps, of every token, the input and the output of every linear layer,
+A backward keeps the input and the output of every linear layer for every token,
 
     4 T sum(inputs + outputs)
 
-where all is tuned, and with adapters 2 T sum(inputs + outputs), in bf16, and 4 T sum(inputs), peft's fp32 copy of each
+if everything is tuned. With adapters it keeps 2 T sum(inputs + outputs), in bf16, and 4 T sum(inputs), peft's fp32 copy of each
 adapter's input. This is the count of Korthikanti et al. (arXiv 2205.05198) layer by layer, without dropout and with attention
-that keeps no scores; that q, k and v share one input makes up for what norms and activation functions keep. Gradients and
-activations are added, though a backward frees the one while it makes the other: both are whole where a step has several
-micro-batches. A forward alone holds one block's values, in bf16: the residual stream, its normalized copy, and three of the
-widest layer's (a gated product and its factors),
+that keeps no scores. It counts the one input of q, k and v three times, which makes up for norms and activation functions,
+which it leaves out. Gradients and activations are added although a backward frees one while it makes the other, because both
+are complete if a step has several micro-batches. A forward alone keeps the values of one block, in bf16: the residual stream,
+its normalized copy, and three tensors as wide as the widest layer (a gated product and its factors),
 
     2 T (2 hidden + 3 widest)
 
-times C: gradless reads both sides of a query in one forward, C = 2, unless T is above 1024; MeZO's dense weights one after the
-other. The same goes for logits.
+times C. gradless reads both sides of a query in one forward, C = 2, unless T is above 1024. MeZO's dense weights and NZO have
+C = 1. The same factor holds for logits. NZO adds 2 q = 16 tokens to each example.
 
-NZO passes 2 q = 16 tokens more of each example, and C = 1.
-
-Logits are those that a loss needs, one position an example: fp32 logits and their log-softmax, 8 V bytes an example, and 12 V
-with their gradient.
+Logits are those that a loss needs, at one position an example: fp32 logits and their log-softmax take 8 V bytes an example,
+with their gradient 12 V.
 """
 
 from __future__ import annotations
@@ -71,11 +70,11 @@ from gradless.training.batches import PAIR_TOKENS
 from gradless.training.options import GROUPS
 
 FIRST_ORDER = ("adamw", "sgd", "qat", "lora", "qlora")
-"""What can be planned beside the methods: tuning by gradients all weights, quantization-aware, or adapters."""
+"""First-order ways of tuning that a plan knows beside the methods."""
 RANK = 8
 """Rank of LoRA's adapters."""
 BITS, GROUP_SIZE = 4, 64
-"""Bits and group size that a dense model would be quantized to by default."""
+"""Default bits and group size for quantizing a dense model."""
 
 
 def resident_bytes() -> int:
@@ -85,10 +84,10 @@ def resident_bytes() -> int:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a plan needs to know of a model.
+    """The shapes of a model that a plan needs.
 
     Attributes:
-        name: for a person.
+        name: the model's name, for a person.
         parameters: values in all tensors; a head that is tied to an embedding counts once.
         linear: (outputs, inputs) of every linear layer, heads left out.
         vocabulary: rows of the embedding.
@@ -108,7 +107,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of a step, by what holds them; see the module."""
+    """Bytes at the peak of a step, by purpose; see the module."""
 
     weights: int
     gradients: int
@@ -123,11 +122,11 @@ class Memory:
 
 
 def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory:
-    """What a step of `method` needs.
+    """The memory of a step of `method`.
 
     Args:
         method: one of `FIRST_ORDER`, or a method's name.
-        shapes: of the model.
+        shapes: the model's.
         batch_size: examples in a forward.
         length: tokens of an example.
     """
@@ -164,7 +163,7 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
 
 
 def plan(shapes: Shapes, methods: Sequence[str], *, batch_size: int, length: int) -> dict[str, Any]:
-    """What a step of each method needs, as plain values: bytes, and each total's ratio to the largest."""
+    """The memory of a step of each method, as plain values: bytes, and each total's ratio to the largest."""
     for name, value in (("batch size", batch_size), ("length", length)):
         if value not in COUNT:
             raise GradlessError(f"the {name} is {value}; it must be {COUNT}.")
@@ -187,7 +186,7 @@ def as_text(planned: dict[str, Any]) -> str:
     columns = ("weights", "gradients", "states", "activations", "logits", "scratch", "total")
     lines = [
         f"{planned['name']}: {planned['parameters']:,} parameters, {planned['packed']:,} bytes when quantized",
-        f"peak of a step on {planned['batch_size']} x {planned['length']} tokens, in MB; the interpreter comes on top",
+        f"peak of a step on {planned['batch_size']} x {planned['length']} tokens, in MB; the interpreter is not counted",
         "",
         f"  {'method':8}" + "".join(f"{name:>13}" for name in columns) + f"{'of largest':>13}",
     ]
@@ -200,9 +199,9 @@ def shapes_of(path: Path, *, bits: int | None = None, group_size: int | None = N
     """The shapes of a model; its weights are not read.
 
     Args:
-        path: of a GGUF file, a packed or a dense folder, or a config.json.
-        bits: what a dense model's linear layers would be quantized to; None for `BITS`.
-        group_size: and how many weights of a row would share a range; None for `GROUP_SIZE`.
+        path: a GGUF file, a packed or a dense folder, or a config.json.
+        bits: bits of a code, for quantizing a dense model's linear layers; None for `BITS`.
+        group_size: number of weights of a row that share a range, likewise; None for `GROUP_SIZE`.
 
     Raises:
         GradlessError: there is no model, it cannot be read, or it is packed already and `bits` or `group_size` is given.

@@ -1,19 +1,19 @@
 """Counter-based random directions: value = f(seed, step, query, tensor, offset).
 
-A direction is a handful of numbers, never a stored tensor. Any slice of it is regenerated alone, in any order, on any
-device, to the same bits: everything here is 32-bit integer arithmetic and one committed table; libm is not used, and no
-global generator is read or written.
+A direction is a handful of numbers, never a stored tensor. Any slice of it can be drawn alone, in any order and on any
+device, with the same bits: everything is 32-bit integer arithmetic and one committed table, without libm and without a global
+generator.
 
-The words come from Philox4x32-10 (Salmon et al., 2011) with
+The random words come from Philox4x32-10 (Salmon et al., 2011) with
 
     key     = blake2b-64 of the tensor's name, keyed by the run's seed
     counter = (block low, block high, step, 256 * query + stream)
 
-and are laid out so that sixteen blocks fill sixteen SIMD lanes without a shuffle: word w lies in page w // 64, and there
-it is word (w % 64) // 16 of block w % 16. A page of 64 words gives, in the same spirit, 128 halves of 16 bits (the low
-halves of the page, then the high halves) or 2048 bits (bit e % 32 of word e // 32).
+Their layout lets sixteen blocks fill sixteen SIMD lanes without a shuffle: word w lies in page w // 64, as word
+(w % 64) // 16 of block w % 16. A page of 64 words gives either 128 halves of 16 bits (all low halves, then all high halves) or
+2048 bits (bit e % 32 of word e // 32).
 
-This module is the meaning. `kernels/cpu` draws the same bits inside its loops.
+This module defines the values. `kernels/cpu` draws the same bits inside its loops.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _PAGE_BLOCKS = 16
 PAGE_WORDS = 64
+"""Number of words in a page."""
 
 
 class Stream(IntEnum):
     """Independent sequences under one (seed, step, query, tensor)."""
 
     DIRECTION = 0
-    ROUNDING = 1  # of an update onto what holds it: bf16, or a grid
+    ROUNDING = 1  # of an update, to bf16 or to a grid
     ORDER = 2
-    FIRST = 3  # QuZO's two roundings of one u
-    SECOND = 4
-    DITHER = 5  # where the residuals of codes begin
-    INITIAL = 6  # an adapter's first factor
+    FIRST = 3  # the first of QuZO's two roundings of one u
+    SECOND = 4  # the second
+    DITHER = 5  # the first residuals of codes
+    INITIAL = 6  # the first values of an adapter's factor A
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ class Words:
 
 
 class Distribution(ABC):
-    """What a direction's coordinates are drawn from."""
+    """The distribution of a direction's coordinates."""
 
     @property
     def share(self) -> float:
-        """P(u_j != 0): the share of coordinates that such a direction moves."""
+        """P(u_j != 0): the share of coordinates that a direction moves."""
         return 1.0
 
     @abstractmethod
@@ -115,11 +116,11 @@ class Integers(Distribution):
     """Integers in {-m, ..., m}, P(k) = P(-k): noise in whole grid steps.
 
     Attributes:
-        tail: P(k <= -m), ..., P(k <= -1) in units of 2**-16: m integers, none below the one before. A random 16-bit integer
-            is compared with them and with their mirror images.
+        tail: P(k <= -m), ..., P(k <= -1) in units of 2**-16: m integers that never decrease. A random 16-bit integer is
+            compared with them and with their mirror images.
 
     Raises:
-        ValueError: more than 127 steps, or so sparse that no coordinate would ever move.
+        ValueError: more than 127 steps, or noise too sparse for any coordinate to move.
     """
 
     tail: tuple[int, ...]
@@ -158,7 +159,7 @@ def uniform_grid(m: int) -> Integers:
 def discretized_gaussian(m: int, spread: float) -> Integers:
     """P(k) proportional to phi(k / spread), |k| <= m (ZOQO's other noise; spread is mu / s, well below 1 for sparse moves).
 
-    Computed in exact decimal arithmetic, so that every machine draws the same.
+    Computed with 40 decimal digits, so that every machine draws the same numbers.
     """
     with localcontext() as context:
         context.prec = 40
@@ -172,8 +173,8 @@ def rounded_gaussian(eps: float, most: int | None = None) -> Integers:
     """SR(eps * u), u ~ N(0, 1): the distribution of QuZO's u_1 in grid steps, over u and the rounding together.
 
     Args:
-        eps: in grid steps.
-        most: steps; larger ones are cut to it, where it is given.
+        eps: perturbation, in grid steps.
+        most: largest number of steps, to which larger ones are cut; None for no limit.
     """
     with localcontext() as context:
         context.prec = 40
@@ -187,18 +188,18 @@ def rounded_gaussian(eps: float, most: int | None = None) -> Integers:
 
 
 def _from_probabilities(lower: Sequence[Decimal]) -> Integers:
-    """From P(-m), ..., P(-1); steps too rare for 16 bits to draw are left out."""
+    """The distribution with these P(-m), ..., P(-1); steps too rare for 16 bits are left out."""
     tail = [round(edge * 2**16) for edge in accumulate(lower)]
     return Integers(tuple(filter(None, tail)) or (0,))
 
 
 @dataclass(frozen=True)
 class RoundedGaussian(Distribution):
-    """SR(eps * u), u ~ N(0, 1), with the rounding drawn from a stream of its own: QuZO's u_1 and u_2, one u rounded twice.
+    """SR(eps * u), u ~ N(0, 1), whose rounding has its own stream: QuZO's u_1 and u_2 are one u, rounded twice.
 
     Attributes:
-        eps: in grid steps.
-        stream: of the rounding.
+        eps: perturbation, in grid steps.
+        stream: the stream of the rounding.
     """
 
     eps: float
@@ -215,14 +216,14 @@ class RoundedGaussian(Distribution):
 
 @dataclass(frozen=True)
 class Direction:
-    """A random direction u, as numbers: which one it is, not what it holds.
+    """The numbers that identify a random direction u. Its values are drawn when they are needed.
 
     Attributes:
         seed: the run's seed, 0 <= seed < 2**64.
         step: the step of the run, 0 <= step < 2**32.
         query: the query within the step, 0 <= query < 2**24.
-        distribution: of each coordinate.
-        span: how many consecutive elements of a tensor share one coordinate.
+        distribution: the distribution of each coordinate.
+        span: number of consecutive elements of a tensor that share one coordinate.
     """
 
     seed: int
@@ -246,11 +247,11 @@ class Direction:
 
 @dataclass(frozen=True)
 class Signs:
-    """sign(sum_i weight_i * u_i), coordinate by coordinate: what ZOQO's update follows.
+    """sign(sum_i weight_i * u_i), coordinate by coordinate: the direction of ZOQO's update.
 
     Attributes:
-        terms: (direction, weight) of each query; all of one span. A weight is a float or, of problems that share no element, a
-            tensor (problems,).
+        terms: (direction, weight) of each query; all directions have the same span. A weight is a float, or a tensor
+            (problems,) if a step has several problems that share no element.
     """
 
     terms: tuple[tuple[Direction, Any], ...]
@@ -260,7 +261,7 @@ class Signs:
         return self.of(lambda direction: direction.values(name, start, count, device))
 
     def of(self, drawn: Callable[[Direction], Tensor]) -> Tensor:
-        """The signs, of directions that are drawn so; (problems, n) where weights are (problems,)."""
+        """The signs, by a function that draws a direction; (problems, n) if weights are (problems,)."""
         total = torch.zeros(())
         for direction, weight in self.terms:
             by = weight.unsqueeze(1) if isinstance(weight, Tensor) else float(np.float32(weight))
@@ -284,7 +285,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # A product overflows int64, but wraps: its low 64 bits, and so both halves, are the unsigned ones.
+        # A product that overflows int64 wraps around, so its low 64 bits are those of the unsigned product.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (p1 >> 32) & _MASK ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
@@ -338,7 +339,7 @@ def stochastic_round(x: Tensor, words: Words, start: int = 0) -> Tensor:
 
 
 NAMED: dict[str, Distribution] = {"gaussian": Gaussian(), "rademacher": Rademacher()}
-"""Distributions of unit variance, for continuous values."""
+"""Distributions of unit variance for continuous values, by name."""
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""What is minimized: how well a model scores the right answer.
+"""The loss: how well a model scores the right answer.
 
 An example is a prompt and its candidate completions. A candidate's score is its mean token log-probability (MeZO's rule).
-Among several candidates the loss is the cross-entropy over their scores and the prediction is the best one; a lone
-candidate's loss is minus its score. Logits are computed at supervised positions only, and where every candidate is one
-token, the head computes those tokens' logits alone.
+With several candidates the loss is the cross-entropy over their scores, and the prediction is the best one. The loss of a lone
+candidate is minus its score. Logits are computed at supervised positions only. If every candidate is one token, the head
+computes the logits of these tokens alone.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from gradless.errors import GradlessError
 from gradless.layers import reading_at, restricted_to
 
 SHORTEST = 3
-"""Least tokens of an example: one of the answer, and two before it."""
+"""Smallest number of tokens in an example: one of the answer, and two before it."""
 PACKED_ROW = 64
-"""Least length of a packed row: longer rows spend more on attention across sequences, shorter ones more on padding."""
+"""Smallest number of tokens in a packed row. Longer rows cost more attention across sequences, shorter ones more padding."""
 
 
 class Rows(Enum):
-    """How the sequences of a batch are laid out; see `independence`, which tries what a model keeps apart."""
+    """How the sequences of a batch are laid out in rows. `independence` tries which layout a model needs."""
 
     PACKED = "packed"
-    """Several in a row, end to end; position ids begin anew with each."""
+    """Several sequences in a row, end to end; position ids begin anew with each."""
     PADDED = "padded"
-    """A row each, filled up at the right."""
+    """One sequence in a row, padded on the right."""
     ALONE = "alone"
-    """A forward each."""
+    """One sequence in a forward."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,13 @@ class Example:
 
     Attributes:
         prompt: text before the answer.
-        candidates: possible completions; one where the data only says what is right.
+        candidates: possible completions; one if the data holds the right one only.
         label: index of the right candidate.
-        answers: accepted answers of a question that is evaluated by generating, else None.
-        verbatim: candidates follow the prompt as they are; otherwise after a space, unless white space is there already.
-        gaps: ranges of characters (start, end) of a lone candidate that are read and not learned, in order.
-        remarks: facts about the row that its user should be told of.
+        answers: accepted answers to a question that is evaluated by generating; else None.
+        verbatim: whether candidates follow the prompt as they are; otherwise a space is put between them, unless white space is
+            there already.
+        gaps: ranges of characters (start, end) of a lone candidate that are read but not learned, in order.
+        remarks: facts about the row that the user should know.
     """
 
     prompt: str
@@ -64,12 +65,12 @@ class Example:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """An `Example` as token ids: each candidate's completion may begin at its own prompt's end.
+    """An `Example` as token ids. Each candidate has a prompt of its own, because the tokens at the border may differ.
 
     Attributes:
         prompts, completions: token ids of each candidate.
-        label, answers: as the example's.
-        gaps: ranges of tokens (start, end) of a lone completion that are read and not learned, in order.
+        label, answers: those of the example.
+        gaps: ranges of tokens (start, end) of a lone completion that are read but not learned, in order.
         shortened: whether tokens that would be learned were dropped to fit a limit.
     """
 
@@ -81,7 +82,7 @@ class TokenizedExample:
     shortened: bool = field(default=False, compare=False)
 
     def __repr__(self) -> str:
-        """What a run's journal knows its data by: without gaps it reads as it did before there were any."""
+        """The text whose hash identifies a run's data in its journal. Without gaps it is that of versions that had none."""
         gaps = f", gaps={self.gaps!r}" if self.gaps else ""
         return (
             f"TokenizedExample(prompts={self.prompts!r}, completions={self.completions!r}, "
@@ -90,13 +91,13 @@ class TokenizedExample:
 
     @property
     def words(self) -> tuple[int, ...] | None:
-        """The candidates' token ids, if all are one token after one prompt."""
+        """The candidates' token ids, if all are single tokens after the same prompt."""
         if len(self.completions) > 1 and len(set(self.prompts)) == 1 and all(len(c) == 1 for c in self.completions):
             return tuple(c[0] for c in self.completions)
         return None
 
     def learned(self, completion: Sequence[int]) -> Sequence[int]:
-        """The places of a completion's tokens that are learned."""
+        """The indices of a completion's learned tokens."""
         if not self.gaps:
             return range(len(completion))
         skipped = {i for start, end in self.gaps for i in range(start, end)}
@@ -111,10 +112,10 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
 
     Args:
         example: the example.
-        tokenizer: of the model.
-        context: tokens that the model can read at once.
-        max_length: drop tokens from a longer prompt's left, or None: such a prompt must fit the context. Of an answer that
-            is longer itself the first tokens are kept, and of one with gaps the last.
+        tokenizer: the model's tokenizer.
+        context: largest number of tokens that the model can read.
+        max_length: largest number of tokens in an example; a longer prompt loses tokens on the left. An answer that is too long
+            by itself keeps its first tokens, one with gaps its last. None: examples must fit the context.
 
     Raises:
         GradlessError: the prompt and an answer do not fit, or a completion is empty.
@@ -149,32 +150,32 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
 
 
 def _bare(text: str, tokenizer: Any) -> list[int]:
-    """A text's own tokens, those included that it writes out by name."""
+    """A text's own tokens, including special tokens that it spells out."""
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _head(prompt: str, tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer begins a sequence with, none where the prompt, as chat templates do, begins with one itself.
+    """The tokens with which a tokenizer begins a sequence; none if the prompt begins with one itself, as in chat templates.
 
-    White space before it does not count. What a tokenizer would put at a sequence's end is left out: an answer ends where its
-    text does.
+    White space before it does not count. Tokens that the tokenizer would add at the end are left out: an answer ends where its
+    text ends.
     """
     bare, around = _bare(prompt, tokenizer), list(tokenizer(prompt, add_special_tokens=True).input_ids)
     spare = len(around) - len(bare)
     at = next((n for n in range(spare + 1) if around[n : n + len(bare)] == bare), None)
     if at is None:
         raise GradlessError(
-            f"the tokenizer reads {prompt[:60]!r} otherwise where it adds tokens of its own; it is not supported."
+            f"the tokenizer reads {prompt[:60]!r} differently when it adds special tokens; it is not supported."
         )
     first = next((token for token in bare if tokenizer.decode([token]).strip()), None)
     return [] if first in around[:at] else around[:at]
 
 
 def _token_gaps(example: Example, whole: list[int], tokenizer: Any, head: list[int]) -> list[range]:
-    """The tokens of `whole` that lie in the gaps of an example's lone candidate; one that reaches out of a gap does not."""
+    """The tokens of `whole` inside each gap of an example's lone candidate. A token that reaches out of a gap is not inside."""
     text, before = example.prompt + example.candidates[0], len(example.prompt)
     edges = [(before + start, before + end) for start, end in example.gaps]
-    if not getattr(tokenizer, "is_fast", False):  # such a tokenizer does not say where its tokens lie
+    if not getattr(tokenizer, "is_fast", False):  # a slow tokenizer does not tell the places of its tokens
         shared = {}
         for edge in {edge for pair in edges for edge in pair}:
             ids = [*head, *_bare(text[:edge], tokenizer)]
@@ -194,39 +195,40 @@ def _token_gaps(example: Example, whole: list[int], tokenizer: Any, head: list[i
 
 
 def _excerpts(whole: list[int], first: int, gaps: Iterable[range], limit: int, *, keeps_first: bool) -> TokenizedExample:
-    """An example of `whole`, learned from its token `first` on except in gaps, of whose tokens the last fit the limit."""
+    """The last `limit` tokens of `whole` as an example, learned from token `first` on except in gaps."""
     skipped = {i for gap in gaps for i in gap}
     learned = [i for i in range(first, len(whole)) if i not in skipped]
     dropped = max(learned[-1] + 1 - limit, 0)
     ids = whole[dropped : learned[-1] + 1]
     if keeps_first:
         ids[0] = whole[0]
-    kept = [i - dropped for i in learned if i > dropped]  # the first token has none before it that could predict it
+    kept = [i - dropped for i in learned if i > dropped]  # no token before the first one could predict it
     between = tuple((a + 1 - kept[0], b - kept[0]) for a, b in pairwise(kept) if b > a + 1)
     prompt, completion = tuple(ids[: kept[0]]), tuple(ids[kept[0] :])
     return TokenizedExample((prompt,), (completion,), 0, gaps=between, shortened=len(kept) < len(learned))
 
 
 def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, copies: int = 0) -> dict[str, Any]:
-    """A batch: its sequences laid out in rows, packed if the model keeps them apart, so that next to nothing is padding.
+    """A batch: its sequences laid out in rows. Packed rows have hardly any padding.
 
     Args:
-        examples: of the batch.
-        rows: how the model needs its sequences laid out.
-        copies: how often more each sequence's last token is passed, at the same position, seen by none but itself; only where
-            all examples choose among the same words, and the model takes a mask of who sees whom.
+        examples: the batch's examples.
+        rows: the layout that the model needs.
+        copies: copies of each sequence's last token, at the same position. A copy sees the tokens before that token, and
+            itself; no other token sees it. Only if all examples choose among the same words, and the model takes an attention
+            mask.
 
     Returns:
         `input_ids`, `position_ids`: int64 (rows, length); position ids begin anew with each sequence.
-        `attention_mask`: bool (rows, 1, length, length), who sees whom, where there are copies; else None.
-        `owners`: int64 (rows, length), the example that each token is part of; 0 where it is padding.
+        `attention_mask`: bool (rows, 1, length, length), which token sees which, if there are copies; else None.
+        `owners`: int64 (rows, length), the example of each token; 0 for padding.
         `rows`, `columns`: int64 (supervised,), the positions whose logits are needed, sequence by sequence.
-        `targets`: int64 (supervised,), what they predict.
-        `counts`: supervised positions of each sequence.
+        `targets`: int64 (supervised,), the tokens to predict there.
+        `counts`: number of supervised positions of each sequence.
         `alone`: the row and the length of each sequence if each needs a forward of its own, else None.
-        `words`: int64 (candidates,) where all examples choose among the same single tokens, else None: then there is one
-            sequence an example; otherwise one a candidate.
-        `sizes`: candidates of each example. `labels`: int64 (examples,).
+        `words`: int64 (candidates,) if all examples choose among the same single tokens, else None. With words each example has
+            one sequence, otherwise each candidate has one.
+        `sizes`: number of candidates of each example. `labels`: int64 (examples,).
     """
     words = examples[0].words
     if words is not None and any(example.words != words for example in examples):
@@ -273,14 +275,14 @@ def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, c
 
 
 def _sees(owners: Tensor, position_ids: Tensor) -> Tensor:
-    """Of each token those before it in its example's one sequence, and itself: bool (rows, 1, length, length)."""
-    before = (position_ids.unsqueeze(1) < position_ids.unsqueeze(2)).tril()  # what fills a row up comes last in it
+    """Whether a token sees another: those before it in its example's sequence, and itself. bool (rows, 1, length, length)."""
+    before = (position_ids.unsqueeze(1) < position_ids.unsqueeze(2)).tril()  # padding comes last in a row
     same = owners.unsqueeze(1) == owners.unsqueeze(2)
     return (same & before | torch.eye(owners.shape[1], dtype=torch.bool)).unsqueeze(1)
 
 
 def doubled(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with its copy behind it, whose rows must not need forwards of their own."""
+    """A batch followed by a copy of itself; not of rows that are `ALONE`."""
     assert batch["alone"] is None
     twice = {name: value + value if isinstance(value, list) else value for name, value in batch.items()}
     for name in ("input_ids", "position_ids", "columns", "targets", "labels"):
@@ -303,7 +305,7 @@ def _pack(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:
 
 
 def scores(model: Any, batch: dict[str, Any]) -> list[Tensor]:
-    """Every candidate's score: for each example fp32 (candidates,), up to a constant of the example."""
+    """The score of each candidate: fp32 (candidates,) for each example, up to one constant for the example."""
     batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     words, targets = batch["words"], batch["targets"]
     logits, restricted = supervised_logits(model, batch, words)
@@ -315,10 +317,11 @@ def scores(model: Any, batch: dict[str, Any]) -> list[Tensor]:
 
 
 def supervised_logits(model: Any, batch: dict[str, Any], words: Tensor | None = None) -> tuple[Tensor, bool]:
-    """Logits at a batch's supervised positions: fp32 (supervised, vocabulary), or (supervised, words); and whether the latter.
+    """Logits at a batch's supervised positions: fp32 (supervised, vocabulary), or (supervised, words) if the head could be
+    restricted to `words`; and whether it was.
 
     Raises:
-        GradlessError: the model computes its logits without its head's module, so that they cannot be had for few positions.
+        GradlessError: the model computes its logits without its head's module, so they cannot be computed at few positions.
     """
     if batch["alone"] is not None:
         each = [supervised_logits(model, one, words) for one in _forwards(batch)]
@@ -335,7 +338,7 @@ def supervised_logits(model: Any, batch: dict[str, Any], words: Tensor | None = 
 
 
 def _forwards(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A batch's sequences, each as a batch of its own without what fills its row up."""
+    """A batch's sequences, each as a batch of its own without padding."""
     for row, length in batch["alone"]:
         at = batch["columns"][batch["rows"] == row]
         ids = batch["input_ids"][row : row + 1, :length]
@@ -343,19 +346,19 @@ def _forwards(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def asked(model: Any, batch: dict[str, Any]) -> Tensor:
-    """Every word's score at each example's last token and at its copies: fp32, (examples, 1 + copies, words)."""
+    """The score of each word at each example's last token and its copies: fp32, (examples, 1 + copies, words)."""
     every = torch.stack(scores(model, batch))
     return every.view(len(batch["sizes"]), -1, every.shape[1])
 
 
 def asked_tokens(batch: dict[str, Any]) -> Tensor:
-    """Which tokens of a batch, flattened, are each example's last and its copies: int64 (examples, 1 + copies)."""
+    """Each example's last token and its copies, as places in the flattened batch: int64 (examples, 1 + copies)."""
     tokens: Tensor = batch["rows"] * batch["input_ids"].shape[1] + batch["columns"]
     return tokens.view(len(batch["sizes"]), -1)
 
 
 def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(loss, whether the prediction is right) of every example: fp32 and bool, (examples,)."""
+    """The loss of each example, and whether its prediction is right: fp32 and bool, (examples,)."""
     each, right = [], []
     for score, label in zip(scores(model, batch), batch["labels"], strict=True):
         each.append(example_loss(score, label))
@@ -364,5 +367,5 @@ def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def example_loss(score: Tensor, label: Tensor) -> Tensor:
-    """The loss of an example from its candidates' scores."""
+    """The loss of an example, from its candidates' scores."""
     return -score[0] if len(score) == 1 else F.cross_entropy(score, label.to(score.device))

@@ -1,4 +1,4 @@
-"""What `gradless replay` does: a base and a journal become the tuned model again, without data or forwards."""
+"""`gradless replay`: the tuned model again from its base and its journal, without data or forwards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
         raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
         raise GradlessError(
-            f"{journal_path} is of no run that can be replayed ({type(error).__name__}: {said(error)}); restore it from a copy."
+            f"{journal_path} cannot be replayed ({type(error).__name__}: {said(error)}); restore it from a copy."
         ) from error
     seconds = time.perf_counter() - began
     assert snapshot is not None
@@ -57,10 +57,10 @@ def replay(model: str, journal_path: str, output: str, *, overwrite: bool = Fals
 
 
 def check_base(path: Path, source: TunableModel, journal: Journal) -> None:
-    """Raise unless a model is the one that a run began with.
+    """Check that a model is the base of a run.
 
     Raises:
-        GradlessError: its weights differ, or a file beside them that says what it is.
+        GradlessError: its weights differ, or a file beside them that describes it.
     """
     if source.fingerprint() != journal.header.get("base"):
         raise GradlessError(
@@ -73,10 +73,10 @@ def check_base(path: Path, source: TunableModel, journal: Journal) -> None:
 
 
 def _check_free(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
-    """Refuse to write where something is, unless it may be replaced; never over an input, nor a folder around one."""
+    """Refuse to replace what exists without --overwrite, and ever to replace an input or a folder around one."""
     sweep(target.parent)
     if any(covers(target, source) for source in inputs):
-        raise GradlessError(f"{target} is, or holds, what the replay reads; give another --output.")
+        raise GradlessError(f"{target} is, or contains, an input of the replay; give another --output.")
     if target.exists() and not overwrite:
         raise GradlessError(f"{target} exists; give --overwrite to replace it, or another --output.")
     if target.is_dir() and not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -84,16 +84,16 @@ def _check_free(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
 
 
 def save(model: TunableModel, target: Path, snapshot: Snapshot, journal: Journal) -> None:
-    """Write a tuned model, unless its base is no longer what the journal's steps were made with.
+    """Write a tuned model, unless its base has changed since the run began.
 
     Raises:
-        GradlessError: the base was changed, before or while it was copied.
+        GradlessError: the base has changed, before or during the copy.
     """
     snapshot.check()
     if model.fingerprint() != journal.header["base"]:
         raise GradlessError(
-            f"{model.path} is no longer what the run in {journal.path} began with: its hash differs, so that nothing was "
-            "written; put it back and run the same command with --resume."
+            f"{model.path} is no longer the base of the run in {journal.path}: its hash differs, so nothing was written; put "
+            "the base back and run the same command with --resume."
         )
     model.save(target)
     try:

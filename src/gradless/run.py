@@ -1,4 +1,4 @@
-"""What `gradless tune`, `eval` and `quantize` do: from files to files."""
+"""`gradless tune`, `eval` and `quantize`, from files to files."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ WRITTEN = (
     "adapter",
     "adapter.gguf",
 )
-"""What a run may write into its output folder."""
+"""Names that a run may write into its output folder."""
 ROUNDING_EXAMPLES = 128
-"""Examples on which the cost of rounding to the file's types is measured."""
+"""Number of examples on which the cost of rounding to the file's types is measured."""
 
 
 def evaluate(model: str, data: str, options: RunOptions, *, adapter: str | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Measure a model on rows, with a PEFT folder's adapter where one is given.
+    """Measure a model on rows, with the adapter of a PEFT folder if one is given.
 
     Returns:
         `accuracy`, `f1`, `loss`, `examples`, `seconds`.
@@ -88,11 +88,11 @@ def measure(loaded: TunableModel, examples: list[TokenizedExample], batch_size: 
 
 
 def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> dict[str, Any]:
-    """Tune a model; write the tuned model, the journal and the loss curve to `options.output`, which is ours meanwhile.
+    """Tune a model; write the tuned model, the journal and the loss curve to `options.output`, which is locked meanwhile.
 
     Returns:
-        A summary: `before` and `after` (metrics on --eval, where given), `steps`, `skipped`, `seconds`, `output`,
-        `rounding` (losses before and after scales were rounded to the file's type), `finished`.
+        A summary: `before` and `after` (metrics on --eval, if given), `steps`, `skipped`, `seconds`, `output`, `rounding`
+        (losses before and after rounding scales to the file's type), `finished`.
     """
     with locked(Path(options.output), "a run"):
         return _tune(model, data, options, quiet=quiet)
@@ -154,7 +154,7 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
         journal = Journal.open(output / JOURNAL, to_go_on=True) if options.resume else None
         begun = prepare_run(setting, {**config, "seed": options.seed}, about, journal)
         if journal is None:
-            journal = create_journal(output, begun.header)  # what is replaced goes only then
+            journal = create_journal(output, begun.header)  # the old run is only removed after this
         else:
             check_same_run(journal, begun.header, list(about), allow_changes=options.allow_changes)
     if before is not None and resumed is None:
@@ -211,7 +211,7 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
 
 
 def how_it_multiplies(loaded: TunableModel, options: RunOptions) -> str:
-    """Which arithmetic the linear layers' forwards use, in a sentence."""
+    """The arithmetic of the linear layers' forwards, in a sentence."""
     if not isinstance(loaded, QuantizedModel):
         return "linear layers: dense weights"
     types = sorted({loaded.file.quantized[name].type_name for name in loaded.linear_layers()})
@@ -230,14 +230,14 @@ def quantize(loaded: TunableModel, output: Path, options: RunOptions) -> dict[st
     grid, group = grid_name(options), None if options.group_size == "channel" else int(options.group_size)
     if not isinstance(loaded, DenseModel):
         raise GradlessError(
-            f"{loaded.path} is no dense folder; only those are quantized (a GGUF file: gradless dequantize first)."
+            f"{loaded.path} is not a dense folder, and only these are quantized; run gradless dequantize on a GGUF file first."
         )
     packed.quantize(loaded.model, loaded.tokenizer, grid, group, output, search=options.search)
     return {"output": str(output), "grid": grid, "bytes": (output / WEIGHTS).stat().st_size}
 
 
 def _claim(output: Path, options: RunOptions, inputs: list[str | None]) -> None:
-    """Refuse an output folder that holds a run, unless told what to do with it, or that would replace an input."""
+    """Refuse an output folder that would replace an input, or that holds a run, unless an option says what to do with it."""
     journal = output / JOURNAL
     for source in inputs:
         if source is not None and Path(source).resolve() in [(output / name).resolve() for name in WRITTEN]:
@@ -257,12 +257,12 @@ def _first_evaluation(output: Path) -> dict[str, float] | None:
 
 
 def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> dict[str, Any]:
-    """Round the tuned block values as the saved file holds them, and measure what that costs.
+    """Round the tuned block values to the saved file's types, and measure the cost.
 
     Returns:
-        `before` and `after`: mean loss over the examples with fp32 values and with the file's own; `by_type`: the loss when
-        only the tensors of one type are rounded, minus `before`. (An offset that is tuned together with its scale keeps its
-        fp32 value here; in the file it is rounded too.)
+        `before` and `after`: the mean loss over the examples with fp32 values and with the file's; `by_type`: the loss with the
+        tensors of only one type rounded, minus `before`. (An offset that is tuned together with its scale keeps its fp32 value
+        here; in the file it is rounded too.)
     """
     types = sorted({weight.type_name for weight in loaded.tuned})
 
@@ -290,6 +290,6 @@ def _shown(metrics: dict[str, Any]) -> str:
 def _shown_rounding(report: dict[str, Any]) -> str:
     shares = ", ".join(f"{name} {change:+.5f}" for name, change in report["by_type"].items())
     return (
-        f"rounding to what the file holds: loss {report['before']:.5f} -> {report['after']:.5f} "
+        f"rounding to the file's types: loss {report['before']:.5f} -> {report['after']:.5f} "
         f"on {report['examples']} examples ({shares})"
     )

@@ -1,1 +1,1 @@
-"""The methods, a folder each: its equations (`method.py`) and all that a run must know of it (`recipe.py`)."""
+"""The methods, a folder each: the equations in `method.py`, everything else that a run must know in `recipe.py`."""

@@ -1,4 +1,4 @@
-"""Shorter steps when a run's loss rises."""
+"""Shorter steps if a run's loss rises."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from collections import deque
 
 WINDOW = 20
-"""Steps that a mean loss is taken over."""
+"""Number of steps in a mean loss."""
 ERRORS = 6.0
 """How many standard errors the current mean must exceed the lowest one by. Large, because the minimum of many means is low by
 chance."""
@@ -18,7 +18,7 @@ class Backoff:
 
     Attributes:
         factor: 1 at first; halved when the mean loss of the last `WINDOW` steps exceeds the lowest such mean by `ERRORS`
-            standard errors of their difference. It follows from the losses alone, so that a replay halves where the run did.
+            standard errors of their difference. It follows from the losses alone, so a replay halves at the same steps.
     """
 
     def __init__(self) -> None:

@@ -1,11 +1,11 @@
-"""What every zeroth-order method here is: a torch optimizer with three verbs.
+"""The base of all methods: a torch optimizer with three verbs.
 
-    measurement = method.measure(batch)             runs forwards, returns numbers, writes nothing; once a micro-batch
+    measurement = method.measure(batch)             runs forwards, returns numbers, writes nothing; for each micro-batch
     estimate = method.estimate([measurement, ...])  a pure function of these
     method.apply(estimate)                          the one way that writes
 
-Measurements of several micro-batches, or of several workers, are simply more of them. A journal keeps estimates: it stands
-between the last two lines.
+Several micro-batches, or several workers, simply give more measurements. A journal keeps the estimates; it is written between
+the last two lines.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from gradless.spaces import Space
 from gradless.tensor import Move
 
 STEPS_AT_ONCE = 64
-"""In a replay: a tensor's part that is at hand goes through so many steps before the next."""
+"""Number of steps that a replay writes to one part of a tensor before it goes on to the next part."""
 REMEMBERED = 50
-"""Steps whose estimates tell, on average, how long the next one is."""
+"""Number of recent steps whose estimates set, on average, the size of the next step."""
 Group = dict[str, Any]
-"""A parameter group: its options by name, as torch has them."""
+"""A parameter group: its options by name, as in torch."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a micro-batch showed.
+    """The numbers that a method measured on a micro-batch.
 
     Attributes:
         losses: (loss at +eps, loss at -eps) of each query; each a float, or (problems,).
-        size: the examples that each loss is the mean of.
+        size: number of examples in the mean of each loss.
     """
 
     losses: tuple[tuple[Loss, Loss], ...]
@@ -51,18 +51,18 @@ class Measurement:
 
     @property
     def loss(self) -> Loss:
-        """The mean of all the losses seen."""
+        """The mean of all losses."""
         return sum(map(sum, self.losses)) / (2 * len(self.losses))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Everything that a step learned: with the seed and the base point, all that is needed to repeat it.
+    """The result of a step's measurements. With the seed and the base it is enough to repeat the step.
 
     Attributes:
         step: the step's number, from 0.
         losses: (loss at +eps, loss at -eps) of each query; each a float, or (problems,).
-        d: for each parameter group, the derivative that multiplies each query's direction.
+        d: for each parameter group, the derivative along each query's direction.
         lr: the learning rate of each parameter group.
     """
 
@@ -73,17 +73,17 @@ class Estimate:
 
     @property
     def finite(self) -> bool:
-        """Whether the step can be applied; a NaN or infinite loss makes it a skipped one."""
+        """Whether all losses are finite; otherwise the step is skipped."""
         return all(_is_finite(loss) for pair in self.losses for loss in pair)
 
     @property
     def loss(self) -> Loss:
-        """The mean of all the losses seen: the loss at x, to second order in eps."""
+        """The mean of all losses: the loss at x, to second order in eps."""
         return sum(map(sum, self.losses)) / (2 * len(self.losses))
 
 
 def number(loss: Any) -> Loss:
-    """A loss as a float, or as it is if it is that of several problems."""
+    """A loss as a float; a tensor of several problems' losses as it is."""
     return loss if isinstance(loss, Tensor) and loss.ndim else float(loss)
 
 
@@ -100,22 +100,22 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     """A method that queries losses along seeded directions.
 
     Args:
-        spaces: what to search, as a list of spaces or as parameter groups with a "spaces" key and their own options.
-        defaults: options of every group; they include `lr`, `eps` and `weight_decay`. Where they include `auto` and it is set,
-            lr is the root mean square of a step in units of eps; the step's own lr, which its estimate holds, follows from it,
-            the size of the last estimates and the `backoff` (see `step_size`).
-        q: queries (directions) a step; each costs two forwards.
-        seed: of the run; directions follow from (seed, step, query, tensor name, offset).
-        distribution: of the directions' coordinates, or its name.
+        spaces: the spaces to search, as a list or as parameter groups with a "spaces" key and options of their own.
+        defaults: options of every group, among them `lr`, `eps` and `weight_decay`. If they include `auto` and it is set, lr is
+            the root mean square of a step in units of eps. The actual lr of a step, which its estimate holds, follows from it,
+            the size of recent estimates and the `backoff` (see `step_size`).
+        q: number of queries (directions) a step; each costs two forwards.
+        seed: the run's seed; directions follow from (seed, step, query, tensor name, offset).
+        distribution: the distribution of the directions' coordinates, or its name.
 
     Attributes:
-        moved: the share of all integer codes that the last update changed; None if none are searched.
-        backoff: halves the steps that choose their own size when the loss rises.
-        pending: an estimate that the next `step` without a closure applies.
+        moved: the share of all integer codes that the last update changed; None if no codes are searched.
+        backoff: halves the steps that choose their own size if the loss rises.
+        pending: the estimate that the next `step` without a closure applies.
     """
 
     probe_queries = 3
-    """Directions of a probe for eps, see `probe.best_factor`."""
+    """Number of directions of a probe for eps; see `probe.best_factor`."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """The scalar that multiplies u in the update, from one query's two losses."""
 
     def distribution(self, group: Group) -> Distribution:
-        """What the directions of a group are drawn from."""
+        """The distribution of a group's directions."""
         del group
         return self._distribution
 
@@ -168,12 +168,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return Direction(self.seed, step, query, self.distribution(group))
 
     def radius(self, group: Group) -> float:
-        """What multiplies u in a query."""
+        """The factor of u in a query."""
         eps: float = group["eps"]
         return eps
 
     def moves(self, step: int, d: Sequence[Loss], lr: float, group: Group) -> Iterator[Move]:
-        """The moves that a step's update makes of each tensor of a group, one after the other."""
+        """The moves by which a step updates each tensor of a group, in order."""
         decay = 1 - lr * group["weight_decay"]
         for query, derivative in enumerate(d):
             yield Move(self.direction(step, query, group), -lr * derivative / len(d), decay)
@@ -181,12 +181,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def perturbed(self, query: int, *signs: int, many_forwards: bool = False) -> Iterator[None]:
-        """Forwards inside read x + sign * radius * u; u is the direction of a query of this step.
+        """Inside the context forwards read x + sign * radius * u, where u is the direction of one of this step's queries.
 
         Args:
-            query: its number.
-            signs: +1 or -1; several: each for its equal share of the batch.
-            many_forwards: whether many follow, such as those that generate an answer; for one sign. See `Space.materialized`.
+            query: the query's number.
+            signs: +1 or -1; if several, each is for an equal share of the batch.
+            many_forwards: whether many forwards follow, as those that generate an answer; for one sign. See
+                `Space.materialized`.
         """
         with ExitStack() as views:
             for group, spaces in zip(self.param_groups, self.spaces_of, strict=True):
@@ -207,8 +208,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return Measurement(tuple(self.query(batch, number) for number in range(self.q)), batch.size)
 
     def query(self, batch: Batch, query: int) -> tuple[Loss, Loss]:
-        """(loss at +eps, loss at -eps) along one direction: from one forward if batch and spaces allow it, so that weights are
-        unpacked, and noise is drawn, once for both."""
+        """(loss at +eps, loss at -eps) along one direction. Both come from one forward if batch and spaces allow it; then
+        weights are unpacked, and noise is drawn, once for both."""
         if batch.paired and all(space.supports_paired_views for space in self.spaces):
             with self.perturbed(query, +1, -1):
                 plus, minus = batch.paired_loss()
@@ -230,11 +231,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return Estimate(self.t, tuple(losses), d, lr)
 
     def step_size(self, group: int, d: Sequence[Loss]) -> float:
-        """The lr of a group's next step, whose estimate has these derivatives: the group's own or, with `auto`, that with which
+        """The lr of a group's next step, whose estimate has the derivatives d: the group's own or, with `auto`, the solution of
 
             rms(lr ghat) = backoff * lr_group * eps,    rms(ghat)^2 = mean over the last steps of sum_i d_i^2 / q^2
 
-        ghat = 1/q sum_i d_i u_i being the estimate, whose coordinates have that mean square where u's have one of 1.
+        ghat = 1/q sum_i d_i u_i is the estimate. Its coordinates have this mean square if those of u have a mean square of 1.
         """
         options = self.param_groups[group]
         if not options.get("auto"):
@@ -245,9 +246,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def apply(self, *estimates: Estimate) -> None:
-        """Write the updates of steps: x <- (1 - lr * weight_decay) * x - lr/q * sum_i d_i * u_i, or what `moves` says.
+        """Write the updates of steps: x <- (1 - lr * weight_decay) * x - lr/q * sum_i d_i * u_i, or as `moves` has it.
 
-        An estimate with a loss that is not finite changes nothing but the step's number.
+        An estimate whose losses are not all finite changes only the step's number.
         """
         moves: list[list[Move]] = [[] for _ in self.param_groups]
         for estimate in (estimate for estimate in estimates if estimate.finite):
@@ -264,7 +265,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.t = estimates[-1].step + 1
 
     def replay(self, estimates: Iterable[Estimate]) -> Iterator[list[Estimate]]:
-        """Write the updates of recorded steps, some of them in one pass; yields those that have just been written."""
+        """Write the updates of recorded steps, `STEPS_AT_ONCE` in a pass; yields the estimates of each pass after it."""
         remaining = iter(estimates)
         while some := list(islice(remaining, STEPS_AT_ONCE)):
             self.apply(*some)
@@ -274,16 +275,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, closure: Batch | Callable[[], Any] | None = None, pair: Callable[[], Any] | None = None
     ) -> Estimate:
-        """One step: measure, estimate, apply; without a closure, `apply` of the `pending` estimate.
+        """One step: measure, estimate, apply. Without a closure it applies the `pending` estimate.
 
         Args:
             closure: a batch, or a function that runs the model (in eval mode) and returns the loss; it is called twice a query
                 and must see the same data each time. See `Closure`.
-            pair: does both calls at once; see `Closure`.
+            pair: makes both calls at once; see `Closure`.
 
         Raises:
-            GradlessError: the method asks for more than a closure can tell.
-            RuntimeError: neither a closure nor a pending estimate is there.
+            GradlessError: the method needs more than a closure gives.
+            RuntimeError: there is neither a closure nor a pending estimate.
         """
         if closure is not None:
             batch = closure if isinstance(closure, Batch) else Closure(closure, pair)
@@ -298,7 +299,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
 
 def mean_losses(measurements: Sequence[Measurement]) -> list[tuple[Loss, Loss]]:
-    """Both losses of each query, as means over the examples of all micro-batches."""
+    """The two losses of each query, as means over the examples of all micro-batches."""
     sums: list[tuple[Loss, Loss]] = [(0.0, 0.0)] * len(measurements[0].losses)
     for each in measurements:
         of_each = zip(sums, each.losses, strict=True)
@@ -308,11 +309,11 @@ def mean_losses(measurements: Sequence[Measurement]) -> list[tuple[Loss, Loss]]:
 
 
 class GridOptimizer(ZerothOrderOptimizer):
-    """A method over integer codes: x counts grid steps, `eps` and `lr` do too, and a direction is drawn in whole ones."""
+    """A method over integer codes. x, `eps` and `lr` are in grid steps, and directions are drawn in whole steps."""
 
     @abstractmethod
     def query_noise(self, group: Group) -> Distribution:
-        """What a query moves codes by; raises ValueError where no code would move, or too far."""
+        """The noise that a query adds to codes. Raises ValueError if no code would move, or one would move too far."""
 
     def distribution(self, group: Group) -> Distribution:
         """See `query_noise`."""
@@ -326,6 +327,6 @@ class GridOptimizer(ZerothOrderOptimizer):
         return replace(super().direction(step, query, group), span=group["span"])
 
     def radius(self, group: Group) -> float:
-        """u is in grid steps already."""
+        """1: u is in grid steps already."""
         del group
         return 1.0

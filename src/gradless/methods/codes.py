@@ -1,4 +1,4 @@
-"""What the recipes of methods over integer codes share."""
+"""The common part of the recipes of methods over integer codes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from gradless.methods.base import Group
 
 DEFAULT_GRID = 15.0
-"""Steps of the grid that the defaults are for; along longer and shorter ones they reach as far."""
+"""Number of steps of the grid that the defaults are for. They are scaled to the length of other grids."""
 FEW_LEVELS = 16
-"""Below this length a grid is one of few levels. Neighbouring codes move together on it: that changes what a layer computes
-more finely than single codes do."""
+"""Length below which a grid counts as one of few levels. Neighbouring codes move together on it, which changes a layer's
+outputs more finely than single codes do."""
 DEFAULT_SPAN = 32
-"""Neighbouring codes that move together on a grid of few levels."""
+"""Number of neighbouring codes that move together on a grid of few levels."""
 DEFAULT_STRIDE = 16
-"""One row in so many is tuned by default."""
+"""Distance between tuned rows: one row in 16 is tuned by default."""
 
 
 @dataclass
@@ -63,8 +63,8 @@ class CodeRecipe(Recipe[CodesT]):
     """The recipe of a method over integer codes.
 
     Attributes:
-        plain, few_levels, lora: the defaults for grids of many levels, of few, and for adapters.
-        power: the power of a grid's step size in lr: 2 if the gradient is taken per grid step too.
+        plain, few_levels, adapters: the defaults for grids of many levels, for grids of few, and for adapters.
+        power: the exponent of a grid's length in lr: 2 if the gradient too is taken per grid step.
     """
 
     tunes_codes = True
@@ -78,21 +78,21 @@ class CodeRecipe(Recipe[CodesT]):
         raise NotImplementedError
 
     def scaled_eps(self, eps: float, unit: float) -> float:
-        """An eps for the grid of the defaults, on a grid whose steps are 1 / unit as long."""
+        """An eps for the defaults' grid, on a grid whose steps are 1 / unit as long."""
         return eps * unit
 
     def check(self, options: CodesT) -> None:
         super().check(options)
         if options.share is not None and (options.eps is not None or options.distribution == "uniform"):
-            raise GradlessError("share stands for eps, with gaussian noise; leave --eps and --distribution out, or --share.")
+            raise GradlessError("share replaces eps, for gaussian noise; leave --share out, or --eps and --distribution.")
         if options.absolute and (options.eps is None or options.lr is None):
             raise GradlessError(f"{self.name} has no defaults in units of the weights; give --eps and --lr with --absolute.")
         if options.stride is not None and getattr(options, "lora", None) is not None:
             raise GradlessError("stride is for a model's own codes; adapters are tuned whole: leave it out with --lora.")
 
     def groups(self, model: TunableModel, options: CodesT) -> list[Group]:
-        """A group for each length of grid. Defaults reach as far along a long grid as along a short one. What a user gives is
-        in grid steps, or, with `absolute`, in units of the weights."""
+        """A group for each length of grid. Defaults are scaled to reach equally far along every grid. A user's values are in
+        grid steps or, with `absolute`, in units of the weights."""
         adapted = model.lora is not None
         missing = f"{self.name} tunes integer codes, and this model has none; quantize it first (--bits 8), or give --lora 8"
         by_length: dict[float, list[str]] = {}
@@ -129,6 +129,6 @@ class CodeRecipe(Recipe[CodesT]):
         )
 
     def state_bytes(self, linear: Sequence[tuple[int, int]], blocks: int) -> int:
-        """A residual, one byte, for each tuned code."""
+        """A residual of one byte for each tuned code."""
         del blocks
         return sum(-(-rows // DEFAULT_STRIDE) * columns for rows, columns in linear)

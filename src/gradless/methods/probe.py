@@ -1,4 +1,4 @@
-"""How far queries reach: eps, from a short probe before the run."""
+"""A short probe before the run that sets eps, the reach of queries."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ FACTORS = tuple(2.0**k for k in range(-3, 4))
 
 
 def best_factor(derivatives: Callable[[float], Tensor]) -> float:
-    """By what to multiply eps.
+    """The factor for eps.
 
-    A central difference d(eps) along one direction errs by about sigma / eps where a loss scatters by sigma, which rounding to
-    a bf16 scratch brings with it, and by c eps^2 where the loss is no straight line. Both show in
+    A central difference d(eps) along one direction has an error of about sigma / eps if the loss scatters by sigma, as rounding
+    to a bf16 scratch makes it do, and of c eps^2 if the loss is not a straight line. Both show in
 
         mean (d(eps) - d(eps / 2))^2 / mean (d(eps)^2 + d(eps / 2)^2)
 
-    which is least where they balance: between eps / 2 and eps, whose geometric mean is the answer. Where no loss follows, or
-    none is finite, eps stays as it is.
+    which is smallest where they balance, between eps / 2 and eps; their geometric mean is the result. If the loss does not
+    change, or is never finite, eps stays as it is.
 
     Args:
-        derivatives: d where every eps is multiplied by a factor, along the same directions each time: fp32 (directions,).
+        derivatives: d with every eps multiplied by a factor, along the same directions each time: fp32 (directions,).
     """
     d = torch.stack([derivatives(factor) for factor in FACTORS])
     apart = (d[1:] - d[:-1]).square().mean(1) / (d[1:].square() + d[:-1].square()).mean(1)

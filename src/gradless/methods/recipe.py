@@ -1,5 +1,5 @@
-"""`Recipe`: all that a run must know of a method beside its equations. Importing a recipe is cheap: the command line reads the
-options of all methods before torch is there."""
+"""`Recipe`: everything that a run must know of a method beside its equations. Recipes import no torch at their top, because the
+command line reads the options of all methods before torch is there."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from gradless.methods.base import Group, ZerothOrderOptimizer
 
 RATIO = 0.3
-"""Root mean square of a step, in units of a query's, if the step size follows the estimates."""
+"""Default root mean square of a step, in units of eps, if the step size follows the estimates."""
 SIZE = above_zero(10**6)
-"""What a step size or a perturbation can be, in any unit."""
+"""Range of a step size or a perturbation, in any unit."""
 BITS, COUNT, ROWS = whole(2, 8), whole(1, 10**9), whole(1, 1 << 16)
 
 
@@ -35,13 +35,13 @@ def number_or_auto(text: str) -> float | str:
 
 @dataclass
 class SearchOptions:
-    """What every method reads. None takes the method's default for the kind of model."""
+    """Options that every method reads. None stands for the method's default for the kind of model."""
 
     lr: float | str | None = option(
         None,
-        "Step size at the start (zoqo: eta, in grid steps; nzo: by how much a step changes the answers' scores), or auto: from "
-        "the estimates' size and --ratio (ezo's default, and mezo's for plain weights), and --eps, if not given, from a "
-        "short probe.",
+        "Step size at the start (zoqo: eta, in grid steps; nzo: the change of the answers' scores by a step), or auto: it "
+        "follows from the size of the estimates and --ratio (the default of ezo, and of mezo for plain weights), and --eps, if "
+        "not given, from a short probe.",
         parse=number_or_auto,
         metavar="N|auto",
         within=SIZE,
@@ -61,19 +61,19 @@ class AutoOptions:
 
     ratio: float | None = option(
         None,
-        f"--lr auto: the root mean square of a step, in units of eps (default: {RATIO}, of mezo .2).",
+        f"--lr auto: the root mean square of a step, in units of eps (default: {RATIO}; mezo: 0.2).",
         within=above_zero(10**3),
     )
 
 
 @dataclass
 class QueryOptions:
-    """Directions."""
+    """The number of directions."""
 
     q: int | None = option(
         None,
-        "Queries (directions) a step, each of which costs two forwards (default: 1); nzo: an example, each of which costs two "
-        "tokens (default: 8).",
+        "Queries (directions) a step, each of which costs two forwards (default: 1); nzo: queries an example, each of which "
+        "costs two tokens (default: 8).",
         within=COUNT,
     )
 
@@ -102,7 +102,7 @@ class PartOptions:
 
     part: str | None = option(
         None,
-        "Which value of a block is tuned (default: scale, of nzo both); types without an offset, or without codebooks, tune "
+        "The value of a block that is tuned (default: scale; nzo: both); types without an offset, or without codebooks, tune "
         "their scale.",
         choices=("scale", "offset", "both", "codebook"),
     )
@@ -118,7 +118,7 @@ class AbsoluteOptions:
 
 
 def check_auto(options: Any) -> None:
-    """Refuse step sizes that contradict each other, for a method whose steps can choose their own.
+    """Refuse step sizes that contradict each other, for a method whose steps can choose their own size.
 
     Raises:
         GradlessError: see above.
@@ -133,20 +133,20 @@ def check_auto(options: Any) -> None:
 
 
 class Defaults(NamedTuple):
-    """A step size and a perturbation that learn if a user gives none; docs/results.md has the runs behind them."""
+    """The default step size and perturbation; docs/results.md has the runs behind them."""
 
     lr: float
     eps: float
     auto: bool = False
-    """Whether lr is a ratio: steps choose their own size."""
+    """Whether lr is a ratio, and steps choose their own size."""
 
 
 FLOATS = Defaults(1e-3, 3e-2)
-"""For the unquantized tensors of a quantized file."""
+"""Defaults for the unquantized tensors of a quantized file."""
 
 
 class Setting(Protocol):
-    """What a recipe sees of a run before its first step."""
+    """A run before its first step, as a recipe sees it."""
 
     @property
     def model(self) -> TunableModel: ...
@@ -159,21 +159,21 @@ class Setting(Protocol):
 
     @property
     def answer_words(self) -> int:
-        """How many words all rows choose among, if these are single tokens and the model keeps copies of a token apart; else
-        0."""
+        """The number of words among which all rows choose, if these are single tokens and the model keeps copies of a token
+        apart; else 0."""
 
     def first_batches(self, rows: int | None = None) -> Sequence[Batch]:
-        """The first rows that are trained on, in micro-batches; by default one micro-batch."""
+        """The first training rows, in micro-batches; by default one micro-batch."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run searches, in plain values: with the base and the journal's steps, all that a replay needs.
+    """How a run searches, in plain values. With the base and the journal's steps it is all that a replay needs.
 
     Attributes:
-        method: its name and its constructor's arguments.
+        method: the method's name and its constructor's arguments.
         groups: the parameter groups: kind and names of their tensors, and their options.
-        eps_factor: by how much a probe multiplied every eps; None if there was none.
+        eps_factor: the probe's factor for every eps; None without a probe.
     """
 
     method: dict[str, Any]
@@ -185,19 +185,19 @@ OptionsT = TypeVar("OptionsT", bound=SearchOptions)
 
 
 class Recipe(ABC, Generic[OptionsT]):
-    """A method's name, options, defaults, parameter groups, calibration, and what plans and cards say of it.
+    """A method's name, options, defaults, parameter groups and calibration, and its entries in plans and cards.
 
     Attributes:
-        name: what --method takes.
-        title: for a model card: the method, its paper, and what it tunes.
-        summary: what it tunes, for --help.
+        name: the value of --method.
+        title: the method, its paper and the tuned values, for a model card.
+        summary: the tuned values, for --help.
         options: the dataclass of the options that it reads.
-        queries: queries a step unless an option says otherwise.
+        queries: default number of queries.
         tunes_codes: whether it tunes integer codes, and so LoRA adapters on a grid too.
         moves_scales: whether it moves the scales of groups.
         pairs: whether both sides of a query go through one forward if the batch is short.
-        tokens_added: tokens that it passes beside each example's own.
-        held_packed: whether weights stay as the quantized file has them.
+        tokens_added: number of tokens that it adds to each example.
+        held_packed: whether weights stay packed, as in the quantized file.
         ratio: the default of --ratio.
     """
 
@@ -227,11 +227,11 @@ class Recipe(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def tunable(self, file: Checkpoint) -> tuple[dict[str, int], str]:
-        """What the method would tune of a file, by default: counts, and a phrase that follows "would tune"."""
+        """The values of a file that the method tunes by default: counts, and a phrase that follows "would tune"."""
 
     @abstractmethod
     def state_bytes(self, linear: Sequence[tuple[int, int]], blocks: int) -> int:
-        """Bytes of the method's state beside the weights: for linear layers (outputs, inputs) and their number of blocks."""
+        """Bytes of the method's state beside the weights, for linear layers (outputs, inputs) with this many blocks in all."""
 
     def check(self, options: OptionsT) -> None:
         """Refuse options that contradict each other.
@@ -243,8 +243,13 @@ class Recipe(ABC, Generic[OptionsT]):
             raise GradlessError(f"lr is {options.lr!r}; it is a number for {self.name}.")
 
     def suits(self, options: OptionsT, *, quantized: bool, one_word: bool) -> bool:
-        """Whether --method auto may take it: for a model with quantized weights or without, and rows that choose among the same
-        few one-token words or do not."""
+        """Whether --method auto may take the method.
+
+        Args:
+            options: the run's.
+            quantized: whether the model's weights are quantized.
+            one_word: whether all rows choose among the same few one-token words.
+        """
         del options, quantized, one_word
         return False
 
@@ -254,21 +259,21 @@ class Recipe(ABC, Generic[OptionsT]):
         return {}
 
     def copies(self, options: OptionsT) -> int:
-        """How many copies of its answer token an example needs."""
+        """Number of copies of its answer token that an example needs."""
         del options
         return 0
 
     def scale_eps(self, *, centred: bool) -> float | None:
-        """The default perturbation of scales, relative to each; None if the method moves no scales by itself."""
+        """The default perturbation of scales, relative to each; None if the method does not move scales alone."""
         del centred
         return None
 
     def setup(self, setting: Setting, earlier: Setup | None = None) -> Setup:
-        """How a run searches. Steps that choose their own size get their eps from a probe.
+        """How a run searches. If steps choose their own size, a probe sets eps.
 
         Args:
             setting: the run.
-            earlier: what this run began with, if it is resumed: its calibration is not made again.
+            earlier: the setup with which the run began, if it is resumed; its calibration is not repeated.
         """
         options = setting.options
         method = {"name": self.name, "seed": setting.seed, **self.arguments(options)}
@@ -293,10 +298,10 @@ class Recipe(ABC, Generic[OptionsT]):
         Args:
             model: see `groups`.
             options: see `groups`.
-            kind: of the tensors.
-            defaults: for lr and eps.
-            missing: what to say if there are no such tensors.
-            target: the modules, if the user names none.
+            kind: the tensors' kind.
+            defaults: the defaults of lr and eps.
+            missing: the error if there are no such tensors.
+            target: the modules if the user names none.
         """
         names = model.tunable(kind, Targets(options.target_modules or target, options.exclude_modules))
         if not names:
@@ -314,7 +319,7 @@ class Recipe(ABC, Generic[OptionsT]):
         return group
 
     def _probe(self, setting: Setting, setup: Setup) -> float:
-        """By how much to multiply every eps: see `probe.best_factor`."""
+        """The factor for every eps; see `probe.best_factor`."""
         import torch
 
         from gradless.methods.probe import best_factor
@@ -336,9 +341,9 @@ def build(model: TunableModel, setup: Setup, method: type[ZerothOrderOptimizer])
     """A method over the spaces of a model.
 
     Args:
-        model: what is searched.
-        setup: how, as `Recipe.setup` gives it or a journal keeps it.
-        method: the class of `setup.method`'s name.
+        model: the model to search.
+        setup: how to search, from `Recipe.setup` or from a journal.
+        method: the class that `setup.method` names.
     """
     made = []
     for group in setup.groups:
@@ -349,4 +354,4 @@ def build(model: TunableModel, setup: Setup, method: type[ZerothOrderOptimizer])
 
 
 SPACE_OPTIONS = ("kind", "names", "part", "relative", "master", "clamp", "residual", "stride")
-"""The options of a group that are its spaces' and not the method's."""
+"""The options of a group that its spaces take; the method takes all others."""

@@ -1,4 +1,4 @@
-"""Every method by its name. A new one needs its folder, and its line here."""
+"""All methods by name. A new method needs its folder and a line here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def readers(option: str) -> list[str]:
 
 
 def check_options(options: MethodOptions, method: str) -> None:
-    """Refuse values that cannot work, or that the method would not read.
+    """Refuse values that cannot work, and options that the method does not read.
 
     Raises:
         GradlessError: see above.
@@ -100,5 +100,5 @@ def setup_of(method: ZerothOrderOptimizer, model: TunableModel) -> Setup:
 
 
 def build_method(model: TunableModel, setup: Setup) -> ZerothOrderOptimizer:
-    """A method over the spaces of a model, by what a run set up or a journal keeps; see `recipe.build`."""
+    """The method that a run set up, or that a journal names, over the spaces of a model; see `recipe.build`."""
     return build(model, setup, recipe(setup.method["name"]).method())

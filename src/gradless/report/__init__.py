@@ -1,1 +1,1 @@
-"""Pictures of a run."""
+"""Reports: the contents of a file, and the loss curve and model card of a run."""

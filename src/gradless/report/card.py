@@ -1,4 +1,4 @@
-"""The README.md of a run: what the tuned model is, how it came about, and how to make it again."""
+"""The README.md of a run: the tuned model, its settings, and the command that makes it again."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def write_card(
     """Write a model card.
 
     Args:
-        path: of the README.md.
-        journal: the run's.
-        summary: the run's; see `run.tune`.
+        path: the README.md to write.
+        journal: the run's journal.
+        summary: the run's summary; see `run.tune`.
         model: the base, as the user named it: a path, or a name on the Hub.
-        target: what the run calls the tuned model.
-        data: the rows it was tuned on, as the user named them.
-        held_out: those it was measured on.
+        target: the name of the tuned model in the run's folder.
+        data: the training rows, as the user named them.
+        held_out: the rows for measurements, likewise; None if there were none.
     """
     header = journal.header
     method, config = header["method"]["name"], header["config"]
@@ -42,7 +42,7 @@ def write_card(
     rows["made with"] = ", ".join(f"{name} {version}" for name, version in header["environment"].items())
     front = {"library_name": "gradless", "tags": ["gradless", "zeroth-order", method]}
     front |= {} if Path(model).exists() else {"base_model": model}
-    made = "holds the adapters, the base goes with it as it was" if header["lora"] else "is of the base's format and size"
+    made = "holds the adapters, for the unchanged base" if header["lora"] else "has the format and size of the base"
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
@@ -57,7 +57,7 @@ def write_card(
         "",
         f"    gradless replay {model} journal.db --output {target}",
         "",
-        "makes the same bytes again, without data and without a forward.",
+        "makes the same bytes again, without data and without forwards.",
         "",
         "![loss and accuracy against steps](loss.png)",
         "",

@@ -9,11 +9,12 @@ from gradless.files import replacing
 from gradless.journal import Journal
 
 WINDOW = 50
+"""Number of steps in a mean of the training loss."""
 
 
 def plot_run(journal_path: Path, picture: Path) -> None:
-    """Draw the training loss (a mean over 50 steps), the held-out loss and accuracy where they were measured, and where there
-    are codes the share of them that a query moves and that each update changed."""
+    """Draw the training loss (a mean over 50 steps), the held-out loss and accuracy if they were measured and, if codes are
+    tuned, the shares of them that a query moves and that each update changed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What a quantized checkpoint holds, and what each method would tune in it."""
+"""The contents of a quantized checkpoint, and the values that each method would tune in it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from gradless.noise import Direction
 from gradless.tensor import Move, PackedWeight, Part
 
 ENOUGH = 0.9
-"""Cosine between an intended perturbation and what is left of it in a bf16 scratch, below which `info` warns."""
+"""Smallest cosine between a perturbation and its rounding to a bf16 scratch without a warning of `info`."""
 
 
 def describe(path: str, eps: float | None = None) -> dict[str, Any]:
-    """Types, sizes, and what each method would tune.
+    """Types, sizes, and the values that each method would tune.
 
     Args:
-        path: of a GGUF file, or of a quantized folder.
+        path: a GGUF file, or a quantized folder.
         eps: the perturbation to check against the scratch's rounding; None for the default.
     """
     folder = local(path)
     if folder.is_dir() and not is_quantized(folder):
-        raise GradlessError(f"{path} is a dense folder, or none; info shows GGUF files and quantized folders.")
+        raise GradlessError(f"{path} is a folder without quantized weights; info shows GGUF files and quantized folders.")
     file = Folder.open(folder) if folder.is_dir() else GGUFFile.open(folder)
     counts, weights, nbytes = Counter[str](), Counter[str](), Counter[str]()
     for name, tensor in file.quantized.items():
@@ -71,7 +71,7 @@ def describe(path: str, eps: float | None = None) -> dict[str, Any]:
 
 
 def _scale_eps(tensor: PackedWeight) -> float:
-    """The default perturbation of a tensor's scales, of the first method that moves them by themselves."""
+    """The default perturbation of a tensor's scales, by the first method that moves scales alone."""
     found = (each.scale_eps(centred=tensor.is_centred) for each in RECIPES.values())
     return next(eps for eps in found if eps is not None)
 
@@ -81,7 +81,7 @@ def _one_a_type(tensors: list[PackedWeight]) -> list[PackedWeight]:
 
 
 def surviving(tensor: PackedWeight, eps: float, part: Part = Part.SCALE) -> float:
-    """The cosine between a perturbation of `tensor` as meant, in fp32, and as a bf16 scratch holds it."""
+    """The cosine between a perturbation of `tensor` in fp32 and its rounding to a bf16 scratch."""
     own = tensor.under(Move(Direction(0, 0), eps), Move(Direction(0, 0), -eps))
     own.tune(part)
     rows = torch.arange(min(own.rows, 256))
@@ -114,7 +114,7 @@ def as_text(description: dict[str, Any]) -> str:
     for name, left in description["surviving"].items():
         if left["cosine"] < ENOUGH:
             lines.append(
-                f"  warning: of a perturbation of eps {left['eps']} only a cosine of {left['cosine']:.2f} survives "
-                f"{name}'s bf16 scratch; give a larger --eps."
+                f"  warning: rounding {name} to bf16 leaves a perturbation of eps {left['eps']} with a cosine of only "
+                f"{left['cosine']:.2f} to itself; give a larger --eps."
             )
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""The trainer and its configuration."""
+"""A run: its options, batches, start, steps and loop, and the trainer."""

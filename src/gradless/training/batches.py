@@ -17,7 +17,7 @@ from gradless.layers import QuantLinear
 from gradless.objectives import TokenizedExample
 
 PAIR_TOKENS = 1024
-"""Most tokens of a batch whose two losses come from one forward; in a longer one unpacking is a small part."""
+"""Largest number of tokens in a batch whose two losses come from one forward. In longer ones unpacking is a small part."""
 
 
 class TokenBatch(Batch):
@@ -50,8 +50,8 @@ class TokenBatch(Batch):
     def example_of_token(self) -> Tensor:
         if not independence(self._model).halves:
             raise GradlessError(
-                f"this method needs to know which tokens are whose, and not all layers of {type(self._model).__name__} see a "
-                "batch's tokens in their order; use --method qzo."
+                "this method needs the example of each token, and not all layers of this model see a batch's tokens in their "
+                "order; use --method qzo."
             )
         examples: Tensor = self.inputs["owners"]
         return examples
@@ -78,19 +78,19 @@ class TokenBatch(Batch):
 
 
 def token_batch(model: Any, examples: Sequence[TokenizedExample], copies: int = 0) -> TokenBatch:
-    """Lay examples out as the model needs it.
+    """A batch of examples in the layout that the model needs.
 
     Args:
         model: the language model.
-        examples: of the batch.
-        copies: how many copies of its answer token each example gets; see `objectives.collate`.
+        examples: the batch's examples.
+        copies: number of copies of its answer token that each example gets; see `objectives.collate`.
     """
     inputs = objectives.collate(examples, rows=independence(model).rows, copies=copies)
     return TokenBatch(model, {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()})
 
 
 def shared_words(model: Any, data: Any) -> tuple[int, ...]:
-    """The token ids of the words among which all rows choose, if the model keeps copies of a token apart; else ()."""
+    """The token ids of the words among which all rows choose, if the model keeps copies of a token apart; otherwise ()."""
     words = {example.words for example in data} if is_tokenized(data) else set()
     shared = (words.pop() or ()) if len(words) == 1 else ()
     return shared if shared and keeps_copies(model) else ()
@@ -121,10 +121,10 @@ class MicroBatches:
     """The rows of every step: each epoch goes through all of them once, in an order that follows from seed and epoch.
 
     Args:
-        n: rows.
-        batch_size: rows of a micro-batch; the last of an epoch may have fewer.
-        accumulate: micro-batches of a step; the last step of an epoch may have fewer.
-        seed: of the run.
+        n: number of rows.
+        batch_size: number of rows of a micro-batch; the last one of an epoch may have fewer.
+        accumulate: number of micro-batches of a step; the last step of an epoch may have fewer.
+        seed: the run's seed.
     """
 
     def __init__(self, n: int, *, batch_size: int, accumulate: int, seed: int) -> None:

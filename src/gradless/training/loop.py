@@ -11,19 +11,19 @@ from gradless.training.stepper import Stepper
 
 
 class Observer(Protocol):
-    """What watches a run, and may stop it after a step.
+    """An observer of a run, which may stop it after a step.
 
     Attributes:
-        stopped: whether someone wants the run to end.
+        stopped: whether the run should end.
     """
 
     stopped: bool
 
     def stepped(self, step: int) -> None:
-        """So many steps are done."""
+        """Called after each step with the number of steps that are done."""
 
     def evaluated(self, metrics: dict[str, float]) -> None:
-        """The model was measured."""
+        """Called with the metrics after each measurement of the model."""
 
 
 def train(
@@ -35,16 +35,16 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     every: int = 1,
 ) -> None:
-    """Run, from where the journal ends, until the steps are done, the time is over, or someone stops it.
+    """Run from the end of the journal until the steps are done, the time is over, or the observer stops it.
 
     Args:
-        stepper: of the run.
+        stepper: the run's stepper.
         batches: a step's number -> its micro-batches.
-        steps: to run in all.
-        schedule: of the learning rate, see `falling`.
+        steps: number of steps in all.
+        schedule: how the learning rate falls; see `falling`.
         observer: told of every step.
-        evaluate: measures the model; None to leave it.
-        every: steps between measurements; none is made after the last step.
+        evaluate: measures the model; None for no measurements.
+        every: number of steps between measurements; none is made after the last step.
     """
     clock = stepper.clock
     for step in range(stepper.journal.steps, steps):
@@ -67,7 +67,7 @@ def falling(schedule: str, done: float) -> float:
     """The factor of the learning rate: linear, constant or cosine.
 
     Args:
-        schedule: its name.
+        schedule: the schedule's name.
         done: the share of the run that is done, by steps or by time.
     """
     done = min(done, 1.0)

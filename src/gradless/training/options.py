@@ -14,16 +14,16 @@ from gradless.methods.recipe import BITS, COUNT, ROWS, SIZE
 from gradless.methods.registry import DEFAULT, RECIPES, MethodOptions, check_options
 
 AUTO = "auto"
-"""The --method that chooses one for model and data."""
+"""The value of --method that chooses a method for model and data."""
 GROUPS = whole(1, 1 << 20)
-"""Weights of a row that can share a range."""
+"""Range of the number of weights of a row that share a range of levels."""
 SEED = whole(0, 2**63 - 1)
 GRID_CHOICES = ("int", "uint", "fp8", "fp8-e5m2", "nf4")
 
 
 @dataclass
 class RunOptions(MethodOptions):
-    """Everything that `gradless tune` takes beside the model and the data."""
+    """All options of `gradless tune`."""
 
     method: str = option(
         AUTO,
@@ -37,7 +37,7 @@ class RunOptions(MethodOptions):
     template: str | None = option(None, "A prompt with {columns}, such as '{text} It was'.", metavar="TEXT")
     labels: str | None = option(None, "Labels and their words, such as 0=terrible,1=great.", metavar="A=B,..")
     split: str = option("train", "Split of a data set that is given by name.")
-    eval_split: str = option("validation", "Split of --eval where that is a data set's name.")
+    eval_split: str = option("validation", "Split of --eval if that is the name of a data set.")
     train_rows: int | None = option(None, "Train on this many rows, chosen by the seed.", within=COUNT)
     eval_rows: int | None = option(None, "Measure on the first rows only.", within=COUNT)
     max_length: int | None = option(
@@ -46,15 +46,15 @@ class RunOptions(MethodOptions):
     train_on: str = option("all", "The assistant's messages of a conversation that are learned.", choices=("all", "last"))
     steps: int | None = option(None, "Steps to run (1000 unless --max-minutes is given).", within=COUNT)
     max_minutes: float | None = option(
-        None, "Stop after so many minutes; the schedule follows the clock.", within=above_zero(10**7)
+        None, "Stop after this many minutes; the schedule follows the clock.", within=above_zero(10**7)
     )
     batch_size: int = option(16, "Examples in a forward.", within=ROWS)
     accumulate: int = option(1, "Forwards (micro-batches) under one direction.", within=ROWS)
-    bits: int | None = option(None, "Quantize a dense folder to so many bits first (2 to 8).", within=BITS)
+    bits: int | None = option(None, "Quantize a dense folder to this many bits first (2 to 8).", within=BITS)
     grid: str = option(
         "int", "Levels to quantize to: int (symmetric), uint (with an offset), fp8, fp8-e5m2, nf4.", choices=GRID_CHOICES
     )
-    group_size: str = option("64", "Weights of a row that share a range, or channel: a range a row.", metavar="N|channel")
+    group_size: str = option("64", "Weights of a row that share a range, or channel for one range a row.", metavar="N|channel")
     search: bool = option(False, "Choose ranges by squared error.")
     lora: int | None = option(
         None, "quzo, zoqo: tune LoRA adapters of this rank, on a grid, instead of the weights.", within=ROWS
@@ -63,7 +63,8 @@ class RunOptions(MethodOptions):
     lora_bits: int = option(8, "Bits of the adapters' grid (2 to 8).", needs="lora", within=BITS)
     activations: str = option(
         "bf16",
-        "What linear layers multiply: bf16 with unpacked weights; int8, token by token, with integer codes; or fp8 with fp8.",
+        "Inputs of linear layers: bf16, for unpacked weights; int8, quantized token by token, for integer codes; fp8, for fp8 "
+        "weights.",
         choices=("bf16", "int8", "fp8"),
     )
     schedule: str = option("linear", "How lr falls.", choices=("linear", "constant", "cosine"))
@@ -77,8 +78,12 @@ class RunOptions(MethodOptions):
     allow_changes: bool = option(False, "Resume although versions, kernels or threads differ; bits may then differ too.")
 
     def chosen(self, *, quantized: bool, one_word: bool) -> RunOptions:
-        """The options with `auto` made a method: whether the model has quantized weights, and whether all rows choose among the
-        same few one-token words."""
+        """The options with a method in place of `auto`.
+
+        Args:
+            quantized: whether the model has quantized weights.
+            one_word: whether all rows choose among the same few one-token words.
+        """
         if self.method != AUTO:
             return self
         suitable = [each for each in RECIPES.values() if each.suits(self, quantized=quantized, one_word=one_word)]
@@ -93,7 +98,7 @@ class RunOptions(MethodOptions):
         return self.bits is not None or self.grid != "int"
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work, wherever they came from."""
+        """Refuse values that cannot work, from flags, YAML and Python alike."""
         check_options(self, DEFAULT if self.method == AUTO else self.method)
         for each in fields(self):
             check_choices(self, each)
@@ -103,20 +108,22 @@ class RunOptions(MethodOptions):
             )
         if self.lora is not None and not (self.method in RECIPES and RECIPES[self.method].tunes_codes):
             of_codes = " and ".join(each.name for each in RECIPES.values() if each.tunes_codes)
-            raise GradlessError(f"lora is for adapters on a grid, which {of_codes} tune: choose one of them, or none.")
+            raise GradlessError(
+                f"lora is for adapters on a grid, which {of_codes} tune; give one of these as --method, or leave --lora out."
+            )
         if self.quantizes and self.activations == "int8" and not grid_name(self).startswith(("int", "uint")):
-            raise GradlessError(f"{self.grid}'s codes are no integers; int8 activations need --grid int or uint.")
+            raise GradlessError(f"{self.grid}'s codes are not integers; int8 activations need --grid int or uint.")
         if self.quantizes and self.activations == "fp8" and (not self.grid.startswith("fp8") or self.group_size != "channel"):
             raise GradlessError("fp8 activations need weights of --grid fp8 or fp8-e5m2 with --group-size channel.")
 
 
 MAY_CHANGE = {"output", "resume", "overwrite", "allow_changes", "eval", "eval_rows", "eval_every", "eval_split"}
 MAY_CHANGE |= {"max_minutes", "threads"}
-"""What a resumed run may set anew without becoming another run."""
+"""Options that may change when a run is resumed."""
 
 
 def grid_name(options: RunOptions) -> str:
-    """The name in `grids.GRIDS` of what --grid and --bits ask for together.
+    """The name in `grids.GRIDS` that --grid and --bits give together.
 
     Raises:
         GradlessError: they contradict each other.

@@ -1,4 +1,4 @@
-"""How a run begins, and how it goes on: its setup, its journal's header, and whether a resume is of the same run."""
+"""The start of a run, or of its resume: the setup, the journal's header, and the check that a resume is of the same run."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ JOURNAL = "journal.db"
 
 @dataclass
 class RunSetting:
-    """What a method's recipe sees of a run; see `recipe.Setting`.
+    """A run as its method's recipe sees it; see `recipe.Setting`.
 
     Attributes:
-        model: what is tuned.
+        model: the model to tune.
         options: `RunOptions`, or a `ZOConfig`.
-        seed: of the run.
-        data: its rows.
-        batch_size: rows of a micro-batch.
+        seed: the run's seed.
+        data: the training rows.
+        batch_size: number of rows of a micro-batch.
         batch_of: makes a batch of rows.
     """
 
@@ -58,12 +58,12 @@ class RunSetting:
 
 @dataclass
 class Begun:
-    """A run that has begun, or goes on.
+    """A run that is ready for its first step.
 
     Attributes:
         setup: how it searches.
-        method: over the model's spaces; its weights are where the base's are: a resume replays the journal's steps first.
-        header: of its journal.
+        method: the method over the model's spaces. The weights are the base's; a resume still has to replay the journal.
+        header: the header of its journal.
     """
 
     setup: Setup
@@ -78,11 +78,11 @@ def prepare(
     earlier: Journal | None = None,
     given: ZerothOrderOptimizer | None = None,
 ) -> Begun:
-    """Choose what is searched and how, calibrate, and build the method.
+    """Choose the spaces and how to search them, calibrate, and build the method.
 
     Args:
         setting: the run.
-        config: what the header keeps of its configuration beside the method's options.
+        config: the configuration that the header keeps beside the method's options.
         about: more entries for the header (plain JSON values).
         earlier: the journal of this run, if it is resumed.
         given: a method that somebody built, in place of the options'.
@@ -126,13 +126,13 @@ def create_journal(folder: Path, header: dict[str, Any]) -> Journal:
 
 
 def check_same_run(journal: Journal, header: dict[str, Any], about: Sequence[str], *, allow_changes: bool) -> None:
-    """Refuse to resume a run with another model, data or options, or elsewhere.
+    """Refuse to resume a run with another model, data or options, or in another environment.
 
     Args:
-        journal: of the run that is resumed.
-        header: what its header would be now.
+        journal: the journal of the run to resume.
+        header: the header that the run would have now.
         about: the names of the entries that only newer journals have.
-        allow_changes: whether another environment will do.
+        allow_changes: whether another environment is accepted.
 
     Raises:
         GradlessError: see above.
@@ -149,14 +149,14 @@ def check_same_run(journal: Journal, header: dict[str, Any], about: Sequence[str
             )
     if journal.header["environment"] != header["environment"] and not allow_changes:
         raise GradlessError(
-            f"{journal.path} was written elsewhere: its environment "
+            f"{journal.path} was written in another environment: "
             f"{_difference(journal.header['environment'], header['environment'])}; the bits of later steps may differ. "
-            "Add --allow-changes to go on all the same."
+            "Add --allow-changes to go on anyway."
         )
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the bits of a forward on `device` depend on."""
+    """The versions and settings on which the bits of a forward on `device` depend."""
     import transformers
 
     return {
@@ -170,7 +170,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _difference(theirs: Any, mine: Any) -> str:
-    """Where two plain values differ first, and how."""
+    """The first difference between two plain values, in words."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for name in sorted({*theirs, *mine}):
             if theirs.get(name) != mine.get(name):

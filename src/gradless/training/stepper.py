@@ -1,4 +1,4 @@
-"""`Stepper`: one step after the other, each on the disk before anything moves."""
+"""`Stepper`: the steps of a run, each on the disk before a weight moves."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gradless.journal import Journal
 from gradless.methods.base import Estimate, Measurement, ZerothOrderOptimizer
 
 NAN_STEPS = 5
-"""Steps in a row without a finite loss after which a run stops."""
+"""Number of consecutive steps without a finite loss after which a run stops."""
 
 
 class Clock:
-    """The time that a run has taken, pauses between its processes left out.
+    """The time that a run has taken, without the pauses between its processes.
 
     Attributes:
-        limit: seconds after which it ends; None for none.
+        limit: seconds after which the run ends; None for no limit.
     """
 
     def __init__(self, before: float = 0.0, limit: float | None = None) -> None:
@@ -30,7 +30,7 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """Count from now on, on top of what was counted before this process."""
+        """Count from now on, in addition to the time before this process."""
         self._began = time.perf_counter()
 
     @property
@@ -44,7 +44,7 @@ class Clock:
 
     @property
     def share(self) -> float:
-        """The part of the limit that is used; 0 without one."""
+        """The used part of the limit; 0 without a limit."""
         return self.seconds / self.limit if self.limit else 0.0
 
 
@@ -56,14 +56,14 @@ class Stepper:
         apply                             the weights move
 
     Args:
-        method: over the spaces of the model.
-        journal: of the run.
-        clock: of the run.
-        snapshot: of the base, which must stay as it is.
+        method: the method over the model's spaces.
+        journal: the run's journal.
+        clock: the run's clock.
+        snapshot: the state of the base's files, which must not change.
 
     Attributes:
-        skipped: steps whose loss was not finite.
-        last_loss: of the last step.
+        skipped: number of steps whose loss was not finite.
+        last_loss: the loss of the last step.
     """
 
     def __init__(self, method: ZerothOrderOptimizer, journal: Journal, clock: Clock, snapshot: Snapshot | None = None) -> None:
@@ -75,7 +75,7 @@ class Stepper:
         self._lr = [float(group["lr"]) for group in method.param_groups]
 
     def schedule(self, factor: float) -> None:
-        """Let the next step's lr be this multiple of the run's."""
+        """Set the next step's lr to this multiple of the run's."""
         for group, lr in zip(self.method.param_groups, self._lr, strict=True):
             group["lr"] = lr * factor
 
@@ -92,7 +92,7 @@ class Stepper:
         """Turn the step's measurements into its estimate, and write it to the journal.
 
         Raises:
-            GradlessError: the base was changed, the journal cannot be written, or the losses stay NaN.
+            GradlessError: the base has changed, the journal cannot be written, or losses are not finite for too many steps.
         """
         estimate = self.method.estimate(self._measurements)
         self._measurements, self._examples = [], 0
@@ -115,7 +115,7 @@ class Stepper:
         self.note_moves()
 
     def note_moves(self) -> None:
-        """Note in the journal what share of the codes the last update changed, if codes are tuned."""
+        """Write to the journal the share of codes that the last update changed, if codes are tuned."""
         if self.method.moved is not None:
             self.journal.moved(self.method.t - 1, self.method.moved)
 

@@ -4,7 +4,7 @@
     before optimizer.step    the step's estimate is committed to the journal
     optimizer.step           applies it
 
-The order of the data is f(seed, epoch), and a resume replays the journal, so no state but the journal is kept.
+The order of the data is f(seed, epoch), and a resume replays the journal, so the journal is the only state.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gradless.training.stepper import Clock, Stepper
 
 @dataclass
 class ZOConfig(MethodOptions, TrainingArguments):  # type: ignore[misc]
-    """TrainingArguments and the options of a method. `lr`, if given, is the `learning_rate`."""
+    """TrainingArguments and the options of a method. `lr`, if given, replaces `learning_rate`."""
 
     method: str = option(DEFAULT, "How to search.", choices=RECIPES)
     max_grad_norm: float = 0.0
@@ -84,16 +84,16 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         args: a `ZOConfig`; its `output_dir` gets the journal.
         train_dataset: `TokenizedExample`s, or anything a Trainer takes for a model that returns a loss.
         eval_dataset: likewise.
-        checkpoint: what gradless loaded the model from; names what can be searched and identifies the base.
+        checkpoint: what gradless loaded, which names the tunable tensors and identifies the base; None for a dense model.
         about: more entries for the journal's header (plain JSON values).
-        schedule: the factor of lr after so many steps; None for the Trainer's own.
+        schedule: a step's number -> the factor of lr; None for the Trainer's own schedule.
 
     Attributes:
         allow_changes: resume although versions, kernels or threads differ.
-        clock: of the run; its limit ends it.
+        clock: the run's clock, whose limit ends the run.
 
     Raises:
-        GradlessError: from `train`, if losses stay NaN, or a resume does not fit the journal.
+        GradlessError: from `train`, if losses are not finite for too many steps, or a resume does not fit the journal.
     """
 
     optimizer: Any
@@ -129,7 +129,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def begun(self) -> Begun:
-        """The setup of the run: made when it is first asked for."""
+        """The run, ready for its first step; prepared at the first call."""
         if self._begun is None:
             args = self.args
             size = args.per_device_train_batch_size
@@ -146,7 +146,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         return self._begun
 
     def create_optimizer(self, model: Any = None) -> ZerothOrderOptimizer:
-        """The method's optimizer over its spaces; one given as `optimizers=` stays."""
+        """The method over its spaces, unless an optimizer was given as `optimizers=`."""
         del model
         if self.optimizer is None:
             self.optimizer = self.begun.method
@@ -179,14 +179,14 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Measure one micro-batch under each of the step's directions; its share of the step's mean loss."""
+        """Measure one micro-batch along each of the step's directions; returns its share of the step's mean loss."""
         del num_items_in_batch
         model.eval()
         measurement = self.stepper.measure(self._batch(self._prepare_inputs(inputs)))
         return torch.tensor(measurement.loss / self.current_gradient_accumulation_steps, device=self.args.device)
 
     def _batch(self, inputs: Any) -> Batch:
-        """A batch of `TokenizedExample`s, or one of which the loss alone is known."""
+        """A batch of `TokenizedExample`s, or one that has a loss and nothing else."""
         ours = isinstance(inputs, dict) and "sizes" in inputs
         if ours and type(self).compute_loss is ZOTrainer.compute_loss:
             return TokenBatch(self.model, inputs)
@@ -222,7 +222,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """Refuse to resume another run; see `start.check_same_run`."""
         check_same_run(journal, self.begun.header, list(self.about), allow_changes=self.allow_changes)
 
-    # A resume: what the Trainer does with a checkpoint's folder happens with the journal.
+    # A resume takes the journal where the Trainer takes a checkpoint's folder.
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         if self._earlier is not None:
@@ -234,12 +234,12 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if self._earlier is not None:
             self.state.global_step = self._earlier.steps
             if self.state.global_step >= max_steps or self.clock.is_over:
-                return epochs, 0  # nothing is left to do: the Trainer itself looks only after a step
+                return epochs, 0  # nothing is left to do; the Trainer itself would notice only after a step
         done, rest = divmod(self.state.global_step, steps_per_epoch)
         return done, rest * self.args.gradient_accumulation_steps
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        """Bring weights, step and schedule to where the journal ends."""
+        """Bring weights, step and schedule to the end of the journal."""
         del checkpoint
         self.optimizer._opt_called = True  # torch warns of a scheduler that runs ahead of its optimizer
         for _ in self.stepper.replay():
@@ -249,20 +249,20 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """Every step is in the journal already."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the tuned model, in the format it came in, to `output_dir`."""
+        """Write the tuned model, in the format of its base, to `output_dir`."""
         del _internal_call
         target = Path(output_dir or self.args.output_dir) / self.checkpoint.output_name
         self.checkpoint.save(target)
 
     def _wrap_model(self, model: Any, *_: Any, **__: Any) -> Any:
-        """Never wrapped: there are no gradients."""
+        """The model itself: there are no gradients to share."""
         return model
 
     def _get_grad_norm(self, *_: Any, **__: Any) -> None:
         """There are no gradients."""
 
     def floating_point_ops(self, *_: Any) -> int:
-        """Not counted: it walks over all parameters in every step."""
+        """0: the Trainer's count would walk over all parameters in every step."""
         return 0
 
     # -- data and evaluation ------------------------------------------------------------------------------------------

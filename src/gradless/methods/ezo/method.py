@@ -17,7 +17,7 @@ from gradless.spaces import Space
 from gradless.tensor import Move
 
 DIGITS = 9
-"""Significant digits of a loss in the journal: all that an fp32 number has."""
+"""Number of significant digits of a loss in the journal: all that fp32 has."""
 
 
 class EZO(ZerothOrderOptimizer):
@@ -27,26 +27,27 @@ class EZO(ZerothOrderOptimizer):
         d_i = [L_i(x + eps z_i) - L_i(x - eps z_i)] / (2 eps)       all B of them from one pair of forwards
         x  <- x - lr / B sum_i d_i z_i
 
-    With g_i the gradient of example i and g their mean, E[d_i z_i] = g_i to first order in eps, and the estimate is unbiased
-    for g. Given the batch its variance is (n - 1) / B mean_i |g_i|^2, where that of one direction for all is (n - 1) |g|^2: B
-    times less where the examples agree, as much where their gradients are orthogonal and equally long, more where they cancel.
-    Over batches drawn from many examples, whose gradients have the mean square m and of which two have the inner product a m
-    on average, the quotient is 1 / (1 + (B - 1) a) for large n: below one, unless they oppose each other on the whole.
+    g_i is the gradient of example i, and g their mean. E[d_i z_i] = g_i to first order in eps, so the estimate is unbiased for
+    g. For a given batch its variance is (n - 1) / B mean_i |g_i|^2; one direction for all examples has (n - 1) |g|^2. EZO's is
+    B times smaller if the examples agree, the same if their gradients are orthogonal and equally long, and larger if they
+    cancel. Over batches from many examples, whose gradients have the mean square m and pairwise the mean inner product a m, the
+    quotient of the two variances is 1 / (1 + (B - 1) a) for large n: below one unless the gradients oppose each other on the
+    whole.
 
-    A direction for each example costs a forward of its own where every weight is perturbed by itself. Values that shift a whole
-    group of weights (a block's offset) are the cheap case: what a shift changes in a product follows from sums of a token's
-    inputs over the group (`kernels.add_shifts`), so that B directions share one product.
+    If every weight is perturbed by itself, each direction costs a forward. Values that shift a whole group of weights (a
+    block's offset) are cheap: the change of a product follows from sums of a token's inputs over the group
+    (`kernels.add_shifts`), so B directions share one product.
 
     Args:
         spaces: block values, relative; see `ZerothOrderOptimizer`.
         lr: step size; with `auto` the rms of a step, in units of eps.
         eps: perturbation, relative, below 1.
         auto: see `ZerothOrderOptimizer`.
-        weight_decay: shrinks the tuned values themselves.
-        seed: of the run.
+        weight_decay: decay of the tuned values themselves.
+        seed: the run's seed.
 
     Raises:
-        GradlessError: a space whose values tokens cannot read each under a move of their own; an eps of 1 or more.
+        GradlessError: a space that cannot move its values for each token by itself; an eps of 1 or more.
     """
 
     probe_queries = 1
@@ -79,12 +80,12 @@ class EZO(ZerothOrderOptimizer):
 
     @contextmanager
     def perturbed_by_example(self, example_of_token: Tensor, first: int, *signs: int) -> Iterator[None]:
-        """Forwards inside read x + sign * eps * z_i for each token; i is its example.
+        """Inside the context each token of a forward reads x + sign * eps * z_i, where i is the token's example.
 
         Args:
-            example_of_token: int64, of any shape: the example of each token of a batch, from 0 on.
+            example_of_token: int64, of any shape: the number of each token's example in the batch, from 0 on.
             first: the number of the batch's first example within the step.
-            signs: +1 or -1; several: each for a copy of the batch behind the one before.
+            signs: +1 or -1; if several, each is for one of as many copies of the batch, in order.
         """
         n = int(example_of_token.max()) + 1
         views = torch.cat([example_of_token.flatten() + n * k for k in range(len(signs))])
@@ -112,10 +113,10 @@ class EZO(ZerothOrderOptimizer):
         return Measurement(tuple((_rounded(p), _rounded(m)) for p, m in pairs), size=1)
 
     def estimate(self, measurements: Sequence[Measurement]) -> Estimate:
-        """The estimate of the examples of all micro-batches, one after the other."""
+        """The estimate from the examples of all micro-batches, in order."""
         return self.estimate_of([pair for each in measurements for pair in each.losses])
 
 
 def _rounded(x: float) -> float:
-    """A number with the digits that fp32 has: a journal of many stays small."""
+    """A number rounded to the digits of fp32, which keeps the journal small."""
     return float(f"{x:.{DIGITS}g}")

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from gradless.methods.ezo.method import EZO
 
 OFFSETS = Defaults(RATIO, 1e-2, auto=True)
-"""For blocks with offsets of their own."""
+"""Defaults for blocks with offsets."""
 SCALES = Defaults(RATIO, 6e-2, auto=True)
-"""For blocks without: their scales are tuned."""
+"""Defaults for blocks without offsets, whose scales are tuned."""
 
 
 @dataclass
@@ -30,8 +30,8 @@ class EZORecipe(Recipe[EZOOptions]):
     """See `EZO`."""
 
     name = "ezo"
-    title = "EZO (gradless's own; each example along a direction of its own): offsets, or scales, of its quantized weights"
-    summary = "offsets, each example along a direction of its own"
+    title = "EZO (gradless's own; a direction for each example): offsets, or scales, of its quantized weights"
+    summary = "offsets, with a direction for each example"
     options = EZOOptions
     moves_scales = True
 

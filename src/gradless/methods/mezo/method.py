@@ -17,18 +17,18 @@ class MeZO(ZerothOrderOptimizer):
         d = [L(x + eps u) - L(x - eps u)] / (2 eps)
         x <- x - lr (d u + weight_decay x)
 
-    with d and u averaged over q directions. Where the paper perturbs weights in place and restores them, which leaves 45 %
-    of fp16 weights different after one cycle, a query here reads x and writes nothing: x is exact after every query, in
-    any type. An update of bf16 values is rounded stochastically, E[bf16(x)] = x; to nearest, most updates would vanish.
+    with d u averaged over q directions. The paper perturbs weights in place and restores them, which leaves 45 % of fp16
+    weights different after one cycle. Here a query reads x and writes nothing, so x stays exact in any type. Updates of bf16
+    values are rounded stochastically, E[bf16(x)] = x; with rounding to nearest most of them would vanish.
 
     Args:
         spaces: see `ZerothOrderOptimizer`; leave biases and norms in a group with `weight_decay` 0, as the paper does.
         lr: step size; the paper's are 1e-7 to 1e-6 for full tuning of OPT.
         eps: perturbation; the paper's is 1e-3.
         auto: see `ZerothOrderOptimizer`.
-        weight_decay: applied to x itself.
-        q: directions a step (the paper's n).
-        seed: of the run.
+        weight_decay: decay of x itself.
+        q: number of directions a step (the paper's n).
+        seed: the run's seed.
         distribution: "gaussian" as in the paper, or "rademacher".
     """
 

@@ -1,4 +1,4 @@
-"""NZO's calibration: what a few forwards before the run show of each layer."""
+"""NZO's calibration of each layer, by a few forwards before the run."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from gradless.methods.nzo.layer_outputs import LayerOutputs
 from gradless.noise import Direction, Rademacher
 
 FINEST = 7
-"""Largest of the whole numbers that features are made with."""
+"""Largest absolute value in a direction of features, which holds whole numbers."""
 FEATURES = 24
-"""Principal directions of a layer's inputs in which updates lie."""
+"""Number of principal directions of a layer's inputs in which updates lie."""
 DAMPING = 0.01
-"""lambda, as a share of the inputs' mean square length."""
+"""lambda in `damped`, as a share of the inputs' mean square length."""
 LEAST_QUERIES = 8
-"""Queries, at least, that the size of a layer's shifts rests on."""
+"""Smallest number of queries behind the size of a layer's shifts."""
 PROBE = 0.5
 """Size of a calibration's shift, as a share of the root mean square of the layer's outputs."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What forwards before the run show of a layer: its inputs at answer tokens, and how strongly answers react to its outputs.
+    """Calibration of one layer: its inputs at answer tokens, and how strongly the answers react to its outputs.
 
     Attributes:
         features: int8 (features, columns), B: a token's features are gains * (B x).
@@ -49,7 +49,7 @@ class Calibration:
 
     @classmethod
     def of(cls, inputs: Tensor, shift: float, slope: float) -> Calibration:
-        """The features are the first directions of the inputs, (n, columns), as `damped` orders them."""
+        """The features are the first of the `damped` directions of inputs, (n, columns)."""
         scaled = damped(inputs)[:FEATURES]
         exponents = (scaled.abs().amax(1) / FINEST).log2().ceil()
         features = (scaled * (-exponents).exp2().unsqueeze(1)).round().to(torch.int8)
@@ -70,12 +70,12 @@ class Calibration:
 
 
 def damped(inputs: Tensor) -> Tensor:
-    """Directions that turn inputs, (n, columns), into features: fp64 (min(n, columns), columns), the longest inputs' first.
+    """Directions that turn inputs, (n, columns), into features: fp64 (min(n, columns), columns), largest v_k first.
 
         u_k / sqrt(v (1 + v_k / (lambda v)))
 
-    u_k are the inputs' uncentred principal directions, v_k is the mean square along one of them, v that of the inputs' length.
-    The damping keeps one direction in which all inputs are long from outweighing the others.
+    u_k are the uncentred principal directions of the inputs, v_k is the mean square along u_k, v the mean square length. The
+    damping keeps a direction in which all inputs are long from outweighing the others.
     """
     _, spread, directions = torch.linalg.svd(inputs.double(), full_matrices=False)
     along, length = spread.square() / len(inputs), spread.square().sum() / len(inputs)
@@ -98,14 +98,14 @@ def draw(direction: Direction, name: str, count: int, rows: int) -> Tensor:
 
 
 def calibrate(batches: Sequence[Batch], slopes: Mapping[str, float], q: int, seed: int) -> dict[str, Calibration]:
-    """Shift one layer at a time at copies of the answer tokens, and read what it takes in.
+    """Shift one layer at a time at copies of the answer tokens, and read its inputs.
 
     Args:
-        batches: micro-batches, each with 2 q copies of its answer tokens; gone through again until every layer has had
-            `LEAST_QUERIES` queries.
-        slopes: of each layer, see `Calibration`.
-        q: queries an example; each shifts one layer, in turn.
-        seed: of the run.
+        batches: micro-batches, each with 2 q copies of its answer tokens; repeated until every layer has had `LEAST_QUERIES`
+            queries.
+        slopes: the slope of each layer; see `Calibration`.
+        q: number of queries an example; each shifts one layer, in turn.
+        seed: the run's seed.
 
     Raises:
         GradlessError: the answers do not react to a layer.

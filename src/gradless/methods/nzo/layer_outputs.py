@@ -1,4 +1,4 @@
-"""Inputs and outputs of chosen linear layers at some tokens of a batch: to be read, and to be shifted."""
+"""Inputs and outputs of chosen linear layers at some tokens of a batch, to read and to shift."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class LayerOutputs:
     """The inputs and outputs of linear layers.
 
     Args:
-        layers: torch's or packed ones, by the name of the tensor that each multiplies; every one sees all tokens of a batch in
-            their order.
+        layers: dense or packed layers, by the name of the tensor that each multiplies; each sees all tokens of a batch in their
+            order.
     """
 
     def __init__(self, layers: Mapping[str, Any]) -> None:
@@ -23,9 +23,9 @@ class LayerOutputs:
 
     @contextmanager
     def read(self, tokens: Tensor) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """Yields each layer's inputs and outputs in the last forward inside at `tokens`, int64 (n,): fp32 (n, columns) and
-        (n, rows), by the layer's name."""
-        found = {  # there before the forward begins: what stays behind from its middle splits the memory that it frees
+        """Yields each layer's inputs and outputs at `tokens`, int64 (n,), in the last forward inside the context: fp32
+        (n, columns) and (n, rows), by the layer's name."""
+        found = {  # allocated before the forward: in its middle they would split the memory that it frees
             name: (_room(tokens, layer.in_features), _room(tokens, layer.out_features)) for name, layer in self.layers.items()
         }
 
@@ -38,7 +38,7 @@ class LayerOutputs:
 
     @contextmanager
     def shifted(self, tokens: Tensor, by: Callable[[str], Tensor]) -> Iterator[None]:
-        """Forwards inside add by(name), fp32 (n, rows), to each layer's outputs at `tokens`, int64 (n,)."""
+        """Inside the context forwards add by(name), fp32 (n, rows), to each layer's outputs at `tokens`, int64 (n,)."""
 
         def shift(name: str, _: Tensor, y: Tensor) -> None:
             y[tokens] = (y[tokens].float() + by(name)).to(y.dtype)
@@ -48,7 +48,7 @@ class LayerOutputs:
 
     @contextmanager
     def _hooked(self, do: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-        """Forwards inside call do(name, inputs, outputs) of each layer, both flattened to (tokens, ..)."""
+        """Inside the context forwards call do(name, inputs, outputs) for each layer, both flattened to (tokens, ..)."""
         with ExitStack() as hooks:
             for name, layer in self.layers.items():
 

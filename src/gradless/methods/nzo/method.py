@@ -1,4 +1,4 @@
-"""NZO: zeroth-order optimization by node perturbation, where the answer is given; ours, after Widrow's rule for single units
+"""NZO: zeroth-order optimization by node perturbation at the answer's token; ours, after Widrow's rule for single units
 (Madaline III, 1990) and Lansdell et al. (2020, arXiv 1906.00889), who learn a backward path from perturbed nodes."""
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from gradless.spaces import BlockSpace, Space
 from gradless.tensor import Part
 
 MOST = 7
-"""Largest of the whole numbers that a step keeps: some three bits each in the journal."""
+"""Largest absolute value of the whole numbers that a step keeps; each takes about three bits in the journal."""
 RESOLUTION = 2.5
-"""Quantization steps of a stored response in one eps."""
+"""Number of quantization steps of a stored response in one eps."""
 REMEMBERED = 8
-"""Steps, about, whose queries the sensitivity rests on."""
+"""Approximate number of steps whose queries determine the sensitivity."""
 
 
 @dataclass(frozen=True)
 class NodeMeasurement(Measurement):
-    """What the forward of one micro-batch of B examples showed, in T contrasts of the words' scores.
+    """The forward of one micro-batch of B examples, in T contrasts of the words' scores.
 
     Attributes:
         losses: one pair: the mean loss at the +eps of all queries, and at their -eps.
@@ -48,40 +48,42 @@ class NodeMeasurement(Measurement):
 class NZO(ZerothOrderOptimizer):
     """Zeroth-order optimization by node perturbation.
 
-    A linear layer n puts out y_n = W_n x_n at the token where the answer is given; the answer is one of C words. Of the words'
-    scores only T = C - 1 orthonormal contrasts t count. A weight's gradient is
+    Linear layer n has the outputs y_n = W_n x_n at the token where the answer is given. The answer is one of C words, and the
+    loss depends on T = C - 1 orthonormal contrasts t of the words' scores. The gradient of a weight is
 
         dL / dW_n = - J_n^T e x_n^T,        J_n = dt / dy_n,    e = contrasts of ([right word] - softmax)
 
-    of which a forward shows x_n and e. What is searched is J_n alone: a number for each contrast and output, whatever the
-    layer's inputs, nearly the same for all examples in a model's last layers, and much alike in neighbours that add to one
-    residual stream. Each example's token is passed again 2 q times, seen by none but itself, which is all that q queries cost:
+    A forward shows x_n and e, so only J_n is searched: one number for each contrast and output, however many inputs the layer
+    has. J_n is nearly the same for all examples in a model's last layers, and similar in neighbouring layers that add to one
+    residual stream. Each example's token is passed 2 q more times, each copy seen by itself alone. This is the whole cost of q
+    queries:
 
         xi_ik ~ {-1, +1}^D                             D: the outputs of all N layers together
         d_ik = [t_i(y + eps a / sqrt(N) xi_ik) - t_i(y - eps a / sqrt(N) xi_ik)] / 2
         S <- S + sum_ik (d_ik - S xi_ik) (C xi_ik)^T / (D + min(t, 8) B q c),      C_nm = exp(-|n - m| / N)
 
-    with a_n what makes all layers count the same (see `Calibration`), so that d has a root mean square of eps, t the step, from
-    1 on, and c = max_n sum_m C_nm. S tends to the mean of J eps a / sqrt(N), and only what it did not foresee is learned. Then
+    a_n makes all layers count the same (`Calibration.shift`), so that d has a root mean square of eps; t is the step, from 1
+    on, and c = max_n sum_m C_nm. S tends to the mean of J eps a / sqrt(N). It learns from the surprise, the part of a response
+    that it did not predict. Then
 
         W_n <- W_n + eta a_n S_n^T (1/B sum_i e_i phi_n(x_i)^T) phi_n,        phi_n: the layer's features, see `Calibration`
 
-    projected on what is tuned (`BlockSpace.move_along_outer_product`). lr is the root mean square by which a step is to change
-    the batch's contrasts; eta follows from it, S and the features. So eps and lr are both in units of the words' scores.
+    projected on the tuned values (`BlockSpace.move_along_outer_product`). lr is the intended root mean square change of the
+    batch's contrasts by a step; eta follows from lr, S and the features. So eps and lr are both in units of the words' scores.
 
-    A step's surprises and features are small whole numbers: a journal stays small, and sums over them are exact in any order.
+    A step keeps its surprises and features as small whole numbers. So the journal stays small, and sums are exact in any order.
 
     Args:
-        spaces: block values, relative, of layers with the same outputs; from the first such layer of the model to the last.
+        spaces: block values, relative, of layers with the same number of outputs, in the order of the model.
         lr: see above.
         eps: see above.
         words: C.
         looks: the `Calibration` of each tensor, as plain values.
-        q: queries an example.
-        seed: of the run.
+        q: number of queries an example.
+        seed: the run's seed.
 
     Raises:
-        GradlessError: a space that holds no block values, or codebooks, or layers of different widths.
+        GradlessError: a space that has no block values, or has codebooks, or layers of different widths.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class NZO(ZerothOrderOptimizer):
                     "outputs: choose others with --target-modules."
                 )
             if space.weight.part is Part.CODEBOOK:
-                raise GradlessError(f"nzo tunes what belongs to one row; an entry of {space.name}'s codebooks does not.")
+                raise GradlessError(f"nzo tunes values that belong to one row; entries of {space.name}'s codebooks do not.")
             self.layers.append(space)
         self.calibrations = {space.name: Calibration.from_json(looks[space.name]) for space in self.layers}
         self.contrasts = contrasts(words)
@@ -159,8 +161,8 @@ class NZO(ZerothOrderOptimizer):
         return NodeMeasurement(((up, down),), n, responses, errors @ self.contrasts.T, torch.stack(features))
 
     def estimate(self, measurements: Sequence[Measurement]) -> Estimate:
-        """The estimate that follows from a step's micro-batches. Its d are whole numbers: for each query and contrast, what S
-        did not foresee; then for each layer and contrast, the features to follow."""
+        """The estimate that follows from a step's micro-batches. Its d are whole numbers: the surprise of each query and
+        contrast, then the sum of e_i phi_n(x_i) for each layer, contrast and feature."""
         nodes = [each for each in measurements if isinstance(each, NodeMeasurement)]
         ((up, down),) = mean_losses(nodes)
         if not math.isfinite(up + down):
@@ -180,7 +182,7 @@ class NZO(ZerothOrderOptimizer):
         return Estimate(self.t, ((up, down),), (d,), (eta,))
 
     def _learned(self, step: int, surprise: Tensor, signs: Tensor) -> Tensor:
-        """S after a step, whose queries, along `signs`, brought these surprises: whole numbers, (queries, T)."""
+        """S after a step whose queries, along `signs`, had these surprises: whole numbers, (queries, T)."""
         own = [surprise.T @ of_layer for of_layer in signs]  # exact in any order
         seen = min(step + 1, REMEMBERED) * len(surprise)
         alpha = self.response_unit / (self.sensitivity.shape[2] * len(own) + seen * max(map(sum, self.agreement)))
@@ -194,7 +196,7 @@ class NZO(ZerothOrderOptimizer):
 
     @torch.no_grad()
     def apply(self, *estimates: Estimate) -> None:
-        """Learn S, and follow it: see the class."""
+        """Update S, and the weights by it; see the class."""
         for estimate in estimates:
             if estimate.finite:
                 self._apply(estimate)

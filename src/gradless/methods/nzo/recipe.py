@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from gradless.methods.nzo.method import NZO
 
 BLOCKS = Defaults(0.6, 0.25)
+"""Defaults for block values, in units of the words' scores."""
 QUERIES = 8
-"""Queries an example, each of two tokens."""
+"""Default number of queries an example; each costs two tokens."""
 LAST = 1 / 2
-"""Share of a model's layers, from the last on, that are tuned: there one sensitivity serves all examples."""
+"""Share of a model's layers, from the last one back, that are tuned. There one sensitivity serves all examples."""
 INTO_STREAM = ("o_proj", "down_proj")
-"""The modules of a layer that are tuned: those that write into the residual stream."""
+"""Tuned modules of a layer: those that write into the residual stream."""
 CALIBRATION_ROWS = 128
-"""Examples from which the principal directions of a layer's inputs are taken."""
+"""Number of examples that give the principal directions of a layer's inputs."""
 
 
 @dataclass
@@ -53,7 +54,7 @@ class NZORecipe(Recipe[NZOOptions]):
     def check(self, options: NZOOptions) -> None:
         super().check(options)
         if options.part == "codebook":
-            raise GradlessError("nzo tunes what belongs to one row, and a codebook's entries do not; tune them with qzo.")
+            raise GradlessError("nzo tunes values that belong to one row, and a codebook's entries do not; tune them with qzo.")
 
     def suits(self, options: NZOOptions, *, quantized: bool, one_word: bool) -> bool:
         """Only if no option asks for something else."""
@@ -69,15 +70,15 @@ class NZORecipe(Recipe[NZOOptions]):
         return [{**group, "part": options.part or "both", "relative": True}]
 
     def setup(self, setting: Setting, earlier: Setup | None = None) -> Setup:
-        """With the calibration of each layer, under "looks", the journal's name for them."""
+        """See `Recipe.setup`. The arguments include each layer's calibration under "looks", its name in the journal."""
         arguments = {"name": self.name, "seed": setting.seed, "q": setting.options.q or self.queries}
         if earlier is not None and earlier.method["name"] == self.name:
             seen = {name: earlier.method[name] for name in ("words", "looks")}
             return Setup({**arguments, **seen}, earlier.groups[:1])
         if not setting.answer_words:
             raise GradlessError(
-                "nzo asks for one of a few words, the same for all rows, each a single token, of a model that keeps "
-                "copies of a token apart; use --method ezo or qzo."
+                "nzo needs rows that choose among the same few words of one token each, and a model that keeps copies of a "
+                "token apart; use --method ezo or qzo."
             )
         groups = self.groups(setting.model, setting.options)
         return Setup({**arguments, "words": setting.answer_words, "looks": self._calibrated(setting, groups)}, groups)
@@ -102,7 +103,7 @@ class NZORecipe(Recipe[NZOOptions]):
         return {}, f"{' and '.join(INTO_STREAM)} alone, in the last {LAST:.0%} of the layers, for answers of one word"
 
     def state_bytes(self, linear: Sequence[tuple[int, int]], blocks: int) -> int:
-        """An fp32 master for each block of the layers that are tuned, at most."""
+        """At most an fp32 master for each block of the tuned layers."""
         del linear
         return round(4 * LAST * blocks)
 

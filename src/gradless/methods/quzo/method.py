@@ -23,27 +23,27 @@ class QuZO(GridOptimizer):
         mu  = [L(x + u_1) - L(x - u_1)] / (2 eps)
         x  <- x - SR((lr mu / q) u_2 / eps),  stopped at the grid's ends
 
-    summed over q directions; a space with a residual saves up what SR would decide at random. x counts grid steps, so that
-    eps and lr do too. With two independent roundings (Q-RGE2, `roundings` 2, section 3) E[u_1 u_2^T] = eps^2 I and the
-    estimate is unbiased. With one (Q-RGE1, `roundings` 1: u_2 = u_1) E[u_1 u_1^T] = (eps^2 + v) I, v being the rounding's
-    variance: the same direction, longer. Where eps is far below a step, v is about 0.8 eps, and Q-RGE2's two roundings
-    hardly ever move the same code; Q-RGE1 is the default.
+    summed over q directions. A space with a residual keeps the remainder that SR would round at random. x counts grid steps,
+    and so do eps and lr. Two independent roundings (Q-RGE2, `roundings` 2, section 3) give E[u_1 u_2^T] = eps^2 I and an
+    unbiased estimate. One rounding (Q-RGE1, `roundings` 1: u_2 = u_1) gives E[u_1 u_1^T] = (eps^2 + v) I with the rounding's
+    variance v: the same direction, longer. If eps is far below a step, v is about 0.8 eps, and the two roundings of Q-RGE2
+    hardly ever move the same code. Q-RGE1 is the default.
 
     Args:
-        spaces: of integer codes; see `ZerothOrderOptimizer`.
+        spaces: spaces of integer codes; see `ZerothOrderOptimizer`.
         lr: step size, for a gradient per grid step.
-        eps: perturbation in grid steps; well below 1, a share of about 0.8 eps of all codes moves in a query.
+        eps: perturbation in grid steps. If it is well below 1, a query moves a share of about 0.8 eps of all codes.
         roundings: 1 or 2, as above.
-        perturbation_bits: cut u_1 to the symmetric integers of so many bits, 2 to 8 (the authors' scripts: 4), where given;
-            one rounding only.
-        span: this many neighbouring codes of a row share one coordinate of u; 1 in the paper.
-        weight_decay: must be 0: a code decays by no fraction.
-        q: directions a step (the paper's n).
-        seed: of the run.
+        perturbation_bits: cut u_1 to the symmetric integers of this many bits, 2 to 8 (4 in the authors' scripts); with one
+            rounding only. None to leave u_1 as it is.
+        span: number of neighbouring codes of a row that share one coordinate of u; 1 in the paper.
+        weight_decay: must be 0, because a code cannot decay by a fraction.
+        q: number of directions a step (the paper's n).
+        seed: the run's seed.
         distribution: "gaussian".
 
     Raises:
-        GradlessError: another distribution, a weight decay, impossible bits, or an eps that moves no code, or too far.
+        GradlessError: another distribution, a weight decay, impossible bits, or an eps that moves no code or moves one too far.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class QuZO(GridOptimizer):
         return {**super().arguments, "roundings": self.roundings, "perturbation_bits": self.perturbation_bits}
 
     def query_noise(self, group: Group) -> Distribution:
-        """u_1. A u that is rounded once is drawn rounded: the same distribution, at a sixth of the cost."""
+        """u_1. If u is rounded once, it is drawn rounded: the same distribution at a sixth of the cost."""
         if self.roundings == 2:
             return RoundedGaussian(group["eps"])
         bits = self.perturbation_bits
@@ -84,7 +84,7 @@ class QuZO(GridOptimizer):
         return (plus - minus) / (2 * group["eps"] ** 2)
 
     def moves(self, step: int, d: Sequence[Loss], lr: float, group: Group) -> Iterator[Move]:
-        """-(lr mu / q) u_2 / eps of each direction, which the space rounds onto its grid."""
+        """-(lr mu / q) u_2 / eps for each direction, which the space rounds to its grid."""
         for query, derivative in enumerate(d):
             u = self.direction(step, query, group)
             if self.roundings == 2:

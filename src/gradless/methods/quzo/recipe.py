@@ -20,7 +20,7 @@ class QuZOOptions(CodeOptions):
 
     roundings: int = option(1, "QuZO: round a direction once (Q-RGE1) or twice (Q-RGE2).", choices=(1, 2), within=whole(1, 2))
     perturbation_bits: int | None = option(
-        None, "QuZO: cut a query's steps to the integers of so many bits (one rounding).", within=BITS
+        None, "QuZO: cut a query's steps to the integers of this many bits (with one rounding).", within=BITS
     )
 
 

@@ -20,22 +20,22 @@ class QZO(ZerothOrderOptimizer):
         d' = clip(d, -C, C)                                                               DDC
         Delta <- Delta - lr d' z,  stopped at zero
 
-    The search space says what Delta is (`spaces.BlockSpace`): a block's scale, its offset, or both by one factor; moved
-    relative to each block's own size (the default here: one eps and lr serve every layer) or absolutely, as in the paper.
-    A scale keeps the sign it was read with, in queries and in updates. Unquantized parameters may be searched in the same
-    step: give their spaces in a group of their own, with its own `lr` and `eps`.
+    The search space decides what Delta is (`spaces.BlockSpace`): a block's scale, its offset, or both by one factor. It moves
+    relative to each block's size (the default, with which one eps and lr serve every layer) or absolutely, as in the paper.
+    A scale keeps the sign that it has in the file, in queries and in updates. Unquantized parameters can be searched in the
+    same step: give their spaces in another group, with its own `lr` and `eps`.
 
-    The paper calls the clipped estimate unbiased. It is a shrinkage: for a linear loss E[clip(d) z] = P(|d| < C) g.
+    The paper calls the clipped estimate unbiased. It is in fact shrunk: for a linear loss E[clip(d) z] = P(|d| < C) g.
 
     Args:
         spaces: see `ZerothOrderOptimizer`.
-        lr: step size; the paper's 1e-7 is absolute, relative steps are of the order of 1e-4.
+        lr: step size; the paper's 1e-7 is absolute, a relative one is of the order of 1e-4.
         eps: perturbation; the paper's 1e-3 is absolute, a relative one is of the order of 1e-2.
-        clip: C, the largest |d| that an update follows; the paper's 100 goes with its absolute eps.
+        clip: C, the largest |d| that an update follows; the paper's 100 belongs to its absolute eps.
         auto: see `ZerothOrderOptimizer`.
-        weight_decay: shrinks the tuned values themselves.
-        q: directions a step.
-        seed: of the run.
+        weight_decay: decay of the tuned values themselves.
+        q: number of directions a step.
+        seed: the run's seed.
         distribution: "gaussian" as in the paper, or "rademacher".
     """
 

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from gradless.methods.qzo.method import QZO
 
 CENTRED = Defaults(8e-3, 6e-2)
-"""For scales of codes of both signs."""
+"""Defaults for scales of codes with both signs."""
 FROM_ZERO = Defaults(4e-4, 2e-2)
-"""For scales of codes that begin at zero: these shift a block's mean too."""
+"""Defaults for scales of codes that begin at zero, which also shift a block's mean."""
 ABSOLUTE = Defaults(1e-7, 1e-3)
-"""The paper's."""
+"""The paper's values, for absolute moves."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class QZORecipe(Recipe[QZOOptions]):
         return {"q": options.q or self.queries, "distribution": options.distribution}
 
     def groups(self, model: TunableModel, options: QZOOptions) -> list[Group]:
-        """A group for each kind of block, if the user leaves lr or eps to us; and one for the unquantized tensors."""
+        """A group for each default of lr and eps, and one for the unquantized tensors if they are searched."""
         missing = f"{self.name} tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
         by_default: dict[Defaults, list[str]] = {}
         for name in self.group(model, options, Kind.BLOCKS, CENTRED, missing)["names"]:

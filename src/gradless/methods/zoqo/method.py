@@ -28,28 +28,28 @@ class ZOQO(GridOptimizer):
         c   = sign(L(x + u) - L(x - u))
         x  <- clamp(x - eta_q c sign(u))                  with q directions sign(sum_i (L+_i - L-_i) u_i)
 
-    Here x counts grid steps: s = 1, `eps` is mu and `lr` is eta. The paper's eta_q = max(floor(eta / s), 1) s is
-    `whole_steps`. Without it, an eta below one step moves each code by a whole step with probability eta: the same update
-    on average, in sparser moves, and a schedule can let it fall to zero; in a space with a residual the eta steps are saved up
-    to a whole one. Losses that tie (c = 0) move nothing.
+    x counts grid steps here: s = 1, `eps` is mu and `lr` is eta. The paper's eta_q = max(floor(eta / s), 1) s is
+    `whole_steps`. Without it an eta below one step moves each code by a whole step with probability eta: the same update on
+    average in sparser moves, which a schedule can reduce to zero. A space with a residual adds up the etas to a whole step. If
+    the losses tie (c = 0), nothing moves.
 
     Args:
-        spaces: of integer codes; see `ZerothOrderOptimizer`.
+        spaces: spaces of integer codes; see `ZerothOrderOptimizer`.
         lr: eta, in grid steps.
-        eps: mu, in grid steps; the discretized Gaussian leaves most codes alone where it is well below 1.
-        whole_steps: never less than one step, as in the paper.
-        hold: query x itself too, a third forward, and move only where one side of it is lower. Near the optimum a forced
-            step of one level drifts away from it; this stops it there.
-        compare: orders two outcomes of a batch: above zero if the first is worse, 0 if they tie, below zero if it is better.
-            Then an outcome may be anything, and only which of two is better needs to be known.
-        span: this many neighbouring codes of a row share one coordinate of u; 1 in the paper.
+        eps: mu, in grid steps. If it is well below 1, the discretized Gaussian leaves most codes alone.
+        whole_steps: move by at least one step, as in the paper.
+        hold: also query x itself, in a third forward, and move only if one side of it is lower. Near the optimum a forced step
+            of one level would drift away.
+        compare: orders two outcomes of a batch: above zero if the first is worse, 0 for a tie, below zero if it is better. With
+            it an outcome can be anything that can be compared.
+        span: number of neighbouring codes of a row that share one coordinate of u; 1 in the paper.
         weight_decay: must be 0.
-        q: directions a step.
-        seed: of the run.
-        distribution: "gaussian" (discretized), "uniform", or one in whole grid steps, which eps is no part of.
+        q: number of directions a step.
+        seed: the run's seed.
+        distribution: "gaussian" (discretized), "uniform", or a distribution in whole grid steps, which ignores eps.
 
     Raises:
-        GradlessError: another distribution, a weight decay, or an eps that moves no code, or too far.
+        GradlessError: another distribution, a weight decay, or an eps that moves no code or moves one too far.
     """
 
     def __init__(
@@ -90,17 +90,17 @@ class ZOQO(GridOptimizer):
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Measurement:
-        """See `ZerothOrderOptimizer.measure`; with `hold`, a query that finds nothing better than x counts as a tie."""
+        """See `ZerothOrderOptimizer.measure`; with `hold`, a query without a side below x counts as a tie."""
         measurement = super().measure(batch)
         if not self.hold:
             return measurement
         here = float(batch.loss())
-        # A NaN is not above x: its pair stays, and the step is skipped and counted.
+        # A NaN is not above x, so its pair stays, and the step is skipped and counted.
         held = ((here, here) if all(loss >= here for loss in pair) else pair for pair in measurement.losses)
         return replace(measurement, losses=tuple(held))
 
     def query(self, batch: Batch, query: int) -> tuple[Loss, Loss]:
-        """The two losses; or, if there is only a comparison, what stands for them: half its sign, and minus half."""
+        """The two losses or, if there is only a comparison, plus and minus half its sign in their place."""
         if self.compare is None:
             return super().query(batch, query)
         with self.perturbed(query, +1, many_forwards=batch.generates):
@@ -122,7 +122,7 @@ class ZOQO(GridOptimizer):
         return super().estimate(measurements)
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
-        """The loss difference; only signs of sums of these are followed."""
+        """The loss difference, the weight of u under the sign."""
         del group
         return plus - minus
 

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class ZOQOOptions(CodeOptions):
     """The options of ZOQO."""
 
-    whole_steps: bool = option(False, "ZOQO: move by a whole grid step at least, as in the paper; no residual then.")
-    hold: bool = option(False, "ZOQO: a third forward a step, at x itself; move only where a side of it is lower.")
+    whole_steps: bool = option(False, "ZOQO: move by at least a whole grid step, as in the paper; without a residual.")
+    hold: bool = option(False, "ZOQO: a third forward a step, at x itself; move only if one side of it is lower.")
 
 
 class ZOQORecipe(CodeRecipe[ZOQOOptions]):
-    """See `ZOQO`. Its update is in grid steps, and only signs of its differences count."""
+    """See `ZOQO`. Its update is in grid steps, and only the signs of loss differences count."""
 
     name = "zoqo"
     title = "ZOQO ([arXiv 2501.06736](https://arxiv.org/abs/2501.06736)): its integer codes"
@@ -56,7 +56,7 @@ class ZOQORecipe(CodeRecipe[ZOQOOptions]):
         return mu_of_share(share)
 
     def scaled_eps(self, eps: float, unit: float) -> float:
-        """Below one step mu is no standard deviation: there the root of the share of codes that it moves is what scales."""
+        """Below one step mu is no standard deviation. There the square root of the share of moved codes is scaled instead."""
         from gradless.methods.zoqo.method import mu_of_share
         from gradless.noise import discretized_gaussian
 
