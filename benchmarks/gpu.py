@@ -27,9 +27,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from gradless import QZO, ZOQO, MeZO, QuZO
 from gradless.layers import reading_at, set_activations
 from gradless.memory import resident_bytes
+from gradless.methods.codes import DEFAULT_SPAN, DEFAULT_STRIDE, CodeRecipe
+from gradless.methods.qzo.recipe import CENTRED
+from gradless.methods.recipe import Defaults
+from gradless.methods.registry import recipe
 from gradless.spaces import BlockSpace, CodeSpace, dense_spaces
 from gradless.tensor import Part
-from gradless.training.options import DEFAULT_SPAN, DEFAULT_STRIDE, DEFAULTS, PAIR_TOKENS
+from gradless.training.batches import PAIR_TOKENS
 
 WIDE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 MODELS = {
@@ -42,6 +46,13 @@ METHODS = ("qzo", "quzo", "quzo, int8", "zoqo", "mezo")
 STEPS = 5
 
 
+def few_levels(method: str) -> Defaults:
+    """A method's step and perturbation on grids of few levels."""
+    chosen = recipe(method)
+    assert isinstance(chosen, CodeRecipe)
+    return chosen.few_levels
+
+
 def optimizer_of(method: str, model: Any) -> Any:
     """A method at its defaults."""
     if method == "mezo":
@@ -49,9 +60,9 @@ def optimizer_of(method: str, model: Any) -> Any:
     weights = linear_weights(model)
     method = method.partition(",")[0]
     if method == "qzo":
-        lr, eps = DEFAULTS["qzo"]
+        lr, eps, _ = CENTRED
         return QZO([BlockSpace(weight, Part.SCALE) for weight in weights], lr=lr, eps=eps)
-    lr, eps = DEFAULTS[f"{method}, few levels"]
+    lr, eps, _ = few_levels(method)
     spaces = [CodeSpace(weight, stride=DEFAULT_STRIDE, residual=True) for weight in weights]
     return {"quzo": QuZO, "zoqo": ZOQO}[method](spaces, lr=lr, eps=eps, span=DEFAULT_SPAN)
 

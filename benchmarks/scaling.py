@@ -21,7 +21,7 @@ from gradless import QZO
 from gradless.layers import reading_at, set_activations
 from gradless.spaces import BlockSpace
 from gradless.tensor import Part
-from gradless.training.options import PAIR_TOKENS
+from gradless.training.batches import PAIR_TOKENS
 
 VOCABULARY, LENGTH = 32_000, 64
 SHAPES = {  # hidden size, layers, intermediate size

@@ -24,8 +24,18 @@ from gradless import QZO, ZOQO, MeZO, QuZO
 from gradless.formats.gguf_model import load_gguf
 from gradless.formats.quantized import dequantized
 from gradless.layers import reading_at, set_activations
+from gradless.methods.codes import DEFAULT_SPAN, DEFAULT_STRIDE, CodeRecipe
+from gradless.methods.qzo.recipe import CENTRED
+from gradless.methods.recipe import Defaults
+from gradless.methods.registry import recipe
 from gradless.spaces import dense_spaces
-from gradless.training.options import DEFAULT_SPAN, DEFAULT_STRIDE, DEFAULTS
+
+
+def few_levels(method: str) -> Defaults:
+    """A method's step and perturbation on grids of few levels."""
+    chosen = recipe(method)
+    assert isinstance(chosen, CodeRecipe)
+    return chosen.few_levels
 
 
 def default_model() -> Path:
@@ -123,7 +133,7 @@ def main() -> None:
         """A step of a method: on all block scales, or on codes with residuals, at the method's defaults."""
         searched = own(activations)
         name = method.__name__.lower()
-        lr, eps = DEFAULTS[name if kind == "blocks" else f"{name}, few levels"]
+        lr, eps, _ = CENTRED if kind == "blocks" else few_levels(name)
         more = {} if kind == "blocks" else {"span": DEFAULT_SPAN}
         optimizer = method(searched.spaces(kind, searched.file.linear_layers(), **options), lr=lr, eps=eps, **more)
         return lambda: optimizer.step(lambda: forward(searched.model), lambda: both_forwards(searched.model))
@@ -134,7 +144,7 @@ def main() -> None:
 
     def held_answer(activations="bf16"):
         searched = own(activations)
-        optimizer = QZO(searched.spaces("blocks", searched.file.linear_layers()), eps=DEFAULTS["qzo"][1])
+        optimizer = QZO(searched.spaces("blocks", searched.file.linear_layers()), eps=CENTRED.eps)
 
         def run():
             with optimizer.perturbed(0, +1, held=True):

@@ -37,7 +37,7 @@ from worklist import FIRST_ROWS, MODELS, TASKS, WorkList, shuffled
 
 from gradless import objectives
 from gradless.formats.load import load
-from gradless.methods.nzo import contrasts, damped
+from gradless.methods.nzo.calibration import contrasts, damped
 from gradless.tasks.prepare import prepare
 from gradless.training.options import RunOptions
 

@@ -25,9 +25,10 @@ from worklist import BATCH, MODELS, TASKS
 from gradless import objectives
 from gradless.formats.load import load
 from gradless.formats.quantized import dequantized
-from gradless.methods.nzo import contrasts
+from gradless.methods.nzo.calibration import contrasts
+from gradless.methods.nzo.recipe import INTO_STREAM
 from gradless.tasks.prepare import prepare
-from gradless.training.options import INTO_STREAM, RunOptions
+from gradless.training.options import RunOptions
 
 
 def sensitivities(model: Any, examples: list[objectives.TokenizedExample]) -> dict[str, Tensor]:

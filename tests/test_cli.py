@@ -10,9 +10,11 @@ import time
 
 import pytest
 
-from gradless.cli import main, parser, run_options
+from gradless.arguments import parser, run_options
+from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.journal import Journal
+from gradless.methods.registry import RECIPES
 
 TASK = ["--template", "{text} is", "--labels", "0=no,1=yes"]
 ONE_TOKEN = ["--template", "{text} is\\n", "--labels", "0=n,1=y"]
@@ -234,8 +236,13 @@ def test_help_has_every_option_and_an_example(capsys):
     assert "examples:\n  gradless tune" in text
 
 
+@pytest.mark.parametrize("method", ["auto", *RECIPES])
+def test_every_method_can_be_named_and_auto_too(method):
+    assert parser().parse_args(["tune", "a", "b", "--method", method]).method == method
+
+
 def test_starting_up_imports_neither_torch_nor_transformers():
-    code = "import sys, gradless.cli; gradless.cli.parser(); print({'torch', 'transformers', 'numpy'} & {*sys.modules})"
+    code = "import sys, gradless.arguments, gradless.cli; gradless.arguments.parser(); print({'torch', 'transformers', 'numpy'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

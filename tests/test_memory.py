@@ -10,9 +10,10 @@ from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.folder import Folder
 from gradless.formats.gguf import GGUFFile
-from gradless.memory import METHODS, RANK, need, shapes_of, shapes_of_config
+from gradless.memory import FIRST_ORDER, RANK, need, shapes_of, shapes_of_config
+from gradless.methods.codes import DEFAULT_STRIDE
+from gradless.methods.registry import RECIPES
 from gradless.spaces import CodeSpace, parameter_sites
-from gradless.training.options import DEFAULT_STRIDE
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96
@@ -24,6 +25,9 @@ PARTS = ["weights", "gradients", "states", "activations", "logits", "scratch"]
 def planned(capsys, *arguments):
     assert main(["plan", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+METHODS = (*FIRST_ORDER, *RECIPES)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,7 +8,8 @@ import torch
 
 from gradless import QZO
 from gradless.attacks.options import AttackOptions
-from gradless.cli import main, parser, run_options
+from gradless.arguments import parser, run_options
+from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel, LoRA
 from gradless.formats.gguf_model import load_gguf

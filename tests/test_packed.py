@@ -16,9 +16,9 @@ from gradless.formats.load import load
 from gradless.formats.packed import packed_rows, quantize
 from gradless.grids import GRIDS
 from gradless.layers import QuantLinear, set_activations
+from gradless.methods.codes import DEFAULT_STRIDE
 from gradless.noise import Direction, uniform_grid
 from gradless.tensor import BlockWeight, Move, TunedCodes, Views
-from gradless.training.options import DEFAULT_STRIDE
 from tests.test_cli import ONE_TOKEN, TASK
 
 
@@ -216,7 +216,7 @@ def test_info_shows_a_packed_folder(dense, tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["architecture"] == "llama"
     assert {row["type"]: row["bits_per_weight"] for row in shown["types"]}["nf4/64"] == 4.25
-    assert shown["tunable"]["quzo, zoqo"]["values"] == 64 * shown["tunable"]["qzo"]["values"] // DEFAULT_STRIDE
+    assert shown["tunable"]["quzo"]["values"] == 64 * shown["tunable"]["qzo"]["values"] // DEFAULT_STRIDE
     assert main(["info", str(dense)]) == 1
     assert "is a folder without quantized weights" in capsys.readouterr().err
 

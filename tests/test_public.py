@@ -36,7 +36,7 @@ def test_a_misspelt_name_is_seen_by_a_type_checker(tmp_path):
 
 
 def test_the_command_line_starts_without_torch():
-    code = "import sys; from gradless.cli import parser; parser(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from gradless.arguments import parser; parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

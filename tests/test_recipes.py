@@ -16,7 +16,7 @@ from gradless.errors import GradlessError
 from gradless.formats.load import load
 from gradless.journal import Journal
 from gradless.methods.base import Measurement
-from gradless.methods.registry import RECIPES, build_method, recipe
+from gradless.methods.registry import RECIPES, build_method, recipe, setup_of
 from gradless.objectives import Example, tokenize
 from gradless.training.batches import token_batch
 from gradless.training.options import RunOptions
@@ -51,7 +51,11 @@ def values(method):
 @pytest.mark.parametrize("name", RECIPES)
 def test_measuring_and_estimating_write_nothing_and_only_apply_does(name, tiny, dense):
     run = setting(name, tiny if recipe(name).held_packed else dense)
-    method = build_method(run.model, recipe(name).setup(run))
+    setup = recipe(name).setup(run)
+    method = build_method(run.model, setup)
+    found = setup_of(method, run.model)
+    assert found.method == setup.method
+    assert all(asked.items() <= group.items() for asked, group in zip(setup.groups, found.groups, strict=True))
     before, batches = values(method), run.first_batches(8)
     with torch.inference_mode():
         measurements = []
@@ -65,7 +69,7 @@ def test_measuring_and_estimating_write_nothing_and_only_apply_does(name, tiny, 
     assert method.t == 0
     method.apply(estimates[0])
     assert method.t == 1
-    again = build_method(setting(name, run.model.path).model, recipe(name).setup(run))
+    again = build_method(setting(name, run.model.path).model, setup)
     for _ in again.replay(estimates[:1]):
         pass
     assert all(torch.equal(a, b) for a, b in zip(values(again), values(method), strict=True))

@@ -249,6 +249,19 @@ def test_delimited_files_that_would_lose_something(tmp_path):
         read_rows(str(path))
 
 
+def test_a_parquet_file_that_unpacks_to_more_than_memory_is_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+
+    long = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 4000, pyarrow.int32()), ["a" * 2**20])
+    parquet.write_table(pyarrow.table({"text": long}), tmp_path / "cells.parquet")
+    parquet.write_table(pyarrow.table({"n": pyarrow.array([1] * 3_000_000)}), tmp_path / "rows.parquet")
+    for name in ("cells", "rows"):
+        with pytest.raises(GradlessError, match=rf"{name}\.parquet unpacks to more than 200 times its size"):
+            read_rows(str(tmp_path / f"{name}.parquet"))
+
+
 def test_parquet_that_holds_other_types(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from datetime import date

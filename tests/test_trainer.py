@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
-from gradless import objectives
+from gradless import EZO, QZO, ZOQO, QuZO, codes, objectives, offsets, replay, scales
 from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel, LoRA
 from gradless.formats.gguf_model import load_gguf
@@ -316,3 +316,73 @@ def test_epochs_have_their_own_order():
     sampler.set_epoch(1)
     assert sorted(first) == sorted(sampler) == list(range(10))
     assert first != list(sampler)
+
+
+def test_callbacks_logs_and_compute_metrics_work(tiny, tmp_path):
+    logged, chosen = [], []
+
+    class Logs(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            del args, control
+            logged.append((state.global_step, logs))
+
+    def metrics(prediction):
+        chosen.append((prediction.predictions.shape, prediction.label_ids.shape))
+        return {"share_of_yes": float((prediction.predictions.argmax(1) == 1).mean())}
+
+    loaded = load_gguf(tiny)
+    config = ZOConfig(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, eval_strategy="steps", eval_steps=1, use_cpu=True, lr=1e-3
+    )
+    rows = examples(loaded.tokenizer)
+    more = {"compute_metrics": metrics, "callbacks": [Logs()], "processing_class": loaded.tokenizer}
+    ZOTrainer(loaded.model, config, rows, rows[:5], checkpoint=loaded, **more).train()
+    assert [step for step, each in logged if "loss" in each] == [1, 2]
+    assert all(0 <= each["eval_share_of_yes"] <= 1 for _, each in logged if "eval_loss" in each)
+    assert chosen == [((5, 2), (5,))] * 2
+
+
+def test_runs_are_reported_to_tensorboard(tiny, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    zo = trainer(tiny, tmp_path, max_steps=2, logging_steps=1, report_to="tensorboard", logging_dir=str(tmp_path / "logs"))
+    zo.train()
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda model: QZO(scales(model), lr=0.1, eps=1e-2, q=2, seed=5, distribution="rademacher"),
+        lambda model: QuZO(codes(model, stride=2, residual=True), lr=0.3, eps=0.4, roundings=2),
+        lambda model: ZOQO(codes(model, clamp=True), lr=1.0, whole_steps=True, distribution="uniform", eps=2.0),
+        lambda model: EZO(offsets(model), lr=0.1, eps=1e-2),
+    ],
+    ids=["qzo", "quzo", "zoqo", "ezo"],
+)
+def test_an_optimizer_that_somebody_built_is_in_the_journal(tiny, tmp_path, given):
+    loaded = load_gguf(tiny)
+    config = ZOConfig(output_dir=str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=4, use_cpu=True)
+    zo = ZOTrainer(
+        loaded.model,
+        config,
+        examples(loaded.tokenizer),
+        checkpoint=loaded,
+        processing_class=loaded.tokenizer,
+        optimizers=(given(loaded), None),
+    )
+    zo.train()
+    loaded.save(tmp_path / "tuned.gguf")
+    zo.journal.close()
+    replay(str(tiny), str(tmp_path / "run" / "journal.db"), str(tmp_path / "again.gguf"))
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "tuned.gguf").read_bytes() != tiny.read_bytes()
+
+
+def test_an_optimizer_without_a_recipe_is_refused(tiny, tmp_path):
+    class Mine(QZO):
+        pass
+
+    loaded = load_gguf(tiny)
+    config = ZOConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True)
+    zo = ZOTrainer(loaded.model, config, examples(loaded.tokenizer), checkpoint=loaded, optimizers=(Mine(scales(loaded)), None))
+    with pytest.raises(GradlessError, match="Mine has no recipe"):
+        zo.train()

@@ -31,7 +31,8 @@ def tune(row: Row) -> Row:
     import torch
 
     from gradless import ZOQO, evaluation, noise, objectives
-    from gradless.training.options import DEFAULT_STRIDE, RunOptions
+    from gradless.methods.codes import DEFAULT_STRIDE
+    from gradless.training.options import RunOptions
 
     options = RunOptions(**WEAK)
     loaded = load(base("int8"))

@@ -35,9 +35,9 @@ from memory import Peak
 
 from gradless import ZOQO, blocks
 from gradless.layers import QuantLinear
+from gradless.methods.codes import DEFAULT_STRIDE
 from gradless.spaces import CodeSpace
 from gradless.tensor import BlockWeight
-from gradless.training.options import DEFAULT_STRIDE
 
 WIDTH, TINY, LAYERS, BATCH = 4992, 64, 3, 64
 PAPER = {"full precision": 903.71, "QAT": 583.83, "ZOQO": 371.21}

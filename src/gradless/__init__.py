@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from gradless.attacks.base import AttackResult as AttackResult
+    from gradless.attacks.criteria import Misclassification as Misclassification
+    from gradless.attacks.criteria import TargetedMisclassification as TargetedMisclassification
     from gradless.attacks.labels import LabelAttack as LabelAttack
     from gradless.attacks.log import QueryLog as QueryLog
     from gradless.attacks.zo_sign_sgd import ZOSignSGDAttack as ZOSignSGDAttack
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AttackResult": "attacks.base",
+    "Misclassification": "attacks.criteria",
+    "TargetedMisclassification": "attacks.criteria",
     "LabelAttack": "attacks.labels",
     "QueryLog": "attacks.log",
     "ZOSignSGDAttack": "attacks.zo_sign_sgd",

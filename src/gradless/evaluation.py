@@ -33,6 +33,7 @@ def evaluate(
     batch_size: int = 32,
     generating: bool = True,
     progress: Callable[[int], object] | None = None,
+    scored: Callable[[torch.Tensor, int], object] | None = None,
 ) -> dict[str, float]:
     """Loss and accuracy over examples.
 
@@ -43,6 +44,7 @@ def evaluate(
         batch_size: examples in a forward.
         generating: whether to generate answers to questions; otherwise only their loss is measured.
         progress: called after each batch with its number of examples.
+        scored: called with each example's scores, fp32 (candidates,), and the index of the right one.
 
     Returns:
         `loss`; `accuracy` and macro `f1` if there are candidates to choose from. For questions with answers `accuracy` is
@@ -53,6 +55,8 @@ def evaluate(
         made = collate(batch, rows=rows)
         for score, label in zip(scores(model, made), made["labels"], strict=True):
             total += float(example_loss(score, label))
+            if scored is not None:
+                scored(score, int(label))
             guess = int(score.argmax())
             right += guess == int(label)
             confusion[guess, int(label)] += 1

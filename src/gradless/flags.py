@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -76,11 +76,11 @@ def check_choices(options: Any, each: Field[Any]) -> None:
         raise GradlessError(f"{each.name} goes with --{flag}; give it too, or leave {each.name} out.")
 
 
-def add_flags(command: argparse.ArgumentParser, options: type, names: Collection[str] | None = None) -> None:
-    """Add flags for the fields of a dataclass, or only for `names`. Flags that are not given are absent from the result."""
-    for each in fields(options):
-        if names is not None and each.name not in names:
-            continue
+def add_flags(command: argparse.ArgumentParser, options: type, names: Iterable[str] | None = None) -> None:
+    """Add flags for the fields of a dataclass, or for `names` in their order. Flags that are not given are absent from the
+    result."""
+    known = {each.name: each for each in fields(options)}
+    for each in map(known.__getitem__, known if names is None else names):
         text, flag = each.metadata["help"], "--" + each.name.replace("_", "-")
         if each.default is not None and each.default is not False:
             text += f" (default: {each.default})"
@@ -92,7 +92,16 @@ def add_flags(command: argparse.ArgumentParser, options: type, names: Collection
                 flag,
                 type=each.metadata.get("parse", kind),
                 default=argparse.SUPPRESS,
-                choices=each.metadata.get("choices"),
+                choices=_choices(each),
                 metavar=each.metadata.get("metavar", None if "choices" in each.metadata else "N"),
                 help=text,
             )
+
+
+def _choices(each: Field[Any]) -> list[Any] | None:
+    """What a flag can be: the option's choices, and its default text if that is none of them."""
+    choices = each.metadata.get("choices")
+    if choices is None:
+        return None
+    own = [each.default] if isinstance(each.default, str) and each.default not in choices else []
+    return [*own, *choices]

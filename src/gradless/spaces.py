@@ -16,6 +16,7 @@ from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.grids import Grid
 from gradless.kernels.reference import f32, stopped
+from gradless.targets import Kind
 from gradless.tensor import UNMOVED, Move, PackedWeight, Part, TunedCodes, Views
 
 SLOPES_AT_ONCE = 1 << 17
@@ -66,6 +67,11 @@ class Space(ABC):
         """How many integer codes x holds; 0 if it is continuous."""
         return 0
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `TunableModel.spaces` that make such a space, its `Kind` under "kind" included, as plain values."""
+        raise NotImplementedError
+
     @contextmanager
     def viewed(self, *moves: Move) -> Iterator[None]:
         """Inside the context forwards read x under the moves."""
@@ -102,6 +108,10 @@ class BlockSpace(Space):
     def __init__(self, weight: PackedWeight, part: Part | str = Part.SCALE, *, relative: bool = True) -> None:
         weight.tune(part, relative=relative)
         self.name, self.values, self.weight = weight.name, weight.tuned_values.values, weight
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"kind": Kind.BLOCKS, "part": str(self.weight.part), "relative": self.weight.tuned_values.relative}
 
     def view(self, *moves: Move) -> None:
         self.weight.views = Views(moves)
@@ -198,6 +208,12 @@ class CodeSpace(Space):
         self.name, self.values = weight.name, weight.packed
 
     @property
+    def options(self) -> dict[str, Any]:
+        tuned = self.weight.tuned
+        assert isinstance(tuned, TunedCodes)
+        return {"kind": Kind.CODES, "stride": tuned.stride, "clamp": tuned.clamp, "residual": tuned.residual is not None}
+
+    @property
     def codes(self) -> int:
         return self.weight.tuned_rows * self.weight.columns
 
@@ -233,6 +249,10 @@ class GridSpace(Space):
     @property
     def codes(self) -> int:
         return self.values.numel()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"kind": Kind.CODES, "clamp": self.clamp, "residual": self.residual is not None}
 
     def shown(self) -> Tensor:
         """x as a forward reads it now: fp32, in the codes' shape; kept until the next view or move."""
@@ -298,6 +318,11 @@ class DenseSpace(Space):
             if type(site[0]) in (nn.Linear, nn.Embedding):
                 site[0].register_forward_pre_hook(self._enter(site))
                 site[0].register_forward_hook(self._leave(site), always_call=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        copied = all(parameter.dtype is not self.values.dtype for parameter in self.parameters.values())
+        return {"kind": Kind.PARAMETERS, "master": copied}
 
     def view(self, *moves: Move) -> None:
         (self._view,) = moves or (None,)

@@ -306,14 +306,15 @@ def _described(name: str) -> Callable[[], Target]:
     """What `gradless info` and `gradless plan` make of a model."""
 
     def made() -> Target:
-        from gradless.memory import METHODS, plan, shapes_of
+        from gradless.memory import FIRST_ORDER, plan, shapes_of
+        from gradless.methods.registry import RECIPES
         from gradless.report.info import as_text, describe
 
         target = _load_gguf() if name == "model.gguf" else _folder(name, describe)
 
         def read(path: Path) -> None:
             as_text(describe(str(path)))
-            plan(shapes_of(path), METHODS, batch_size=16, length=128)
+            plan(shapes_of(path), [*FIRST_ORDER, *RECIPES], batch_size=16, length=128)
 
         return Target("described " + name, target.make, read)
 

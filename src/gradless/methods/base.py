@@ -141,6 +141,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.backoff = Backoff()
         self._powers: list[deque[float]] = [deque(maxlen=REMEMBERED) for _ in self.param_groups]
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments beside the groups, as plain values."""
+        names = [name for name, known in NAMED.items() if known == self._distribution]
+        return {"seed": self.seed, "q": self.q, "distribution": names[0] if names else repr(self._distribution)}
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group: its "spaces" and its options. The spaces stay out of `param_groups`, which torch copies and saves."""
         options = dict(param_group)

@@ -14,6 +14,7 @@ from gradless.methods.quzo.recipe import QuZORecipe
 from gradless.methods.qzo.recipe import QZORecipe
 from gradless.methods.recipe import Recipe, SearchOptions, Setup, build
 from gradless.methods.zoqo.recipe import ZOQORecipe
+from gradless.targets import Kind
 
 if TYPE_CHECKING:
     from gradless.formats.model import TunableModel
@@ -39,7 +40,8 @@ DEFAULT = QZORecipe.name
 if TYPE_CHECKING:
     MethodOptions = SearchOptions
 else:
-    MethodOptions = make_dataclass("MethodOptions", [], bases=tuple(dict.fromkeys(each.options for each in RECIPES.values())))
+    _OPTIONS = {each.name: each for of in (SearchOptions, *(each.options for each in RECIPES.values())) for each in fields(of)}
+    MethodOptions = make_dataclass("MethodOptions", [(name, each.type, each) for name, each in _OPTIONS.items()])
     MethodOptions.__doc__ = "The options of all methods: how a run searches."
 
 
@@ -73,6 +75,28 @@ def check_options(options: MethodOptions, method: str) -> None:
         if getattr(options, field.name) != field.default and method not in names:
             raise GradlessError(f"{field.name} is for {' and '.join(names)}; {method} does not read it.")
     chosen.check(options)
+
+
+def setup_of(method: ZerothOrderOptimizer, model: TunableModel) -> Setup:
+    """How a method that somebody built searches a model, as a journal keeps it.
+
+    Raises:
+        GradlessError: its class is not in the registry, or a group's spaces are not of one kind: no replay could build it.
+    """
+    names = [each.name for each in RECIPES.values() if each.method() is type(method)]
+    if not names:
+        raise GradlessError(f"{type(method).__name__} has no recipe in gradless.methods.registry, which a replay would need.")
+    groups = []
+    for group, spaces in zip(method.param_groups, method.spaces_of, strict=True):
+        of_spaces = spaces[0].options
+        if any(space.options != of_spaces for space in spaces):
+            raise GradlessError("the spaces of one parameter group must be of one kind and have the same options.")
+        if of_spaces["kind"] == Kind.PARAMETERS and model.quantized:
+            of_spaces = {"kind": Kind.FLOATS}
+        tensors = [space.name.removesuffix(".lora_A.weight") for space in spaces if not space.name.endswith(".lora_B.weight")]
+        options = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+        groups.append({**options, **of_spaces, "names": tensors})
+    return Setup({"name": names[0], **method.arguments}, groups)
 
 
 def build_method(model: TunableModel, setup: Setup) -> ZerothOrderOptimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ LONGEST_LINE = 64 * 2**20
 """Largest number of bytes in a line of JSONL."""
 LONGEST_CELL = 16 * 2**20
 """Largest number of characters in a cell of CSV or TSV."""
+EXPANSION = 200
+"""Largest ratio of a Parquet file's rows in memory to the file."""
+SMALL = 256 * 2**20
+"""Bytes in memory that any Parquet file may unpack to."""
+ROWS_AT_ONCE = 64
+"""Rows that are unpacked together."""
 SQUAD: Spec = {
     "data": [
         {"title": TEXT, "paragraphs": [{"context": TEXT, "qas": [{"question": TEXT, "answers": [{"text": TEXT}]}]}]},
@@ -182,13 +189,28 @@ def _parquet(path: Path) -> Iterator[Row]:
         import pyarrow.parquet
     except ImportError as error:
         raise GradlessError(f"{path}: reading Parquet needs pyarrow; pip install 'gradless[datasets]'.") from error
+    rows: list[Row] = []
+    most = max(SMALL, EXPANSION * path.stat().st_size)
     try:
-        table = pyarrow.parquet.read_table(path)
-        names, rows = table.column_names, table.to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
+                unpacked = batch.to_pylist()
+                most -= sum(map(_size, unpacked))
+                if most < 0:
+                    raise GradlessError(f"{path} unpacks to more than {EXPANSION} times its size; split it into several files.")
+                rows += unpacked
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise GradlessError(f"{path} cannot be read as Parquet: {error}") from error
     _check_once(names, path)
     yield from map(_without_padding, rows)
+
+
+def _size(value: Any) -> int:
+    """The bytes that a value of plain Python takes."""
+    if isinstance(value, dict):
+        return sys.getsizeof(value) + sum(map(_size, value.values()))
+    return sys.getsizeof(value) + (sum(map(_size, value)) if isinstance(value, list) else 0)
 
 
 def _check_once(names: list[str], path: Path) -> None:

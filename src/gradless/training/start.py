@@ -20,7 +20,7 @@ from gradless.independence import independence
 from gradless.journal import Journal
 from gradless.methods.base import ZerothOrderOptimizer
 from gradless.methods.recipe import Setup
-from gradless.methods.registry import MethodOptions, build_method, recipe
+from gradless.methods.registry import MethodOptions, build_method, recipe, setup_of
 from gradless.training.batches import is_tokenized, shared_words
 
 JOURNAL = "journal.db"
@@ -71,7 +71,13 @@ class Begun:
     header: dict[str, Any]
 
 
-def prepare(setting: RunSetting, config: dict[str, Any], about: dict[str, Any], earlier: Journal | None = None) -> Begun:
+def prepare(
+    setting: RunSetting,
+    config: dict[str, Any],
+    about: dict[str, Any],
+    earlier: Journal | None = None,
+    given: ZerothOrderOptimizer | None = None,
+) -> Begun:
     """Choose the spaces and how to search them, calibrate, and build the method.
 
     Args:
@@ -79,6 +85,7 @@ def prepare(setting: RunSetting, config: dict[str, Any], about: dict[str, Any], 
         config: the configuration that the header keeps beside the method's options.
         about: more entries for the header (plain JSON values).
         earlier: the journal of this run, if it is resumed.
+        given: a method that somebody built, in place of the options'.
     """
     if is_tokenized(setting.data):
         independence(setting.model.model)  # tried on the weights that the run began with, even if it is resumed
@@ -86,8 +93,11 @@ def prepare(setting: RunSetting, config: dict[str, Any], about: dict[str, Any], 
     if earlier is not None:
         before = Setup(earlier.header["method"], earlier.header["groups"], earlier.header.get("eps_factor"))
     setting.model.model.eval()
-    setup = recipe(setting.options.method).setup(setting, before)
-    method = build_method(setting.model, setup)
+    if given is not None:
+        setup, method = setup_of(given, setting.model), given
+    else:
+        setup = recipe(setting.options.method).setup(setting, before)
+        method = build_method(setting.model, setup)
     options = {"method", *(field.name for field in fields(MethodOptions))}
     header = {
         "method": setup.method,

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import EvalPrediction, speed_metrics
 
 from gradless import evaluation, objectives
 from gradless.batch import Batch, Closure
@@ -140,7 +142,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
                 "schedule": "given" if self.schedule else str(args.lr_scheduler_type),
                 "seed": args.seed,
             }
-            self._begun = prepare(setting, config, self.about, self._earlier)
+            self._begun = prepare(setting, config, self.about, self._earlier, self.optimizer and self.zeroth_order)
         return self._begun
 
     def create_optimizer(self, model: Any = None) -> ZerothOrderOptimizer:
@@ -243,12 +245,6 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         for _ in self.stepper.replay():
             self.lr_scheduler.step()
 
-    def _load_rng_state(self, checkpoint: Any) -> None:
-        """Nothing here draws from a global generator."""
-
-    def _load_scaler(self, checkpoint: Any) -> None:
-        """There is no gradient to scale."""
-
     def _save_checkpoint(self, *_: Any, **__: Any) -> None:
         """Every step is in the journal already."""
 
@@ -278,13 +274,23 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         return SeededSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss, accuracy and F1 of `TokenizedExample`s; any other data set is left to the Trainer."""
+        """Loss, accuracy and F1 of `TokenizedExample`s, and what `compute_metrics` makes of their candidates' scores; any other
+        data set as the Trainer does it."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not is_tokenized(data):
             metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return metrics
         began = time.time()
-        measured = evaluation.evaluate(self.model, data, self.processing_class, batch_size=self.args.per_device_eval_batch_size)
+        scores: list[tuple[Tensor, int]] = []
+        measured = evaluation.evaluate(
+            self.model,
+            data,
+            self.processing_class,
+            batch_size=self.args.per_device_eval_batch_size,
+            scored=lambda score, label: scores.append((score.cpu(), label)),
+        )
+        if self.compute_metrics is not None:
+            measured |= self.compute_metrics(_prediction(scores))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=len(data))
         if self.is_in_train:
@@ -292,3 +298,9 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _prediction(scores: list[tuple[Tensor, int]]) -> EvalPrediction:
+    """The candidates' scores, (examples, most candidates), with -inf where an example has fewer; and the right candidates."""
+    padded = pad_sequence([score for score, _ in scores], batch_first=True, padding_value=-torch.inf)
+    return EvalPrediction(predictions=padded.numpy(), label_ids=torch.tensor([label for _, label in scores]).numpy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,10 @@ class EZO(ZerothOrderOptimizer):
         for group in self.param_groups:
             if group["eps"] >= 1:
                 raise GradlessError(f"eps is {group['eps']}; it is relative to what it moves, and must be below 1.")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"seed": self.seed}
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
         return _rounded((plus - minus) / (2 * group["eps"]))

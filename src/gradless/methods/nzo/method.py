@@ -116,6 +116,11 @@ class NZO(ZerothOrderOptimizer):
         self.agreement = [[math.exp(-abs(n - m) / len(layers)) for m in layers] for n in layers]
         self.sensitivity = torch.zeros(len(layers), words - 1, self.layers[0].weight.rows)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        looks = {name: each.to_json() for name, each in self.calibrations.items()}
+        return {"seed": self.seed, "q": self.q, "words": len(self.contrasts) + 1, "looks": looks}
+
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
         del plus, minus, group
         raise GradlessError("a step of nzo follows from scores and layer outputs, not from losses alone.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from gradless import noise
 from gradless.batch import Loss
@@ -66,6 +67,10 @@ class QuZO(GridOptimizer):
         self.roundings, self.perturbation_bits = roundings, perturbation_bits
         defaults = {"lr": lr, "eps": eps, "span": span, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments, "roundings": self.roundings, "perturbation_bits": self.perturbation_bits}
 
     def query_noise(self, group: Group) -> Distribution:
         """u_1. If u is rounded once, it is drawn rounded: the same distribution at a sixth of the cost."""

@@ -75,6 +75,11 @@ class ZOQO(GridOptimizer):
         defaults = {"lr": lr, "eps": eps, "span": span, "weight_decay": weight_decay}
         super().__init__(spaces, defaults, q=q, seed=seed, distribution="gaussian")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        shape = self.shape if isinstance(self.shape, str) else repr(self.shape)
+        return {**super().arguments, "distribution": shape, "whole_steps": self.whole_steps, "hold": self.hold}
+
     def query_noise(self, group: Group) -> Distribution:
         """u."""
         if isinstance(self.shape, Distribution):
