@@ -36,7 +36,7 @@ class EZO(ZerothOrderOptimizer):
 
     If every weight is perturbed by itself, each direction costs a forward. Values that shift a whole group of weights (a
     block's offset) are cheap: the change of a product follows from sums of a token's inputs over the group
-    (`kernels.add_shifts`), so B directions share one product.
+    (`kernels.protocol.Ops.add_shifts`), so B directions share one product.
 
     Args:
         spaces: block values, relative; see `ZerothOrderOptimizer`.
