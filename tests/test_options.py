@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gradless import QZO
-from gradless.attacks.options import AttackOptions
 from gradless.arguments import parser, run_options
+from gradless.attacks.options import AttackOptions
 from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel, LoRA

@@ -7,6 +7,8 @@ The tokens of a text are llama.cpp's, also if the text holds special tokens. Two
 
 Other kinds, rules that are not listed here and unknown keys under `tokenizer.` are refused. Characters that Unicode 16 added
 (Garay, Todhri ...) are letters or symbols here, and unknown to llama.cpp.
+
+Over 400 lines, because the rules that find words are read side by side.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 The library holds no Python and no torch headers; it is called through ctypes on the tensors' memory. Its OpenMP symbols
 resolve to the runtime that torch has loaded, so both share one pool of threads.
+
+Over 400 lines, because the structs and signatures that mirror the C++ stand beside the functions that pass them.
 """
 
 from __future__ import annotations

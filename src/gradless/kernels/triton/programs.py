@@ -2,6 +2,8 @@
 
 Every number that changes from step to step (a direction's words, a coefficient) is a plain argument, never a constant, so
 that nothing is compiled twice. Launch them without contraction of products and sums (`enable_fp_fusion=False`).
+
+Over 400 lines, because the programs share their inlined functions.
 """
 # mypy: ignore-errors
 # (The language in which programs are written is Triton's, and only looks like Python.)
