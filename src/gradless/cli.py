@@ -52,8 +52,8 @@ def _last_resort(error: Exception, output: str | None) -> str:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             log.write_text("".join(traceback.format_exception(error)))
-            return f"an unexpected error ({what}); {log} has the details: please report them."
-    return f"an unexpected error ({what}); please report it."
+            return f"an unexpected error occurred ({what}); {log} has the details: please report them."
+    return f"an unexpected error occurred ({what}); please report it."
 
 
 def _tune(parsed: argparse.Namespace) -> int:
@@ -177,8 +177,8 @@ def _quantize(parsed: argparse.Namespace) -> int:
 
 
 def _free_output(parsed: argparse.Namespace) -> Path:
-    """The folder to write. It must not exist, unless --overwrite is given; it is never the model itself. What a killed command
-    left beside it is removed."""
+    """The folder to write. It must not exist, unless --overwrite is given; it is never the model itself. Leftovers of a killed
+    command beside it are removed."""
     output = Path(parsed.output)
     sweep(output.parent)
     if output.exists() and (not parsed.overwrite or covers(output, Path(parsed.model))):

@@ -73,7 +73,7 @@ def check_base(path: Path, source: TunableModel, journal: Journal) -> None:
 
 
 def _check_free(target: Path, inputs: list[Path], *, overwrite: bool) -> None:
-    """Refuse to replace what exists without --overwrite, and ever to replace an input or a folder around one."""
+    """Refuse a target that exists, unless it may be replaced; always refuse an input, or a folder around one."""
     sweep(target.parent)
     if any(covers(target, source) for source in inputs):
         raise GradlessError(f"{target} is, or contains, an input of the replay; give another --output.")
