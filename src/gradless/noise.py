@@ -28,7 +28,6 @@ from fractions import Fraction
 from functools import cache
 from importlib.resources import files
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
@@ -253,7 +252,7 @@ class Signs:
             tensor (problems,).
     """
 
-    terms: tuple[tuple[Direction, Any], ...]
+    terms: tuple[tuple[Direction, float | Tensor], ...]
 
     def values(self, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
         """The signs at elements [start, start + count) of tensor `name`: fp32 in {-1, 0, 1}, shape (count,)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from gradless.errors import GradlessError
 from gradless.grids import Grid
 from gradless.kernels.reference import f32, stopped
 from gradless.tensor import UNMOVED, Move, PackedWeight, Part, TunedCodes, Views
+from gradless.types import Config, LanguageModel, Modules
 
 SLOPES_AT_ONCE = 1 << 17
 """The number of slopes in memory at once."""
@@ -326,23 +327,23 @@ class DenseSpace(Space):
             parameter = nn.Parameter(self._shown(moved).to(parameter.dtype), requires_grad=False)
         module._parameters[attribute] = parameter
 
-    def _enter(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, Any], None]:
-        def enter(_module: nn.Module, _inputs: Any) -> None:
+    def _enter(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, object], None]:
+        def enter(_module: nn.Module, _inputs: object) -> None:
             self._called.add(site)
             if self._view is not None:
                 self._swap(site)
 
         return enter
 
-    def _leave(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, Any, Any], None]:
-        def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
+    def _leave(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, object, object], None]:
+        def leave(module: nn.Module, _inputs: object, _output: object) -> None:
             module._parameters[site[1]] = self.parameters[site]
 
         return leave
 
 
 def dense_spaces(
-    model: nn.Module, chosen: Callable[[str, nn.Module], bool] | None = None, *, master: bool = False
+    model: Modules, chosen: Callable[[str, nn.Module], bool] | None = None, *, master: bool = False
 ) -> list[Space]:
     """The parameters of a dense model as spaces.
 
@@ -363,7 +364,7 @@ def dense_spaces(
 
 
 def parameter_sites(
-    model: nn.Module, chosen: Callable[[str, nn.Module], bool] | None = None
+    model: Modules, chosen: Callable[[str, nn.Module], bool] | None = None
 ) -> dict[str, list[tuple[nn.Module, str]]]:
     """The chosen parameters by their first name: every (module, attribute) that holds each; see `dense_spaces`."""
     chosen = chosen or linear_layers(model)
@@ -379,7 +380,7 @@ def parameter_sites(
     return sites
 
 
-def linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+def linear_layers(model: Modules) -> Callable[[str, nn.Module], bool]:
     """A test for the modules that gradless trains by default: linear layers of the part that reads text, but not the head that
     shares or mirrors an embedding."""
     get_head: Callable[[], nn.Module] | None = getattr(model, "get_output_embeddings", None)
@@ -387,10 +388,16 @@ def linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     return lambda _name, module: isinstance(module, nn.Linear) and module is not head and module in reads
 
 
-def reads_text(model: Any) -> set[nn.Module]:
+def reads_text(model: Modules) -> set[nn.Module]:
     """The modules that text goes through: all but the encoders of images and sounds, and their projections into the stream.
     No loss depends on those here, so a search would only move them about."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config") or config.get_text_config(decoder=True) is config:
+    if not _has_encoders(model):
         return set(model.modules())
-    return {*model.get_decoder().modules(), model.get_output_embeddings()}
+    head = model.get_output_embeddings()
+    return {*model.get_decoder().modules(), *([] if head is None else [head])}
+
+
+def _has_encoders(model: Modules) -> TypeGuard[LanguageModel]:
+    """Whether it is a language model with encoders of images or sounds."""
+    config: Config | None = getattr(model, "config", None)
+    return config is not None and hasattr(config, "get_text_config") and config.get_text_config(decoder=True) is not config
