@@ -17,7 +17,7 @@ from gradless.batch import Batch
 from gradless.errors import GradlessError
 from gradless.formats.model import TunableModel
 from gradless.independence import independence
-from gradless.journal import Journal
+from gradless.journal import Header, Journal
 from gradless.methods.base import ZerothOrderOptimizer
 from gradless.methods.recipe import Setup
 from gradless.methods.registry import MethodOptions, build_method, recipe
@@ -32,6 +32,7 @@ class RunSetting:
 
     Attributes:
         model: what is tuned.
+        method: its name.
         options: `RunOptions`, or a `ZOConfig`.
         seed: of the run.
         data: its rows.
@@ -40,9 +41,10 @@ class RunSetting:
     """
 
     model: TunableModel
-    options: Any
+    method: str
+    options: MethodOptions
     seed: int
-    data: Any
+    data: Sequence[Any]
     batch_size: int
     batch_of: Callable[[Sequence[Any]], Batch]
 
@@ -68,10 +70,10 @@ class Begun:
 
     setup: Setup
     method: ZerothOrderOptimizer
-    header: dict[str, Any]
+    header: Header
 
 
-def prepare(setting: RunSetting, config: dict[str, Any], about: dict[str, Any], earlier: Journal | None = None) -> Begun:
+def prepare(setting: RunSetting, config: Header, about: Header, earlier: Journal | None = None) -> Begun:
     """Choose what is searched and how, calibrate, and build the method.
 
     Args:
@@ -86,7 +88,7 @@ def prepare(setting: RunSetting, config: dict[str, Any], about: dict[str, Any], 
     if earlier is not None:
         before = Setup(earlier.header["method"], earlier.header["groups"], earlier.header.get("eps_factor"))
     setting.model.model.eval()
-    setup = recipe(setting.options.method).setup(setting, before)
+    setup = recipe(setting.method).setup(setting, before)
     method = build_method(setting.model, setup)
     options = {"method", *(field.name for field in fields(MethodOptions))}
     header = {
@@ -103,7 +105,7 @@ def prepare(setting: RunSetting, config: dict[str, Any], about: dict[str, Any], 
     return Begun(setup, method, header)
 
 
-def create_journal(folder: Path, header: dict[str, Any]) -> Journal:
+def create_journal(folder: Path, header: Header) -> Journal:
     """The journal of a run that begins.
 
     Raises:
@@ -115,7 +117,7 @@ def create_journal(folder: Path, header: dict[str, Any]) -> Journal:
     return Journal.create(path, header)
 
 
-def check_same_run(journal: Journal, header: dict[str, Any], about: Sequence[str], *, allow_changes: bool) -> None:
+def check_same_run(journal: Journal, header: Header, about: Sequence[str], *, allow_changes: bool) -> None:
     """Refuse to resume a run with another model, data or options, or elsewhere.
 
     Args:
@@ -145,7 +147,7 @@ def check_same_run(journal: Journal, header: dict[str, Any], about: Sequence[str
         )
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, object]:
     """What the bits of a forward on `device` depend on."""
     import transformers
 
@@ -159,7 +161,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _difference(theirs: Any, mine: Any) -> str:
+def _difference(theirs: object, mine: object) -> str:
     """Where two plain values differ first, and how."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for name in sorted({*theirs, *mine}):
