@@ -60,7 +60,7 @@ def backward(model: nn.Module, examples: list[objectives.TokenizedExample]) -> t
     owners = []
     for i, example in enumerate(examples):
         batch = objectives.collate([example], packed=False)
-        owners += [i] * batch["input_ids"].numel()
+        owners += [i] * batch.input_ids.numel()
         objectives.losses(model, batch)[0].sum().backward()
         model.get_input_embeddings().weight.grad = None
     return {name: (torch.cat(x), torch.cat(d)) for name, (x, d) in found.items()}, torch.tensor(owners)

@@ -47,7 +47,7 @@ def sensitivities(model: Any, examples: list[objectives.TokenizedExample]) -> di
         scores = torch.stack(objectives.scores(model, batch))
         t = scores @ contrasts(scores.shape[1])[0]
         for name, of_layer in zip(layers, torch.autograd.grad(t.sum(), [outputs[name] for name in layers]), strict=True):
-            found[name].append(of_layer[batch["rows"], batch["columns"]])
+            found[name].append(of_layer[batch.rows, batch.columns])
     for hook in hooks:
         hook.remove()
     return {name: torch.cat(each) for name, each in found.items()}

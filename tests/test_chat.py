@@ -401,7 +401,7 @@ def test_the_loss_of_a_row_is_the_mean_over_all_its_learned_tokens(loaded):
         logprobs = F.log_softmax(loaded.model(torch.tensor([[*prompt, *completion]])).logits[0], dim=-1)
         each = [-logprobs[len(prompt) + i - 1, completion[i]] for i in example.learned(completion)]
         assert loss.item() == pytest.approx(torch.stack(each).mean().item(), abs=1e-4)
-    assert collate(examples)["counts"] == [3, 2]
+    assert collate(examples).counts == [3, 2]
     assert objectives_loss(loaded, examples) == pytest.approx(losses.mean().item(), abs=1e-4)
 
 

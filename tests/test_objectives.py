@@ -37,7 +37,7 @@ def test_packed_scores_are_those_of_sequences_alone(loaded):
     ]
     for rows in Rows:
         batch = collate(examples, rows=rows)
-        assert batch["words"] is None
+        assert batch.words is None
         for example, scores in zip(examples, objectives.scores(loaded.model, batch), strict=True):
             alone = [plain_score(loaded.model, p, c) for p, c in zip(example.prompts, example.completions, strict=True)]
             assert torch.allclose(scores, torch.stack(alone), atol=1e-4)
@@ -47,8 +47,8 @@ def test_packed_scores_are_those_of_sequences_alone(loaded):
 def test_single_word_candidates_need_one_sequence_and_their_own_logits_only(loaded):
     examples = [TokenizedExample(((i, i + 1, 9),) * 2, ((20,), (30,)), i % 2) for i in range(5)]
     batch = collate(examples)
-    assert batch["words"].tolist() == [20, 30]
-    assert len(batch["counts"]) == 5
+    assert batch.words.tolist() == [20, 30]
+    assert len(batch.counts) == 5
     for example, scores in zip(examples, objectives.scores(loaded.model, batch), strict=True):
         alone = torch.stack([plain_score(loaded.model, example.prompts[0], c) for c in example.completions])
         assert torch.allclose(scores.log_softmax(0), alone.log_softmax(0), atol=1e-4)

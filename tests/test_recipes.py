@@ -41,7 +41,7 @@ def setting(name, path, **options):
     chosen = RunOptions(method=name, **options)
     rows = [tokenize(Example(f"{'az'[i % 2] * 3} {i}\n", ("n", "y"), i % 2), model.tokenizer, context=128) for i in range(16)]
     copies = recipe(name).copies(chosen)
-    return RunSetting(model, chosen, 0, rows, 4, lambda part: token_batch(model.model, part, copies))
+    return RunSetting(model, chosen.method, chosen, 0, rows, 4, lambda part: token_batch(model.model, part, copies))
 
 
 def values(method):

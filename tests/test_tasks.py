@@ -433,7 +433,7 @@ def test_train_on_last_learns_one_turn(tmp_path, talking):
     talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}))
     counts = [
-        collate(prepare(str(tmp_path / "a.jsonl"), talking, RunOptions(train_on=train_on)).examples)["counts"]
+        collate(prepare(str(tmp_path / "a.jsonl"), talking, RunOptions(train_on=train_on)).examples).counts
         for train_on in ("all", "last")
     ]
     assert counts[0] == [2 * counts[1][0]]

@@ -34,7 +34,7 @@ def trainer(path, output, *, lora=None, **options):
 
 
 def no_losses(_model, batch):
-    return torch.full((len(batch["sizes"]),), float("nan")), None
+    return torch.full((len(batch.sizes),), float("nan")), None
 
 
 def masters(zo):

@@ -70,7 +70,7 @@ def score_gaps(split: str) -> tuple[Any, Any]:
         for batch in objectives.batches(examples, 32):
             made = objectives.collate(batch)
             gaps += [float(s[1] - s[0]) for s in objectives.scores(loaded.model, made)]
-            labels += made["labels"].tolist()
+            labels += made.labels.tolist()
     return torch.tensor(gaps), torch.tensor(labels)
 
 

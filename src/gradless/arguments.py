@@ -9,7 +9,6 @@ import argparse
 import contextlib
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from gradless import __version__
 from gradless.attacks.options import AttackOptions
@@ -171,8 +170,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, examples: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
         name, help=text, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_argument("--json", action="store_true", help="Print one JSON object, and nothing else, on standard output.")
@@ -192,7 +193,7 @@ def run_options(arguments: argparse.Namespace) -> RunOptions:
     return RunOptions(**given)
 
 
-def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
+def _read_config(path: Path, names: set[str]) -> dict[str, object]:
     import yaml
 
     try:
@@ -209,14 +210,14 @@ def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
     return {name: _typed(path, name, value, types[name]) for name, value in content.items()}
 
 
-def _typed(path: Path, name: str, value: Any, wanted: str) -> Any:
+def _typed(path: Path, name: str, value: object, wanted: str) -> object:
     """A YAML value in the option's type. YAML reads 1e-3 as a string, and a path such as 7 as a number."""
     if value is None and "None" in wanted:
         return None
-    made: Any = None
+    made: object = None
     if "bool" in wanted or isinstance(value, bool):
         made = value if "bool" in wanted and isinstance(value, bool) else None
-    elif "float" in wanted or "int" in wanted:
+    elif ("float" in wanted or "int" in wanted) and isinstance(value, str | int | float):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             made = float(value) if "float" in wanted else int(value) if float(value).is_integer() else None
     elif isinstance(value, str | int | float):

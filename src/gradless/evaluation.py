@@ -6,13 +6,15 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
 from gradless.independence import independence
 from gradless.objectives import TokenizedExample, collate, example_loss, scores
+from gradless.types import LanguageModel, Tokenizer
 
+Metrics = dict[str, float]
+"""Metrics by name."""
 MAX_ANSWER_TOKENS = 50
 """Largest number of tokens in a generated answer."""
 
@@ -26,21 +28,21 @@ def batches(examples: Sequence[TokenizedExample], size: int) -> Iterator[list[To
 
 @torch.inference_mode()
 def evaluate(
-    model: Any,
+    model: LanguageModel,
     examples: Sequence[TokenizedExample],
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     *,
     batch_size: int = 32,
     generating: bool = True,
     progress: Callable[[int], object] | None = None,
     scored: Callable[[torch.Tensor, int], object] | None = None,
-) -> dict[str, float]:
+) -> Metrics:
     """Loss and accuracy over examples.
 
     Args:
         model: the language model.
         examples: at least one example.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer; answers are generated with it.
         batch_size: examples in a forward.
         generating: whether to generate answers to questions; otherwise only their loss is measured.
         progress: called after each batch with its number of examples.
@@ -53,7 +55,7 @@ def evaluate(
     total, right, confusion, rows = 0.0, 0, Counter[tuple[int, int]](), independence(model).rows
     for batch in batches(examples, batch_size):
         made = collate(batch, rows=rows)
-        for score, label in zip(scores(model, made), made["labels"], strict=True):
+        for score, label in zip(scores(model, made), made.labels, strict=True):
             total += float(example_loss(score, label))
             if scored is not None:
                 scored(score, int(label))
@@ -66,6 +68,7 @@ def evaluate(
     if examples[0].answers is not None and not generating:
         return metrics
     if examples[0].answers is not None:
+        assert tokenizer is not None, "answers are generated with a tokenizer"
         each = [answer_scores(generate(model, e, tokenizer), e.answers or ()) for e in examples]
         exact, f1 = (sum(column) / len(each) for column in zip(*each, strict=True))
         return {**metrics, "accuracy": exact, "f1": f1}
@@ -74,7 +77,7 @@ def evaluate(
     return metrics
 
 
-def generate(model: Any, example: TokenizedExample, tokenizer: Any) -> str:
+def generate(model: LanguageModel, example: TokenizedExample, tokenizer: Tokenizer) -> str:
     """The model's answer: greedy decoding up to a newline."""
     ids = torch.tensor([example.prompts[0]], device=model.device)
     output = model.generate(
@@ -117,5 +120,5 @@ def _macro_f1(confusion: Counter[tuple[int, int]]) -> float:
     return sum(f1) / len(f1)
 
 
-def _pad(tokenizer: Any) -> int:
+def _pad(tokenizer: Tokenizer) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from gradless.errors import GradlessError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,12 @@ def above_zero(most: float) -> Range:
     return Range(0, most, above=True)
 
 
-def option(default: Any, text: str, **more: Any) -> Any:
+def option(default: T, text: str, **more: object) -> T:
     """A dataclass field with its help text and further metadata for argparse."""
     return field(default=default, metadata={"help": text, **more})
 
 
-def check_ranges(options: Any) -> None:
+def check_ranges(options: DataclassInstance) -> None:
     """Check every number against its option's `within`, a `Range`. None and allowed texts, such as "auto", pass.
 
     Raises:
@@ -62,7 +67,7 @@ def check_ranges(options: Any) -> None:
             raise GradlessError(f"{each.name} is {value!r}; it must be {within}.")
 
 
-def check_choices(options: Any, each: Field[Any]) -> None:
+def check_choices(options: object, each: Field[T]) -> None:
     """Refuse a value that is none of an option's `choices`, and an option without the one that it `needs`.
 
     Raises:
@@ -98,7 +103,7 @@ def add_flags(command: argparse.ArgumentParser, options: type, names: Iterable[s
             )
 
 
-def _choices(each: Field[Any]) -> list[Any] | None:
+def _choices(each: Field[object]) -> list[object] | None:
     """What a flag can be: the option's choices, and its default text if that is none of them."""
     choices = each.metadata.get("choices")
     if choices is None:

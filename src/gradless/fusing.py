@@ -7,14 +7,16 @@ does not apply: on a GPU, without compiled kernels, if gradients are wanted, or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gradless import kernels
 from gradless.kernels.reference import products, widens_bf16
+from gradless.types import LanguageModel, Modules
 
 ATTENTION = "gradless"
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3_text")
@@ -23,24 +25,45 @@ CLOSE = 2.0**-6
 """The largest difference between a module and its fused form, as a share of the largest output; both are rounded to bf16."""
 
 
-def fuse(model: Any) -> None:
+Form = Callable[..., Tensor]
+"""A fused forward: (module, x) -> y."""
+
+
+class _Norm(Modules, Protocol):
+    weight: Tensor
+    eps: float
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor: ...
+
+
+class _MLP(Modules, Protocol):
+    gate_proj: Callable[[Tensor], Tensor]
+    up_proj: Callable[[Tensor], Tensor]
+    down_proj: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor: ...
+
+
+def fuse(model: LanguageModel) -> None:
     """Fuse the recognized modules of a transformers model; one module of each class is tried on random inputs first."""
     if kernels.name(model.device) != "cpu" or model.dtype is not torch.bfloat16 or model.config.model_type not in ARCHITECTURES:
         return
-    verdicts: dict[type, Any] = {}
+    verdicts: dict[type, Form | None] = {}
     for module in model.modules():
         kind = type(module)
         if kind not in verdicts:
             nearest = min(((_error(module, form), i, form) for i, form in enumerate(_forms(module))), default=None)
             verdicts[kind] = nearest[2] if nearest and nearest[0] <= CLOSE else None
-        if verdicts[kind] is not None:
-            vars(module)["forward"] = partial(verdicts[kind], module)
+        form = verdicts[kind]
+        if form is not None:
+            vars(module)["forward"] = partial(form, module)
     _register_attention()
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
 
 
-def _forms(module: nn.Module) -> list[Any]:
+def _forms(module: nn.Module) -> list[Form]:
     """The fused forwards that a module may have, judged by its class and attributes."""
     if type(module) is nn.Linear:
         return [_linear] if widens_bf16(module.weight.device) else []
@@ -53,7 +76,7 @@ def _forms(module: nn.Module) -> list[Any]:
     return []
 
 
-def _error(module: Any, form: Any) -> float:
+def _error(module: Any, form: Form) -> float:
     """How far a fused forward is from the module's own, as a share of the largest output."""
     d = module.weight.shape[-1] if hasattr(module, "weight") else module.gate_proj.in_features
     x = torch.randn(1, 4, d, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -62,13 +85,13 @@ def _error(module: Any, form: Any) -> float:
     return float((own - fused).abs().max() / own.abs().max())
 
 
-def _applies(module: nn.Module, *inputs: Tensor) -> bool:
+def _applies(module: Modules, *inputs: Tensor) -> bool:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *module.parameters())):
         return False
     return all(x.dtype is torch.bfloat16 and x.device.type == "cpu" for x in inputs)
 
 
-def _linear(module: Any, x: Tensor) -> Tensor:
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     if not _applies(module, x, module.weight):
         own: Tensor = type(module).forward(module, x)
         return own
@@ -76,7 +99,7 @@ def _linear(module: Any, x: Tensor) -> Tensor:
     return y if module.bias is None else y + module.bias
 
 
-def _rms_norm(module: Any, x: Tensor, *, plus: float) -> Tensor:
+def _rms_norm(module: _Norm, x: Tensor, *, plus: float) -> Tensor:
     if not _applies(module, x, module.weight):
         own: Tensor = type(module).forward(module, x)
         return own
@@ -84,7 +107,7 @@ def _rms_norm(module: Any, x: Tensor, *, plus: float) -> Tensor:
     return kernels.on(x.device).rms_norm(x, module.weight, eps, plus)
 
 
-def _gated(module: Any, x: Tensor, *, gelu: bool) -> Tensor:
+def _gated(module: _MLP, x: Tensor, *, gelu: bool) -> Tensor:
     if not _applies(module, x):
         own: Tensor = type(module).forward(module, x)
         return own
@@ -102,7 +125,7 @@ def _register_attention() -> None:
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (batch, heads, length, size) each -> (batch, length, heads, size)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -18,7 +18,6 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,8 +26,9 @@ from torch import Tensor, nn
 from gradless import objectives
 from gradless.errors import GradlessError
 from gradless.layers import QuantEmbedding, QuantLinear
-from gradless.objectives import Rows, TokenizedExample
+from gradless.objectives import Rows, TokenInputs, TokenizedExample
 from gradless.readers.sentences import said
+from gradless.types import LanguageModel
 
 LENGTHS = (9, 7, 5)
 """Numbers of tokens of X, A and Y. They fall, because longer sequences come first in a packed row."""
@@ -54,11 +54,11 @@ class Independence:
     halves: bool
 
 
-_TRIED: WeakKeyDictionary[nn.Module, Independence] = WeakKeyDictionary()
-_COPIES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_TRIED: WeakKeyDictionary[LanguageModel, Independence] = WeakKeyDictionary()
+_COPIES: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
 
 
-def independence(model: Any) -> Independence:
+def independence(model: LanguageModel) -> Independence:
     """The layout that a model needs: tried at the first call, then remembered.
 
     Raises:
@@ -82,7 +82,7 @@ def independence(model: Any) -> Independence:
     return _TRIED[model]
 
 
-def _try(model: Any) -> Independence:
+def _try(model: LanguageModel) -> Independence:
     sequences, others = _sequences(model, 0), _sequences(model, 1)
     others[1] = sequences[1]
     packed, halves = None, False
@@ -108,7 +108,7 @@ def _try(model: Any) -> Independence:
     return Independence(Rows.ALONE, halves=False)
 
 
-def keeps_copies(model: Any) -> bool:
+def keeps_copies(model: LanguageModel) -> bool:
     """Whether copies of a sequence's last token, each seen by itself alone, score words as that token does. Tried by two
     forwards at the first call, then remembered."""
     if independence(model).rows is not Rows.PACKED or not independence(model).halves:
@@ -118,7 +118,7 @@ def keeps_copies(model: Any) -> bool:
     return _COPIES[model]
 
 
-def _try_copies(model: Any) -> bool:
+def _try_copies(model: LanguageModel) -> bool:
     words = _vocabulary(model) // 2, _vocabulary(model) // 2 + 1
     examples = [TokenizedExample((ids,) * 2, tuple((word,) for word in words), 0) for ids in _sequences(model, 0)]
     with torch.inference_mode():
@@ -127,36 +127,36 @@ def _try_copies(model: Any) -> bool:
     return bool(_distances(plain.unsqueeze(1).expand_as(copied), copied).max() <= ROUNDING[model.dtype])
 
 
-def _vocabulary(model: Any) -> int:
+def _vocabulary(model: LanguageModel) -> int:
     return int(model.get_input_embeddings().num_embeddings)
 
 
-def _sequences(model: Any, first: int) -> list[tuple[int, ...]]:
+def _sequences(model: LanguageModel, first: int) -> list[tuple[int, ...]]:
     """X, A and Y as token ids; another `first` changes every token."""
     n = _vocabulary(model)
     return [tuple((n // 3 + 5 * i + 3 * k + first) % n for k in range(length)) for i, length in enumerate(LENGTHS)]
 
 
-def _batch(sequences: list[tuple[int, ...]], rows: Rows) -> dict[str, Any]:
+def _batch(sequences: list[tuple[int, ...]], rows: Rows) -> TokenInputs:
     examples = [TokenizedExample((ids[:1],), (ids[1:],), 0) for ids in sequences]
     return objectives.collate(examples, rows=rows)
 
 
-def _scores_of(model: Any, batch: dict[str, Any]) -> list[Tensor]:
+def _scores_of(model: LanguageModel, batch: TokenInputs) -> list[Tensor]:
     """Scores of all tokens, minus their mean, at every position of a sequence but the last: fp32 (length - 1, vocabulary)."""
     logits, _ = objectives.supervised_logits(model, batch)
-    return list(torch.split(logits - logits.mean(1, keepdim=True), batch["counts"]))
+    return list(torch.split(logits - logits.mean(1, keepdim=True), batch.counts))
 
 
-def _filled_scores(model: Any, sequences: list[tuple[int, ...]]) -> list[Tensor]:
+def _filled_scores(model: LanguageModel, sequences: list[tuple[int, ...]]) -> list[Tensor]:
     """A's scores in a batch with a row for each sequence, and those of a second A whose row is padded with other tokens."""
     x, a, y = sequences
     batch = _batch([x, a, a, y], Rows.PADDED)
-    batch["input_ids"][2, len(a) - 1 :] = y[0]
+    batch.input_ids[2, len(a) - 1 :] = y[0]
     return _scores_of(model, batch)[1:3]
 
 
-def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[Tensor], bool]:
+def _packed_scores(model: LanguageModel, sequences: list[tuple[int, ...]]) -> tuple[list[Tensor], bool]:
     """The scores of a packed batch followed by its copy; and whether every packed layer saw both as halves of its tokens and
     none lent its weight."""
     batch = objectives.doubled(_batch(sequences, Rows.PACKED))
@@ -171,7 +171,7 @@ def _packed_scores(model: Any, sequences: list[tuple[int, ...]]) -> tuple[list[T
             x = inputs[0].flatten(0, -2) if linear else inputs[0].reshape(-1, 1)
             first, second = x[: len(x) // 2].float(), x[len(x) // 2 :].float()
             rounding = ROUNDING[model.dtype] if linear else 0.0
-            seen.append(len(x) == batch["input_ids"].numel() and bool(_distances(first, second).max() <= rounding))
+            seen.append(len(x) == batch.input_ids.numel() and bool(_distances(first, second).max() <= rounding))
 
     with ExitStack() as hooks:
         for layer in layers:
@@ -186,14 +186,14 @@ def _distances(scores: Tensor, others: Tensor) -> Tensor:
     return (others - scores).square().flatten(1).mean(1).sqrt() / spread
 
 
-def _may_pack(model: Any) -> bool:
+def _may_pack(model: LanguageModel) -> bool:
     """Whether a model takes position ids, and no layer cuts rows into chunks, which short rows cannot show."""
     takes = "position_ids" in inspect.signature(model.forward).parameters
     chunks = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
     return takes and not chunks
 
 
-def _follows_the_longest_row(config: Any) -> bool:
+def _follows_the_longest_row(config: object) -> bool:
     """Whether a rotary scaling takes the frequencies of all rows from the longest one, which short rows cannot show.
 
     Args:

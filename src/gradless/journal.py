@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gradless.batch import Loss
 from gradless.database import Database
 from gradless.errors import GradlessError
 from gradless.methods.base import Estimate
@@ -48,6 +49,10 @@ DEFLATED = 8
 """Largest number of bytes that one byte of Huffman codes can hold: each takes at least a bit."""
 
 
+Header = dict[str, Any]
+"""The description of a run, by name: plain JSON values."""
+
+
 class Journal:
     """A run's journal, open for appending or for reading.
 
@@ -60,14 +65,14 @@ class Journal:
 
     def __init__(self, path: Path, database: Database) -> None:
         self.path, self._database = path, database
-        self.header: dict[str, Any] = {}
+        self.header: Header = {}
         self.steps = 0
         self.seconds = 0.0
         with database.reading():
             self._read_header()
 
     @classmethod
-    def create(cls, path: Path, header: dict[str, Any]) -> Journal:
+    def create(cls, path: Path, header: Header) -> Journal:
         """Begin a journal; `header` holds plain JSON values.
 
         Raises:
@@ -249,15 +254,16 @@ class Journal:
         self._database.close()
 
 
-def _packed(d: Sequence[Any]) -> list[Any] | str:
+def _packed(d: Sequence[Loss]) -> list[Loss] | str:
     """A group's derivatives as a list; small whole numbers as base85 of deflate's Huffman codes."""
-    if d and all(isinstance(each, int) and abs(each) < 128 for each in d):
+    whole = [each for each in d if isinstance(each, int) and abs(each) < 128]
+    if d and len(whole) == len(d):
         coder = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
-        return base64.b85encode(coder.compress(bytes(each + 128 for each in d)) + coder.flush()).decode()
+        return base64.b85encode(coder.compress(bytes(each + 128 for each in whole)) + coder.flush()).decode()
     return list(d)
 
 
-def _unpacked(d: list[Any] | str) -> tuple[Any, ...]:
+def _unpacked(d: list[float] | str) -> tuple[float, ...]:
     """The inverse of `_packed`."""
     if not isinstance(d, str):
         return tuple(d)
@@ -269,9 +275,9 @@ def _unpacked(d: list[Any] | str) -> tuple[Any, ...]:
     return tuple(each - 128 for each in numbers)
 
 
-def _whole_rows(connection: sqlite3.Connection, path: Path) -> tuple[list[tuple[str, str]], list[tuple[Any, ...]]]:
+def _whole_rows(connection: sqlite3.Connection, path: Path) -> tuple[list[tuple[str, str]], list[tuple[object, ...]]]:
     """The header of a damaged journal, and its steps up to the first that was changed or cannot be read."""
-    whole: list[tuple[Any, ...]] = []
+    whole: list[tuple[object, ...]] = []
     try:
         header = connection.execute("SELECT name, value FROM header ORDER BY name").fetchall()
     except sqlite3.Error as error:

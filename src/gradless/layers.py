@@ -17,6 +17,7 @@ from gradless import kernels
 from gradless.errors import GradlessError
 from gradless.grids import floating
 from gradless.tensor import PackedWeight, Part
+from gradless.types import Modules
 
 # oneDNN keeps a compiled kernel for each of the last 1024 shapes that it saw; with batches of every length that is 100 MB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -128,7 +129,7 @@ def is_plain(layer: nn.Linear) -> bool:
         return False
 
 
-def set_activations(model: nn.Module, activations: str) -> None:
+def set_activations(model: Modules, activations: str) -> None:
     """Choose the product of packed layers: "bf16" weights with bf16 inputs, or "int8" inputs with the integer codes
     themselves, or "fp8" (E4M3) inputs with weights that are 8-bit floats.
 
@@ -184,6 +185,10 @@ def _float8(weight: PackedWeight) -> tuple[torch.dtype, Tensor]:
             "quantize with --group-size channel, and tune the codes."
         )
     return float8, scale[:, :1] * (levels[-1] / torch.finfo(float8).max)
+
+
+Linear = nn.Linear | QuantLinear
+"""A linear layer, torch's or packed."""
 
 
 class QuantEmbedding(_Packed):

@@ -50,7 +50,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 import torch
@@ -68,6 +68,7 @@ from gradless.methods.registry import RECIPES
 from gradless.spaces import parameter_sites
 from gradless.training.batches import PAIR_TOKENS
 from gradless.training.options import GROUPS
+from gradless.types import Config, LanguageModel
 
 FIRST_ORDER = ("adamw", "sgd", "qat", "lora", "qlora")
 """First-order ways of tuning that a plan knows beside the methods."""
@@ -162,7 +163,18 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
     )
 
 
-def plan(shapes: Shapes, methods: Sequence[str], *, batch_size: int, length: int) -> dict[str, Any]:
+class Plan(TypedDict):
+    """What a step of each method needs; see `plan`."""
+
+    name: str
+    parameters: int
+    packed: int
+    batch_size: int
+    length: int
+    methods: dict[str, dict[str, float]]
+
+
+def plan(shapes: Shapes, methods: Sequence[str], *, batch_size: int, length: int) -> Plan:
     """The memory of a step of each method, as plain values: bytes, and each total's ratio to the largest."""
     for name, value in (("batch size", batch_size), ("length", length)):
         if value not in COUNT:
@@ -180,7 +192,7 @@ def plan(shapes: Shapes, methods: Sequence[str], *, batch_size: int, length: int
     }
 
 
-def as_text(planned: dict[str, Any]) -> str:
+def as_text(planned: Plan) -> str:
     """A plan for a person, in MB."""
     rows = planned["methods"]
     columns = ("weights", "gradients", "states", "activations", "logits", "scratch", "total")
@@ -220,7 +232,7 @@ def shapes_of(path: Path, *, bits: int | None = None, group_size: int | None = N
     return shapes_of_config(_config(path), str(path), bits=bits, group_size=group_size)
 
 
-def shapes_of_config(config: Any, name: str, *, bits: int | None = None, group_size: int | None = None) -> Shapes:
+def shapes_of_config(config: Config, name: str, *, bits: int | None = None, group_size: int | None = None) -> Shapes:
     """The shapes of the dense model that a transformers configuration describes; see `shapes_of`."""
     bits, group_size = BITS if bits is None else bits, GROUP_SIZE if group_size is None else group_size
     if not 2 <= bits <= 8:
@@ -267,7 +279,7 @@ def _of_file(file: Checkpoint, vocabulary: int, hidden: int) -> Shapes:
     )
 
 
-def _config(path: Path) -> Any:
+def _config(path: Path) -> Config:
     """transformers' configuration in a folder or a file."""
     from transformers import AutoConfig
 
@@ -276,14 +288,15 @@ def _config(path: Path) -> Any:
         raise GradlessError(f"there is no {file}; give a GGUF file, a model's folder, or its config.json.")
     check_config(file)
     with building(file, fault="{} is no configuration that transformers can read"):
-        return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+        config: Config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+    return config
 
 
-def _skeleton(config: Any) -> Any:
+def _skeleton(config: Config) -> LanguageModel:
     """The model that a configuration describes, on the meta device: shapes without memory."""
     from transformers import AutoModelForCausalLM
 
     with building(Path(str(config.name_or_path or config.model_type))), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: LanguageModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()
     return model

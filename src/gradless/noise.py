@@ -28,7 +28,6 @@ from fractions import Fraction
 from functools import cache
 from importlib.resources import files
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
@@ -254,7 +253,7 @@ class Signs:
             (problems,) if a step has several problems that share no element.
     """
 
-    terms: tuple[tuple[Direction, Any], ...]
+    terms: tuple[tuple[Direction, float | Tensor], ...]
 
     def values(self, name: str, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
         """The signs at elements [start, start + count) of tensor `name`: fp32 in {-1, 0, 1}, shape (count,)."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from gradless.errors import GradlessError
 from gradless.layers import reading_at, restricted_to
+from gradless.types import LanguageModel, Tokenizer
 
 SHORTEST = 3
 """Smallest number of tokens in an example: one of the answer, and two before it."""
@@ -107,7 +107,7 @@ class TokenizedExample:
         return max(len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True))
 
 
-def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int | None = None) -> TokenizedExample:
+def tokenize(example: Example, tokenizer: Tokenizer, *, context: int, max_length: int | None = None) -> TokenizedExample:
     """Tokenize an example.
 
     Args:
@@ -149,13 +149,13 @@ def tokenize(example: Example, tokenizer: Any, *, context: int, max_length: int 
     return TokenizedExample(tuple(prompts), tuple(completions), example.label, example.answers, shortened=shortened)
 
 
-def _bare(text: str, tokenizer: Any) -> list[int]:
-    """A text's own tokens, including special tokens that it spells out."""
+def _bare(text: str, tokenizer: Tokenizer) -> list[int]:
+    """A text's own tokens, those included that it writes out by name."""
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _head(prompt: str, tokenizer: Any) -> list[int]:
-    """The tokens with which a tokenizer begins a sequence; none if the prompt begins with one itself, as in chat templates.
+def _head(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that a tokenizer begins a sequence with, none where the prompt, as chat templates do, begins with one itself.
 
     White space before it does not count. Tokens that the tokenizer would add at the end are left out: an answer ends where its
     text ends.
@@ -171,7 +171,7 @@ def _head(prompt: str, tokenizer: Any) -> list[int]:
     return [] if first in around[:at] else around[:at]
 
 
-def _token_gaps(example: Example, whole: list[int], tokenizer: Any, head: list[int]) -> list[range]:
+def _token_gaps(example: Example, whole: list[int], tokenizer: Tokenizer, head: list[int]) -> list[range]:
     """The tokens of `whole` inside each gap of an example's lone candidate. A token that reaches out of a gap is not inside."""
     text, before = example.prompt + example.candidates[0], len(example.prompt)
     edges = [(before + start, before + end) for start, end in example.gaps]
@@ -208,27 +208,52 @@ def _excerpts(whole: list[int], first: int, gaps: Iterable[range], limit: int, *
     return TokenizedExample((prompt,), (completion,), 0, gaps=between, shortened=len(kept) < len(learned))
 
 
-def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, copies: int = 0) -> dict[str, Any]:
-    """A batch: its sequences laid out in rows. Packed rows have hardly any padding.
+@dataclass(frozen=True)
+class TokenInputs:
+    """A batch of examples as a model reads it, one or several sequences in a row.
+
+    Attributes:
+        input_ids: int64 (rows, length).
+        position_ids: int64 (rows, length), from 0 on in each sequence; None if a row holds one sequence and no copies.
+        attention_mask: bool (rows, 1, length, length), who sees whom, where there are copies; else None.
+        owners: int64 (rows, length), the example that each token is part of; 0 where it is padding.
+        rows, columns: int64 (supervised,), the positions whose logits are needed, sequence by sequence.
+        targets: int64 (supervised,), what they predict.
+        counts: supervised positions of each sequence.
+        alone: the row and the length of each sequence if each needs a forward of its own, else None.
+        words: int64 (candidates,) where all examples choose among the same single tokens, else None: then there is one
+            sequence an example; otherwise one a candidate.
+        sizes: candidates of each example.
+        labels: int64 (examples,).
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+    owners: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    counts: list[int]
+    alone: list[tuple[int, int]] | None
+    words: Tensor | None
+    sizes: list[int]
+    labels: Tensor
+
+    def to(self, device: torch.device) -> TokenInputs:
+        """The same batch on a device."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return TokenInputs(**(vars(self) | moved))
+
+
+def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, copies: int = 0) -> TokenInputs:
+    """A batch: its sequences laid out in rows, packed if the model keeps them apart, so that next to nothing is padding.
 
     Args:
-        examples: the batch's examples.
-        rows: the layout that the model needs.
-        copies: copies of each sequence's last token, at the same position. A copy sees the tokens before that token, and
-            itself; no other token sees it. Only if all examples choose among the same words, and the model takes an attention
-            mask.
-
-    Returns:
-        `input_ids`, `position_ids`: int64 (rows, length); position ids begin anew with each sequence.
-        `attention_mask`: bool (rows, 1, length, length), which token sees which, if there are copies; else None.
-        `owners`: int64 (rows, length), the example of each token; 0 for padding.
-        `rows`, `columns`: int64 (supervised,), the positions whose logits are needed, sequence by sequence.
-        `targets`: int64 (supervised,), the tokens to predict there.
-        `counts`: number of supervised positions of each sequence.
-        `alone`: the row and the length of each sequence if each needs a forward of its own, else None.
-        `words`: int64 (candidates,) if all examples choose among the same single tokens, else None. With words each example has
-            one sequence, otherwise each candidate has one.
-        `sizes`: number of candidates of each example. `labels`: int64 (examples,).
+        examples: of the batch.
+        rows: how the model needs its sequences laid out.
+        copies: how often more each sequence's last token is passed, at the same position, seen by none but itself; only where
+            all examples choose among the same words, and the model takes a mask of who sees whom.
     """
     words = examples[0].words
     if words is not None and any(example.words != words for example in examples):
@@ -258,20 +283,20 @@ def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, c
         supervised = [start + len(prompt) - 1 + at for at in (*which, *range(len(completion), len(completion) + copies))]
         at_rows += [row] * len(supervised)
         columns += supervised
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids if packed or copies else None,
-        "attention_mask": _sees(owners, position_ids) if copies else None,
-        "owners": owners,
-        "rows": torch.tensor(at_rows),
-        "columns": torch.tensor(columns),
-        "targets": torch.tensor([answer[at] for (_, answer), which in zip(pairs, learned, strict=True) for at in which]),
-        "counts": [len(which) for which in learned],
-        "alone": [(row, len(ids)) for (row, _), ids in zip(places, sequences, strict=True)] if rows is Rows.ALONE else None,
-        "words": None if words is None else torch.tensor(words),
-        "sizes": [len(example.completions) for example in examples],
-        "labels": torch.tensor([example.label for example in examples]),
-    }
+    return TokenInputs(
+        input_ids=input_ids,
+        position_ids=position_ids if packed or copies else None,
+        attention_mask=_sees(owners, position_ids) if copies else None,
+        owners=owners,
+        rows=torch.tensor(at_rows),
+        columns=torch.tensor(columns),
+        targets=torch.tensor([answer[at] for (_, answer), which in zip(pairs, learned, strict=True) for at in which]),
+        counts=[len(which) for which in learned],
+        alone=[(row, len(ids)) for (row, _), ids in zip(places, sequences, strict=True)] if rows is Rows.ALONE else None,
+        words=None if words is None else torch.tensor(words),
+        sizes=[len(example.completions) for example in examples],
+        labels=torch.tensor([example.label for example in examples]),
+    )
 
 
 def _sees(owners: Tensor, position_ids: Tensor) -> Tensor:
@@ -281,13 +306,20 @@ def _sees(owners: Tensor, position_ids: Tensor) -> Tensor:
     return (same & before | torch.eye(owners.shape[1], dtype=torch.bool)).unsqueeze(1)
 
 
-def doubled(batch: dict[str, Any]) -> dict[str, Any]:
+def doubled(batch: TokenInputs) -> TokenInputs:
     """A batch followed by a copy of itself; not of rows that are `ALONE`."""
-    assert batch["alone"] is None
-    twice = {name: value + value if isinstance(value, list) else value for name, value in batch.items()}
-    for name in ("input_ids", "position_ids", "columns", "targets", "labels"):
-        twice[name] = None if batch[name] is None else torch.cat([batch[name], batch[name]])
-    return {**twice, "rows": torch.cat([batch["rows"], batch["rows"] + len(batch["input_ids"])])}
+    assert batch.alone is None
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, batch.input_ids]),
+        position_ids=None if batch.position_ids is None else torch.cat([batch.position_ids, batch.position_ids]),
+        rows=torch.cat([batch.rows, batch.rows + len(batch.input_ids)]),
+        columns=torch.cat([batch.columns, batch.columns]),
+        targets=torch.cat([batch.targets, batch.targets]),
+        counts=batch.counts + batch.counts,
+        sizes=batch.sizes + batch.sizes,
+        labels=torch.cat([batch.labels, batch.labels]),
+    )
 
 
 def _pack(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:
@@ -304,63 +336,64 @@ def _pack(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:
     return places
 
 
-def scores(model: Any, batch: dict[str, Any]) -> list[Tensor]:
+def scores(model: LanguageModel, batch: TokenInputs) -> list[Tensor]:
     """The score of each candidate: fp32 (candidates,) for each example, up to one constant for the example."""
-    batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    words, targets = batch["words"], batch["targets"]
+    batch = batch.to(model.device)
+    words, targets = batch.words, batch.targets
     logits, restricted = supervised_logits(model, batch, words)
     if words is not None:
         return list(logits if restricted else logits[:, words])
     logprobs = -F.cross_entropy(logits, targets, reduction="none")
-    means = torch.stack([one.mean() for one in torch.split(logprobs, batch["counts"])])
-    return list(torch.split(means, batch["sizes"]))
+    means = torch.stack([one.mean() for one in torch.split(logprobs, batch.counts)])
+    return list(torch.split(means, batch.sizes))
 
 
-def supervised_logits(model: Any, batch: dict[str, Any], words: Tensor | None = None) -> tuple[Tensor, bool]:
+def supervised_logits(model: LanguageModel, batch: TokenInputs, words: Tensor | None = None) -> tuple[Tensor, bool]:
     """Logits at a batch's supervised positions: fp32 (supervised, vocabulary), or (supervised, words) if the head could be
     restricted to `words`; and whether it was.
 
     Raises:
         GradlessError: the model computes its logits without its head's module, so they cannot be computed at few positions.
     """
-    if batch["alone"] is not None:
+    if batch.alone is not None:
         each = [supervised_logits(model, one, words) for one in _forwards(batch)]
         return torch.cat([logits for logits, _ in each]), each[0][1]
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if batch[name] is not None}
+    ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+    inputs = {name: x for name, x in ids.items() if x is not None}
     head = model.get_output_embeddings()
     if head is None:
         raise GradlessError(f"{type(model).__name__} names no head that its logits come from, so it cannot be scored.")
-    with reading_at(head, batch["rows"], batch["columns"]), restricted_to(head, words) as restricted:
+    with reading_at(head, batch.rows, batch.columns), restricted_to(head, words) as restricted:
         logits = model(**inputs, use_cache=False).logits
-    if logits.shape[:2] != (1, len(batch["rows"])):
+    if logits.shape[:2] != (1, len(batch.rows)):
         raise GradlessError(f"{type(model).__name__} does not compute its logits by its head alone, so it cannot be scored.")
     return logits[0].float(), restricted
 
 
-def _forwards(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A batch's sequences, each as a batch of its own without padding."""
-    for row, length in batch["alone"]:
-        at = batch["columns"][batch["rows"] == row]
-        ids = batch["input_ids"][row : row + 1, :length]
-        yield {**batch, "alone": None, "input_ids": ids, "rows": torch.zeros_like(at), "columns": at}
+def _forwards(batch: TokenInputs) -> Iterator[TokenInputs]:
+    """A batch's sequences, each as a batch of its own without what fills its row up."""
+    for row, length in batch.alone or ():
+        at = batch.columns[batch.rows == row]
+        ids = batch.input_ids[row : row + 1, :length]
+        yield replace(batch, alone=None, input_ids=ids, rows=torch.zeros_like(at), columns=at)
 
 
-def asked(model: Any, batch: dict[str, Any]) -> Tensor:
-    """The score of each word at each example's last token and its copies: fp32, (examples, 1 + copies, words)."""
+def asked(model: LanguageModel, batch: TokenInputs) -> Tensor:
+    """Every word's score at each example's last token and at its copies: fp32, (examples, 1 + copies, words)."""
     every = torch.stack(scores(model, batch))
-    return every.view(len(batch["sizes"]), -1, every.shape[1])
+    return every.view(len(batch.sizes), -1, every.shape[1])
 
 
-def asked_tokens(batch: dict[str, Any]) -> Tensor:
-    """Each example's last token and its copies, as places in the flattened batch: int64 (examples, 1 + copies)."""
-    tokens: Tensor = batch["rows"] * batch["input_ids"].shape[1] + batch["columns"]
-    return tokens.view(len(batch["sizes"]), -1)
+def asked_tokens(batch: TokenInputs) -> Tensor:
+    """Which tokens of a batch, flattened, are each example's last and its copies: int64 (examples, 1 + copies)."""
+    tokens = batch.rows * batch.input_ids.shape[1] + batch.columns
+    return tokens.view(len(batch.sizes), -1)
 
 
-def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The loss of each example, and whether its prediction is right: fp32 and bool, (examples,)."""
+def losses(model: LanguageModel, batch: TokenInputs) -> tuple[Tensor, Tensor]:
+    """(loss, whether the prediction is right) of every example: fp32 and bool, (examples,)."""
     each, right = [], []
-    for score, label in zip(scores(model, batch), batch["labels"], strict=True):
+    for score, label in zip(scores(model, batch), batch.labels, strict=True):
         each.append(example_loss(score, label))
         right.append(score.argmax() == label)
     return torch.stack(each), torch.stack(right)

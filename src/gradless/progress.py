@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,7 +27,7 @@ EVERY_SECONDS = 10.0
 def stopping_on_interrupt(line: ProgressLine) -> Iterator[None]:
     """The first Ctrl-C inside stops the run after its current step, a second one at once."""
 
-    def stop(_number: int, _frame: Any) -> None:
+    def stop(_number: int, _frame: object) -> None:
         line.stopped = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

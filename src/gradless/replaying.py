@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -21,7 +20,7 @@ from gradless.methods.registry import build_method
 from gradless.readers.sentences import said
 
 
-def replay(model: str, journal_path: str, output: str, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+def replay(model: str, journal_path: str, output: str, *, overwrite: bool = False, quiet: bool = False) -> dict[str, object]:
     """Rebuild a tuned model from its base and its journal, without data or forwards."""
     target, path = Path(output), local(model)
     journal = Journal.open(Path(journal_path))

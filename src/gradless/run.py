@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.progress import Progress
 from gradless import evaluation, kernels
 from gradless.batch import Batch
 from gradless.errors import GradlessError
+from gradless.evaluation import Metrics
 from gradless.files import Snapshot, checksums, claim, locked, set_aside
 from gradless.formats import packed
 from gradless.formats.adapter import AdaptedModel, LoRA, attach_peft
@@ -60,7 +61,29 @@ ROUNDING_EXAMPLES = 128
 """Number of examples on which the cost of rounding to the file's types is measured."""
 
 
-def evaluate(model: str, data: str, options: RunOptions, *, adapter: str | None = None, quiet: bool = False) -> dict[str, Any]:
+class Rounding(TypedDict):
+    """What rounding to the file's types costs; see `round_as_saved`."""
+
+    before: float
+    after: float
+    by_type: dict[str, float]
+    examples: int
+
+
+class Summary(TypedDict):
+    """What came of a run; see `tune`."""
+
+    finished: bool
+    steps: int
+    skipped: int
+    seconds: float
+    output: str
+    before: Metrics | None
+    rounding: NotRequired[Rounding]
+    after: NotRequired[Metrics]
+
+
+def evaluate(model: str, data: str, options: RunOptions, *, adapter: str | None = None, quiet: bool = False) -> Metrics:
     """Measure a model on rows, with the adapter of a PEFT folder if one is given.
 
     Returns:
@@ -76,7 +99,7 @@ def evaluate(model: str, data: str, options: RunOptions, *, adapter: str | None 
     return measure(loaded, prepared.examples, options.batch_size, quiet=quiet)
 
 
-def measure(loaded: TunableModel, examples: list[TokenizedExample], batch_size: int, *, quiet: bool = False) -> dict[str, Any]:
+def measure(loaded: TunableModel, examples: list[TokenizedExample], batch_size: int, *, quiet: bool = False) -> Metrics:
     """Metrics of a loaded model on examples, with a progress bar."""
     began = time.perf_counter()
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
@@ -87,7 +110,7 @@ def measure(loaded: TunableModel, examples: list[TokenizedExample], batch_size: 
     return {**metrics, "examples": len(examples), "seconds": round(time.perf_counter() - began, 2)}
 
 
-def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> dict[str, Any]:
+def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> Summary:
     """Tune a model; write the tuned model, the journal and the loss curve to `options.output`, which is locked meanwhile.
 
     Returns:
@@ -98,7 +121,7 @@ def tune(model: str, data: str, options: RunOptions, *, quiet: bool = False) -> 
         return _tune(model, data, options, quiet=quiet)
 
 
-def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[str, Any]:
+def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> Summary:
     output = Path(options.output)
     if options.activations == "fp8" and (options.method not in RECIPES or RECIPES[options.method].moves_scales):
         moving, others = ([name for name, each in RECIPES.items() if each.moves_scales is moves] for moves in (True, False))
@@ -143,7 +166,7 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
             say(f"before: {_shown(before)}")
         copies = recipe(options.method).copies(options)
         batch_of = partial(token_batch, loaded.model, copies=copies)
-        setting = RunSetting(loaded, options, options.seed, train.examples, options.batch_size, batch_of)
+        setting = RunSetting(loaded, options.method, options, options.seed, train.examples, options.batch_size, batch_of)
         about = {
             "options": {name: value for name, value in vars(options).items() if name not in MAY_CHANGE},
             "task": train.task.name,
@@ -166,7 +189,7 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
     def batches(step: int) -> Iterator[Batch]:
         return (batch_of([train.examples[i] for i in rows]) for rows in order.of_step(step))
 
-    def evaluated() -> dict[str, float]:
+    def evaluated() -> Metrics:
         assert held_out is not None
         return evaluation.evaluate(loaded.model, held_out.examples, loaded.tokenizer, batch_size=2 * options.batch_size)
 
@@ -177,7 +200,7 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
         line.begin()
         measured = None if held_out is None else evaluated
         train_loop(stepper, batches, steps, options.schedule, line, measured, options.eval_every)
-    summary: dict[str, Any] = {
+    summary: Summary = {
         "finished": not line.stopped,
         "steps": journal.steps,
         "skipped": stepper.skipped,
@@ -201,7 +224,17 @@ def _tune(model: str, data: str, options: RunOptions, *, quiet: bool) -> dict[st
         summary["after"] = measure(loaded, held_out.examples, options.batch_size, quiet=quiet)
         journal.evaluated(journal.steps, summary["after"], journal.seconds)
         say(f"after:  {_shown(summary['after'])}")
-    write_card(output / CARD, journal, summary, model=str(base or model), target=target.name, data=data, held_out=options.eval)
+    write_card(
+        output / CARD,
+        journal,
+        stepper.skipped,
+        before,
+        summary.get("after"),
+        model=str(base or model),
+        target=target.name,
+        data=data,
+        held_out=options.eval,
+    )
     journal.finish({name: digest for path in written for name, digest in checksums(path).items()})
     from gradless.report.curve import plot_run
 
@@ -225,7 +258,7 @@ def how_it_multiplies(loaded: TunableModel, options: RunOptions) -> str:
     return f"linear layers: {', '.join(types)} unpacked to bf16 ({kernels.name()} kernels)"
 
 
-def quantize(loaded: TunableModel, output: Path, options: RunOptions) -> dict[str, Any]:
+def quantize(loaded: TunableModel, output: Path, options: RunOptions) -> dict[str, object]:
     """Round a dense model's linear layers to the grid that the options name; write a packed folder."""
     grid, group = grid_name(options), None if options.group_size == "channel" else int(options.group_size)
     if not isinstance(loaded, DenseModel):
@@ -249,14 +282,14 @@ def _fingerprint(examples: list[TokenizedExample]) -> str:
     return hashlib.sha256(repr(examples).encode()).hexdigest()
 
 
-def _first_evaluation(output: Path) -> dict[str, float] | None:
+def _first_evaluation(output: Path) -> Metrics | None:
     journal = Journal.open(output / JOURNAL, to_go_on=True)
     found = [row for row in journal.evaluations() if row["step"] == 0]
     journal.close()
     return found[0] if found else None
 
 
-def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> dict[str, Any]:
+def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> Rounding:
     """Round the tuned block values to the saved file's types, and measure the cost.
 
     Returns:
@@ -282,12 +315,12 @@ def round_as_saved(loaded: QuantizedModel, examples: list[TokenizedExample]) -> 
     return {"before": before, "after": after, "by_type": by_type, "examples": len(examples)}
 
 
-def _shown(metrics: dict[str, Any]) -> str:
+def _shown(metrics: Metrics) -> str:
     accuracy = f"accuracy {metrics['accuracy']:.4f}, " if "accuracy" in metrics else ""
     return f"{accuracy}loss {metrics['loss']:.4f}"
 
 
-def _shown_rounding(report: dict[str, Any]) -> str:
+def _shown_rounding(report: Rounding) -> str:
     shares = ", ".join(f"{name} {change:+.5f}" for name, change in report["by_type"].items())
     return (
         f"rounding to the file's types: loss {report['before']:.5f} -> {report['after']:.5f} "

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from gradless.grids import Grid
 from gradless.kernels.reference import f32, stopped
 from gradless.targets import Kind
 from gradless.tensor import UNMOVED, Move, PackedWeight, Part, TunedCodes, Views
+from gradless.types import Config, LanguageModel, Modules
 
 SLOPES_AT_ONCE = 1 << 17
 """The number of slopes in memory at once."""
@@ -68,7 +69,7 @@ class Space(ABC):
         return 0
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """The options of `TunableModel.spaces` that make such a space, its `Kind` under "kind" included, as plain values."""
         raise NotImplementedError
 
@@ -110,7 +111,7 @@ class BlockSpace(Space):
         self.name, self.values, self.weight = weight.name, weight.tuned_values.values, weight
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         return {"kind": Kind.BLOCKS, "part": str(self.weight.part), "relative": self.weight.tuned_values.relative}
 
     def view(self, *moves: Move) -> None:
@@ -208,7 +209,7 @@ class CodeSpace(Space):
         self.name, self.values = weight.name, weight.packed
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         tuned = self.weight.tuned
         assert isinstance(tuned, TunedCodes)
         return {"kind": Kind.CODES, "stride": tuned.stride, "clamp": tuned.clamp, "residual": tuned.residual is not None}
@@ -251,7 +252,7 @@ class GridSpace(Space):
         return self.values.numel()
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         return {"kind": Kind.CODES, "clamp": self.clamp, "residual": self.residual is not None}
 
     def shown(self) -> Tensor:
@@ -320,7 +321,7 @@ class DenseSpace(Space):
                 site[0].register_forward_hook(self._leave(site), always_call=True)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         copied = all(parameter.dtype is not self.values.dtype for parameter in self.parameters.values())
         return {"kind": Kind.PARAMETERS, "master": copied}
 
@@ -351,23 +352,23 @@ class DenseSpace(Space):
             parameter = nn.Parameter(self._shown(moved).to(parameter.dtype), requires_grad=False)
         module._parameters[attribute] = parameter
 
-    def _enter(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, Any], None]:
-        def enter(_module: nn.Module, _inputs: Any) -> None:
+    def _enter(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, object], None]:
+        def enter(_module: nn.Module, _inputs: object) -> None:
             self._called.add(site)
             if self._view is not None:
                 self._swap(site)
 
         return enter
 
-    def _leave(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, Any, Any], None]:
-        def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
+    def _leave(self, site: tuple[nn.Module, str]) -> Callable[[nn.Module, object, object], None]:
+        def leave(module: nn.Module, _inputs: object, _output: object) -> None:
             module._parameters[site[1]] = self.parameters[site]
 
         return leave
 
 
 def dense_spaces(
-    model: nn.Module, chosen: Callable[[str, nn.Module], bool] | None = None, *, master: bool = False
+    model: Modules, chosen: Callable[[str, nn.Module], bool] | None = None, *, master: bool = False
 ) -> list[Space]:
     """The parameters of a dense model as spaces.
 
@@ -388,7 +389,7 @@ def dense_spaces(
 
 
 def parameter_sites(
-    model: nn.Module, chosen: Callable[[str, nn.Module], bool] | None = None
+    model: Modules, chosen: Callable[[str, nn.Module], bool] | None = None
 ) -> dict[str, list[tuple[nn.Module, str]]]:
     """The chosen parameters by their first name: every (module, attribute) that holds each; see `dense_spaces`."""
     chosen = chosen or linear_layers(model)
@@ -404,7 +405,7 @@ def parameter_sites(
     return sites
 
 
-def linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+def linear_layers(model: Modules) -> Callable[[str, nn.Module], bool]:
     """A test for the modules that gradless trains by default: linear layers of the part that reads text, but not the head that
     shares or mirrors an embedding."""
     get_head: Callable[[], nn.Module] | None = getattr(model, "get_output_embeddings", None)
@@ -412,10 +413,16 @@ def linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     return lambda _name, module: isinstance(module, nn.Linear) and module is not head and module in reads
 
 
-def reads_text(model: Any) -> set[nn.Module]:
+def reads_text(model: Modules) -> set[nn.Module]:
     """The modules that text goes through: all but the encoders of images and sounds, and their projections into the stream.
     No loss depends on those here, so a search would only move them about."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config") or config.get_text_config(decoder=True) is config:
+    if not _has_encoders(model):
         return set(model.modules())
-    return {*model.get_decoder().modules(), model.get_output_embeddings()}
+    head = model.get_output_embeddings()
+    return {*model.get_decoder().modules(), *([] if head is None else [head])}
+
+
+def _has_encoders(model: Modules) -> TypeGuard[LanguageModel]:
+    """Whether it is a language model with encoders of images or sounds."""
+    config: Config | None = getattr(model, "config", None)
+    return config is not None and hasattr(config, "get_text_config") and config.get_text_config(decoder=True) is not config

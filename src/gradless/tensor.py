@@ -31,7 +31,7 @@ class Move(NamedTuple):
     """
 
     direction: Direction | Signs
-    coefficient: float
+    coefficient: float | Tensor
     decay: float = 1.0
 
 

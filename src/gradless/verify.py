@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from gradless.errors import GradlessError
 from gradless.files import checksums
@@ -17,7 +17,20 @@ JOURNAL, SALVAGED = "journal.db", "journal.salvaged.db"
 GOOD, BAD, UNKNOWN = "belongs", "does not belong", "unknown"
 
 
-def verify(run: str, *, base: str | None = None, salvage: bool = False) -> dict[str, Any]:
+class Verdict(TypedDict):
+    """What `verify` found."""
+
+    steps: int
+    finished: bool
+    salvaged: str | None
+    why: dict[str, str]
+    journal: str
+    base: str
+    tuned: str
+    whole: bool
+
+
+def verify(run: str, *, base: str | None = None, salvage: bool = False) -> Verdict:
     """Check a run's folder. Nothing in it is changed, but `salvage` adds a file.
 
     Args:
@@ -34,21 +47,30 @@ def verify(run: str, *, base: str | None = None, salvage: bool = False) -> dict[
     """
     folder = Path(run)
     path = folder / JOURNAL if folder.is_dir() else folder
-    report: dict[str, Any] = {"steps": 0, "finished": False, "salvaged": None, "why": {}}
+    report: Verdict = {
+        "steps": 0,
+        "finished": False,
+        "salvaged": None,
+        "why": {},
+        "journal": BAD,
+        "base": UNKNOWN,
+        "tuned": UNKNOWN,
+        "whole": False,
+    }
     try:
         journal = Journal.open(path)
     except GradlessError as error:
         if not path.is_file():
             raise
-        report |= {"journal": BAD, "base": UNKNOWN, "tuned": UNKNOWN, "why": {"journal": str(error)}}
+        report["why"]["journal"] = str(error)
         if salvage:
             report["steps"] = Journal.salvage(path, path.with_name(SALVAGED))
             report["salvaged"] = str(path.with_name(SALVAGED))
     else:
-        report |= {"journal": GOOD, "steps": journal.steps, "finished": journal.finished}
-        for part, (state, why) in {"base": _base(journal, base), "tuned": _tuned(journal, base)}.items():
-            report[part] = state
-            report["why"] |= {part: why} if why else {}
+        report["journal"], report["steps"], report["finished"] = GOOD, journal.steps, journal.finished
+        report["base"], why_base = _base(journal, base)
+        report["tuned"], why_tuned = _tuned(journal, base)
+        report["why"] = {part: why for part, why in (("base", why_base), ("tuned", why_tuned)) if why}
         journal.close()
     report["whole"] = BAD not in (report["journal"], report["base"], report["tuned"])
     return report
@@ -86,12 +108,12 @@ def _tuned(journal: Journal, base: str | None) -> tuple[str, str]:
     return GOOD, ""
 
 
-def as_text(report: dict[str, Any]) -> str:
+def as_text(report: Verdict) -> str:
     """The report as text."""
     ended = "finished" if report["finished"] else "not finished"
     lines = []
-    for part in ("journal", "base", "tuned"):
-        lines.append(f"  {part:8} {report[part]}" + (f": {report['why'][part]}" if part in report["why"] else ""))
+    for part, state in (("journal", report["journal"]), ("base", report["base"]), ("tuned", report["tuned"])):
+        lines.append(f"  {part:8} {state}" + (f": {report['why'][part]}" if part in report["why"] else ""))
     if report["salvaged"]:
         kept = f"kept {report['steps']} steps in {report['salvaged']}"
         lines.append(f"{kept}: replay it, or put it in the journal's place and go on with --resume")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from gradless.errors import GradlessError
 
+K = TypeVar("K")
+
 SCORES, CLASSES = ("logits", "scores", "probabilities", "probs"), ("labels", "label", "classes")
 """Names of outputs that identify them as scores or as classes."""
 _MOST = 2**31
 """Classes must be below this, since they are kept as int32."""
 
 
-def read_labels(given: Any, images: int | None = None) -> Tensor:
+def read_labels(given: object, images: int | None = None) -> Tensor:
     """The classes that a user gives, one an image.
 
     Args:
@@ -48,7 +50,7 @@ def read_labels(given: Any, images: int | None = None) -> Tensor:
     return labels.long()
 
 
-def read_answer(returned: Any, images: int) -> Tensor:
+def read_answer(returned: object, images: int) -> Tensor:
     """A model's answer to a batch.
 
     Args:
@@ -86,13 +88,13 @@ def read_answer(returned: Any, images: int) -> Tensor:
     return choose({"an array": returned}, images)
 
 
-def read_classes(returned: Any, images: int) -> Tensor:
+def read_classes(returned: object, images: int) -> Tensor:
     """The classes, int64 (n,), in a model's answer: those with the largest scores if it has scores; see `read_answer`."""
     answer = read_answer(returned, images)
     return answer.argmax(1) if answer.ndim == 2 else answer
 
 
-def choose(outputs: Mapping[Any, Any], images: int) -> Tensor:
+def choose(outputs: Mapping[K, object], images: int) -> Tensor:
     """The output of a model that is its answer to a batch: scores if there are any, else classes.
 
     Args:
@@ -119,7 +121,7 @@ def choose(outputs: Mapping[Any, Any], images: int) -> Tensor:
     )
 
 
-def _hint(outputs: Mapping[Any, Any], images: int) -> str:
+def _hint(outputs: Mapping[K, object], images: int) -> str:
     if len(outputs) > 1:
         return ", alone or so that they can be told from its other outputs"
     try:
@@ -133,9 +135,9 @@ def _hint(outputs: Mapping[Any, Any], images: int) -> str:
     return " as integers from 0 on"
 
 
-def _of_kind(outputs: Mapping[Any, Any], images: int, *, scores: bool) -> dict[Any, Tensor]:
+def _of_kind(outputs: Mapping[K, object], images: int, *, scores: bool) -> dict[K, Tensor]:
     """The outputs that can be scores, or classes, as tensors of their final shape and dtype."""
-    found: dict[Any, Tensor] = {}
+    found: dict[K, Tensor] = {}
     for name, value in outputs.items():
         if str(name).lower() in (CLASSES if scores else SCORES):
             continue
@@ -153,7 +155,7 @@ def _of_kind(outputs: Mapping[Any, Any], images: int, *, scores: bool) -> dict[A
     return found
 
 
-def _several(values: tuple[Any, ...] | list[Any], images: int) -> bool:
+def _several(values: tuple[object, ...] | list[object], images: int) -> bool:
     """Whether these are outputs for the whole batch, rather than rows, one for each image."""
     shapes = [tuple(value.shape) for value in values if hasattr(value, "shape")]
     if not shapes or len(values) != images:
@@ -163,7 +165,7 @@ def _several(values: tuple[Any, ...] | list[Any], images: int) -> bool:
     return isinstance(values, tuple) and any(shapes)
 
 
-def tensor_of(value: Any) -> Tensor:
+def tensor_of(value: object) -> Tensor:
     """An array of any library, or lists of numbers, as a dense tensor on the CPU: bool, int64, fp32 or fp64.
 
     Raises:
@@ -206,7 +208,7 @@ def _whole(values: Tensor) -> bool:
     return not values.is_floating_point() and values.dtype != torch.bool
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if hasattr(value, "shape"):
         return f"of shape {tuple(value.shape)} ({getattr(value, 'dtype', type(value).__name__)})"
     return f"of type {type(value).__name__}"

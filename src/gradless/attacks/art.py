@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from art.attacks.attack import EvasionAttack
 from art.estimators.classification import ClassifierMixin
 from art.estimators.estimator import BaseEstimator
+from numpy.typing import NDArray
 
 from gradless.attacks.answers import read_classes
 from gradless.attacks.base import Attack, AttackResult
 from gradless.attacks.criteria import Misclassification, TargetedMisclassification
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[np.generic]
 
 
 class BlackBoxEvasion(EvasionAttack):  # type: ignore[misc]
@@ -31,12 +32,12 @@ class BlackBoxEvasion(EvasionAttack):  # type: ignore[misc]
     attack_params: ClassVar[list[str]] = [*EvasionAttack.attack_params, "attack", "targeted"]
     _estimator_requirements = (BaseEstimator, ClassifierMixin)
 
-    def __init__(self, estimator: Any, attack: Attack, targeted: bool = False) -> None:
+    def __init__(self, estimator: object, attack: Attack, targeted: bool = False) -> None:
         super().__init__(estimator=estimator)
         self.attack, self.targeted = attack, targeted
         self.result: AttackResult | None = None
 
-    def generate(self, x: Array, y: Array | None = None, **_: Any) -> Array:
+    def generate(self, x: Array, y: Array | None = None, **_: object) -> Array:
         """Adversarial images; an image for which none was found is returned unchanged.
 
         Args:

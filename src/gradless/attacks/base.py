@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -23,6 +23,17 @@ from gradless.attacks.trial import Trial
 from gradless.errors import GradlessError
 from gradless.files import replacing
 from gradless.methods.base import ZerothOrderOptimizer
+
+
+class Figures(TypedDict):
+    """The figures of an attack; see `AttackResult.summary`."""
+
+    images: int
+    failure_rate: float
+    mean_queries: float | None
+    median_queries: float | None
+    queries_to_90: int | None
+    total_queries: int
 
 
 @dataclass
@@ -57,7 +68,7 @@ class AttackResult:
         spent, wanted = self.queries[self.success].sort().values, int(np.ceil(share * len(self.success)))
         return int(spent[wanted - 1]) if 0 < wanted <= len(spent) else None
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Figures:
         """The attack's figures, as plain numbers. Mean and median are over successes, None if there are none."""
         spent = self.queries[self.success].double()
         return {

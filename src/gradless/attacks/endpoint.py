@@ -171,7 +171,7 @@ class Endpoint:
         return read_answer(named, images)
 
 
-def _done(call: Coroutine[Any, Any, Answer]) -> Answer:
+def _done(call: Coroutine[object, object, Answer]) -> Answer:
     """The result of a coroutine, even while an event loop is running, as in a notebook."""
     try:
         asyncio.get_running_loop()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradless.database import Database
 from gradless.errors import GradlessError
@@ -42,7 +42,7 @@ class QueryLog:
         GradlessError: the file is no such log, or the log of another attack.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, object]) -> None:
         self.path = path
         if path.is_file() and path.stat().st_size:
             self._database = Database(path, _SCHEMA, _WHAT)
@@ -77,7 +77,7 @@ class QueryLog:
         asked = enumerate(zip(images, names, strict=True)) if self._logged else ()
         return {i: self._logged[of] for i, of in asked if of in self._logged}
 
-    def append(self, answers: np.ndarray[Any, Any]) -> None:
+    def append(self, answers: NDArray[np.generic]) -> None:
         """Commit the answers of one call, (n,) of `ANSWER`, to the disk.
 
         Raises:

@@ -6,7 +6,6 @@ import importlib
 import sys
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -66,6 +65,6 @@ class TorchModule:
         one = next(chain(module.parameters(), module.buffers()), None)
         self.device = None if one is None else one.device
 
-    def __call__(self, batch: Tensor) -> Any:
+    def __call__(self, batch: Tensor) -> object:
         """The module's output for a batch."""
         return self.module(batch.to(self.device))

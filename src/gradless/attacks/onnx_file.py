@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradless.attacks.answers import choose
@@ -80,7 +80,7 @@ class OnnxFile:
         names = (output.name for output in self._session.get_outputs())
         return choose({name: _listed(value) for name, value in zip(names, values, strict=True)}, size)[: len(part)]
 
-    def _cast(self, images: Tensor) -> np.ndarray[Any, Any]:
+    def _cast(self, images: Tensor) -> NDArray[np.generic]:
         taken = _TAKEN[self._input.type]
         if taken is not np.uint8:
             return images.numpy().astype(taken)
@@ -90,7 +90,7 @@ class OnnxFile:
         return pixels.round().to(torch.uint8).numpy()
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     """Scores (n, classes) of n maps from classes 0, 1, .. to scores; anything else as it is."""
     if not (isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value)):
         return value

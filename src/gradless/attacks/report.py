@@ -6,9 +6,9 @@ import base64
 import html
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradless.attacks.base import AttackResult
@@ -25,7 +25,7 @@ figure img { width: 31%; image-rendering: pixelated; } figcaption { font-size: .
 """
 
 
-def write_report(path: Path, about: dict[str, Any], images: Tensor, labels: Tensor, result: AttackResult) -> None:
+def write_report(path: Path, about: dict[str, object], images: Tensor, labels: Tensor, result: AttackResult) -> None:
     """Write the figures, a curve of success against the budget, and a grid of original, perturbation and adversarial images.
 
     Args:
@@ -57,7 +57,7 @@ def write_report(path: Path, about: dict[str, Any], images: Tensor, labels: Tens
     )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -79,7 +79,7 @@ def _card(i: int, images: Tensor, labels: Tensor, result: AttackResult) -> str:
     return f"<figure>{pictures}<figcaption>{says}</figcaption></figure>"
 
 
-def _picture(image: np.ndarray[Any, Any]) -> str:
+def _picture(image: NDArray[np.float32]) -> str:
     from PIL import Image
 
     if image.ndim == 3 and image.shape[0] in (1, 3):

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gradless.attacks.answers import read_classes, read_labels
-from gradless.attacks.base import Attack, AttackResult
+from gradless.attacks.base import Attack, AttackResult, Figures
 from gradless.attacks.criteria import Criterion, Misclassification, TargetedMisclassification
 from gradless.attacks.labels import LabelAttack
 from gradless.attacks.log import QueryLog
@@ -40,7 +41,15 @@ LATER = {"repeat": 1}
 """Options that older logs lack, with the values that they had then. A log names them only if their values differ."""
 
 
-def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = False) -> dict[str, Any]:
+class Outcome(Figures):
+    """The figures of an attack, and the paths of the files written."""
+
+    output: str
+    result: str
+    report: str
+
+
+def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = False) -> Outcome:
     """Attack every image of a .npz file and write the results.
 
     Args:
@@ -61,7 +70,7 @@ def attack(model: str, images: str, options: AttackOptions, *, quiet: bool = Fal
         return _attack(model, pixels, labels, options, quiet=quiet)
 
 
-def _attack(model: str, pixels: torch.Tensor, labels: Any, options: AttackOptions, *, quiet: bool) -> dict[str, Any]:
+def _attack(model: str, pixels: torch.Tensor, labels: NDArray[np.generic], options: AttackOptions, *, quiet: bool) -> Outcome:
     output, method = Path(str(options.output)), make(options)
     begun = (output / "queries.db").is_file()
     claim(output, "an attack", held=begun, resume=options.resume, overwrite=options.overwrite)
@@ -110,7 +119,7 @@ class _Model:
     predict: Predict
     log: Path
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, batch: object) -> object:
         try:
             return self.predict(batch)
         except GradlessError:
@@ -136,7 +145,7 @@ def make(options: AttackOptions) -> Attack:
     return ATTACKS[options.method](options.eps, **more)
 
 
-def read_images(path: Path) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
+def read_images(path: Path) -> tuple[torch.Tensor, NDArray[np.generic]]:
     """Images, fp32, and labels of a .npz file; bytes are divided by 255.
 
     Raises:
@@ -151,8 +160,8 @@ def read_images(path: Path) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
 
 
 def _write(
-    output: Path, header: dict[str, Any], images: torch.Tensor, labels: torch.Tensor, result: AttackResult
-) -> dict[str, Any]:
+    output: Path, header: dict[str, object], images: torch.Tensor, labels: torch.Tensor, result: AttackResult
+) -> Outcome:
     result.save(output / "result.npz")
     write_report(output / "report.html", header, images, labels, result)
     summary = result.summary()

@@ -60,7 +60,8 @@ class ZOSignSGD(ZerothOrderOptimizer):
         return Measurement(tuple(losses), batch.size)
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
-        return (plus - minus) / group["eps"]
+        eps: float = group["eps"]
+        return (plus - minus) / eps
 
     def moves(self, step: int, d: Sequence[Loss], lr: float, group: Group) -> Iterator[Move]:
         """-lr sign(sum_i d_i u_i)."""

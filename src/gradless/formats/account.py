@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradless.errors import GradlessError
+from gradless.types import LanguageModel
 
 SHOWN = 3
 """Largest number of names in a sentence."""
@@ -50,7 +50,7 @@ class Account:
         placed: name in the model -> name in the file of the tensor that fills it.
     """
 
-    def __init__(self, path: Path, model: Any) -> None:
+    def __init__(self, path: Path, model: LanguageModel) -> None:
         self.path = path
         self.expected = list(model.state_dict(keep_vars=True))
         self.tied: dict[str, str] = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
@@ -85,7 +85,7 @@ class Account:
         heads = [{target, source} for target, source in self.tied.items() if {target, source} & self.head]
         return any(pair <= self.placed.keys() for pair in heads)
 
-    def settle(self, model: Any) -> list[str]:
+    def settle(self, model: LanguageModel) -> list[str]:
         """Close the account.
 
         Args:
@@ -118,12 +118,12 @@ class Account:
             notes.append(f"{self.path}: {_some(own)} is the file's own, though its configuration ties it; the file's is read")
         return notes
 
-    def _is_tied(self, model: Any, name: str) -> bool:
+    def _is_tied(self, model: LanguageModel, name: str) -> bool:
         """Whether the model's class ties a parameter to a filled one, and both are the same tensor."""
         pairs = [*self.tied.items(), *((source, target) for target, source in self.tied.items())]
         return any(one == name and other in self.placed and _is_one(model, one, other) for one, other in pairs)
 
-    def _refusal(self, foreign: list[str], missing: list[str], model: Any) -> str:
+    def _refusal(self, foreign: list[str], missing: list[str], model: LanguageModel) -> str:
         faults, kind = [], type(model).__name__
         if missing:
             faults.append(f"has no tensor for {_some(missing)} ({_counted(missing, 'parameter')} of {kind})")
@@ -136,7 +136,7 @@ class Account:
         return f"{self.path} {', and '.join(faults)}; {_advice(foreign, missing)}."
 
 
-def understood(config: Mapping[str, Any], what: str, used: Collection[str], neutral: Collection[str]) -> None:
+def understood(config: Mapping[str, object], what: str, used: Collection[str], neutral: Collection[str]) -> None:
     """An account of a quantizer's settings: each is used, or changes no weight, or says nothing.
 
     Args:
@@ -156,7 +156,7 @@ def understood(config: Mapping[str, Any], what: str, used: Collection[str], neut
             )
 
 
-def harmless(model: Any, place: str, values: Tensor) -> str | None:
+def harmless(model: LanguageModel, place: str, values: Tensor) -> str | None:
     """Why a tensor without a place changes nothing, or None if its values do not prove it.
 
     Args:
@@ -185,7 +185,7 @@ def harmless(model: Any, place: str, values: Tensor) -> str | None:
     return None
 
 
-def _module(model: Any, path: str) -> nn.Module | None:
+def _module(model: LanguageModel, path: str) -> nn.Module | None:
     try:
         found: nn.Module = model.get_submodule(path)
     except AttributeError:
@@ -219,7 +219,7 @@ def _is_causal(values: Tensor) -> bool:
     return values.numel() == n * n and torch.equal(values.reshape(n, n).bool(), torch.ones(n, n).tril().bool())
 
 
-def _is_one(model: Any, one: str, other: str) -> bool:
+def _is_one(model: LanguageModel, one: str, other: str) -> bool:
     """Whether two names belong to the same tensor, packed or not."""
     (module, attribute), (twin, its) = (
         (_module(model, path), attribute) for path, _, attribute in (one.rpartition("."), other.rpartition("."))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard
 
 import gguf
 import numpy as np
@@ -31,7 +31,7 @@ from gradless.formats.model import Plain
 from gradless.formats.peft_config import CONFIG, read_config
 from gradless.formats.quantized import QuantizedModel
 from gradless.grids import integers, lora_scale
-from gradless.layers import QuantLinear
+from gradless.layers import Linear, QuantLinear
 from gradless.noise import Direction, Stream, uniform
 from gradless.spaces import GridSpace, Space, linear_layers
 from gradless.targets import EVERYTHING, Kind, Targets
@@ -153,16 +153,16 @@ def _is_gguf(base: QuantizedModel | DenseModel) -> TypeGuard[QuantizedModel]:
     return isinstance(base, QuantizedModel) and isinstance(base.file, GGUFFile)
 
 
-def adaptable(base: QuantizedModel | DenseModel) -> dict[str, Any]:
+def adaptable(base: QuantizedModel | DenseModel) -> dict[str, Linear]:
     """Path -> linear layer that gets an adapter: the layers that are tuned if there are no adapters."""
     if isinstance(base, QuantizedModel):
         linear = set(base.linear_layers())
         return {path: m for path, m in base.model.named_modules() if isinstance(m, QuantLinear) and m.packed.name in linear}
     chosen = linear_layers(base.model)
-    return {path: m for path, m in base.model.named_modules() if chosen(path, m)}
+    return {path: m for path, m in base.model.named_modules() if isinstance(m, nn.Linear) and chosen(path, m)}
 
 
-def new_adapter(path: str, layer: Any, lora: LoRA, *, clamp: bool = False, residual: bool = False) -> Adapter:
+def new_adapter(path: str, layer: Linear, lora: LoRA, *, clamp: bool = False, residual: bool = False) -> Adapter:
     """A layer's initial factors. Both have one scale, twice A's range, so that B can grow from zero."""
     grid, shape = integers(lora.bits), (lora.rank, layer.in_features)
     names = (f"{path}.lora_A.weight", f"{path}.lora_B.weight")
@@ -278,7 +278,7 @@ def _read_factors(folder: Path) -> dict[str, dict[str, Tensor]]:
     return pairs
 
 
-def _fits(layer: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
+def _fits(layer: Linear | None, shapes: dict[str, tuple[int, ...]]) -> bool:
     """Whether the shapes are those of a layer's two factors, for any rank."""
     if layer is None or shapes.keys() != {"lora_A", "lora_B"} or not shapes["lora_A"]:
         return False
@@ -297,9 +297,9 @@ def _without_wrapper(paths: Iterable[str]) -> dict[str, str]:
     return {_unwrapped(path): path for path in paths if count[_unwrapped(path)] == 1}
 
 
-def _weight(layer: Any) -> Tensor:
+def _weight(layer: Linear) -> Tensor:
     """The weight that a layer's forward reads."""
-    return cast(Tensor, layer.packed.packed if isinstance(layer, QuantLinear) else layer.weight)
+    return layer.packed.packed if isinstance(layer, QuantLinear) else layer.weight
 
 
 def write_gguf(path: Path, base: QuantizedModel, adapters: list[Adapter], lora: LoRA) -> None:
@@ -311,7 +311,9 @@ def write_gguf(path: Path, base: QuantizedModel, adapters: list[Adapter], lora: 
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", lora.alpha)
         for adapter in adapters:
-            tensor = layers[adapter.path].packed
+            layer = layers[adapter.path]
+            assert isinstance(layer, QuantLinear)
+            tensor = layer.packed
             b = torch.empty_like(adapter.b.shown())
             b[tensor.file_rows] = adapter.b.shown()
             for name, values in (("lora_a", adapter.a.shown()), ("lora_b", b)):

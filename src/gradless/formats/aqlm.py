@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
 from gradless.errors import GradlessError
 from gradless.formats.account import understood
 from gradless.formats.checkpoint import Layout, finite, rounded
+from gradless.readers.json import whole
 from gradless.tensor import CodebookWeight, Part
 
 USED = ("in_group_size", "out_group_size", "num_codebooks", "nbits_per_codebook")
@@ -37,7 +38,7 @@ class AQLM(Layout[CodebookWeight]):
     size: int
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, object]) -> Self:
         """From `quantization_config`.
 
         Raises:
@@ -46,7 +47,11 @@ class AQLM(Layout[CodebookWeight]):
         understood(config, "AQLM", USED, NEUTRAL)
         if config.get("out_group_size", 1) != 1:
             raise GradlessError(f"AQLM with groups of {config['out_group_size']} rows; groups within a row are supported.")
-        return cls(config.get("num_codebooks", 1), config.get("nbits_per_codebook", 16), config.get("in_group_size", 8))
+        return cls(
+            whole(config, "num_codebooks", "AQLM", least=1, most=256, default=1),
+            whole(config, "nbits_per_codebook", "AQLM", least=1, most=16, default=16),
+            whole(config, "in_group_size", "AQLM", least=1, most=1 << 10, default=8),
+        )
 
     @property
     def title(self) -> str:

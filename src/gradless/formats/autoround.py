@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from gradless.errors import GradlessError
 from gradless.formats.awq import AWQ
 from gradless.formats.checkpoint import Layout
 from gradless.formats.gptq import GPTQ
-from gradless.formats.words import FLOAT_BITS
+from gradless.formats.words import is_narrow
+from gradless.readers.json import is_object, mapping
 from gradless.tensor import BlockWeight
 
 PACKINGS = {
@@ -20,7 +21,7 @@ PACKINGS = {
 """`packing_format` -> the layout."""
 
 
-def from_config(config: dict[str, Any]) -> Layout[BlockWeight]:
+def from_config(config: Mapping[str, object]) -> Layout[BlockWeight]:
     """The layout that a `quantization_config` describes.
 
     Raises:
@@ -29,7 +30,8 @@ def from_config(config: dict[str, Any]) -> Layout[BlockWeight]:
     packing = str(config.get("packing_format"))
     if packing not in PACKINGS:
         raise GradlessError(f"AutoRound packed as {packing}; supported are {', '.join(PACKINGS)}.")
-    unlike = [name for name, own in (config.get("extra_config") or {}).items() if (own.get("bits") or FLOAT_BITS) < FLOAT_BITS]
+    layers = mapping(config, "extra_config", "AutoRound", of=is_object, what="an object")
+    unlike = [name for name, own in layers.items() if is_narrow(own.get("bits"))]
     if unlike:
         raise GradlessError(f"AutoRound with settings of its own for {unlike[0]} is not supported.")
     rest = {name: value for name, value in config.items() if name not in ("packing_format", "extra_config")}

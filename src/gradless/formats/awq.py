@@ -5,13 +5,15 @@ Codes lie along the rows: a word holds rows 8 k to 8 k + 7 of one column, in the
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from gradless.errors import GradlessError
 from gradless.formats.words import Words, check_settings, formats_named, pack_words, unpack_words
+from gradless.readers.json import whole
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The row, 0 to 7, in each nibble of a word, from the lowest nibble on."""
@@ -23,7 +25,7 @@ class AWQ(Words):
     """A layer's tensors as AWQ's tools write them."""
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, object]) -> Self:
         """The layout that a `quantization_config` describes.
 
         Raises:
@@ -38,8 +40,9 @@ class AWQ(Words):
             raise GradlessError(f"AWQ in {' and '.join(sorted(orders))} order with {bits} bits; supported is gemm with 4.")
         if config.get("desc_act"):
             raise GradlessError("AWQ in act-order (desc_act) is not supported.")
-        group = config.get("group_size", config.get("q_group_size", 128))
-        return cls(bits, None if group == -1 else group)
+        name = "group_size" if "group_size" in config else "q_group_size"
+        group = whole(config, name, "AWQ", least=-1, most=1 << 20, default=128)
+        return cls(4, None if group == -1 else group)
 
     def codes(self, words: Tensor) -> Tensor:
         rows = unpack_words(words.mT.contiguous(), self.bits).view(-1, len(ORDER), len(words))

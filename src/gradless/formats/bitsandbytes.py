@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ NEUTRAL = (
 STATE = "weight.quant_state.bitsandbytes__"
 
 
-def from_config(config: dict[str, Any]) -> Layout[BlockWeight]:
+def from_config(config: Mapping[str, object]) -> Layout[BlockWeight]:
     """From `quantization_config`.
 
     Raises:
@@ -145,8 +145,17 @@ class EightBit(Layout[BlockWeight]):
         return self.write(weight, parts)["SCB"] / 127
 
 
-def _state(stored: Tensor) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(bytes(stored.tolist()))
+class State(TypedDict):
+    """What bitsandbytes writes of a matrix beside its numbers; the `nested` entries are there if scales have scales."""
+
+    shape: list[int]
+    blocksize: int
+    nested_blocksize: NotRequired[int]
+    nested_offset: NotRequired[float]
+
+
+def _state(stored: Tensor) -> State:
+    result: State = json.loads(bytes(stored.tolist()))
     return result
 
 
@@ -164,13 +173,13 @@ def _nibbles(stored: Tensor) -> Tensor:
     return torch.stack([flat >> 4, flat & 15], 1).flatten().long()
 
 
-def _nested(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
+def _nested(parts: Mapping[str, Tensor], state: State) -> Tensor:
     """The factor of each scale's code: fp32."""
     n = parts["weight.absmax"].numel()
     return parts["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[:n]
 
 
-def _scales(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
+def _scales(parts: Mapping[str, Tensor], state: State) -> Tensor:
     """The scales that `absmax` stands for: fp32, (n,)."""
     absmax = parts["weight.absmax"].flatten()
     if "nested_blocksize" not in state:
@@ -179,7 +188,7 @@ def _scales(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
     return scales
 
 
-def _absmax(weight: BlockWeight, parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
+def _absmax(weight: BlockWeight, parts: Mapping[str, Tensor], state: State) -> Tensor:
     """`absmax` as the file will hold the tuned scales: the nearest codes, and the file's own for scales that did not move."""
     before, tuned = parts["weight.absmax"], weight.tuned_values.values.cpu().flatten()
     if "nested_blocksize" not in state:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -61,7 +61,7 @@ def check_config(path: Path) -> None:
     Raises:
         GradlessError: it has one, or it cannot be read.
     """
-    level: list[tuple[str, Any]] = [("", read_object(path, infinities=True))]
+    level: list[tuple[str, object]] = [("", read_object(path, infinities=True))]
     while level:
         name, value = level.pop()
         if isinstance(value, dict):

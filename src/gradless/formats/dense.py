@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from gradless.fusing import fuse
 from gradless.readers.tensors import FLOAT_TYPES, TYPES, TensorInfo
 from gradless.spaces import Space, check_finite, dense_spaces, parameter_sites
 from gradless.targets import EVERYTHING, Kind, Targets
+from gradless.types import LanguageModel, Tokenizer
 
 ACCOUNTED = ("LOAD REPORT", "specifies to tie")
 """Parts of transformers' warnings that the account of a load repeats."""
@@ -38,8 +39,8 @@ class DenseModel(Plain):
         searched: the spaces that were made last.
     """
 
-    model: Any
-    tokenizer: Any = None
+    model: LanguageModel
+    tokenizer: Tokenizer | None = None
     path: Path | None = None
     notes: list[str] = field(default_factory=list)
     searched: list[Space] = field(default_factory=list)
@@ -54,7 +55,7 @@ class DenseModel(Plain):
         path: str | Path,
         *,
         dtype: torch.dtype = torch.bfloat16,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         trust_remote_code: bool = False,
     ) -> DenseModel:
         """Load a folder: safetensors only, and Python code in the folder only if it is trusted.
@@ -68,7 +69,7 @@ class DenseModel(Plain):
         tensors, _ = read_headers(path)
         if not (path / "config.json").is_file():
             raise GradlessError(f"{path} holds no model; a folder needs config.json and *.safetensors.")
-        how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        how: dict[str, object] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         try:
             with _overheard() as heard:
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **how)
@@ -144,12 +145,21 @@ class DenseModel(Plain):
                     patch(temporary / info.file.name, info, torch.where(moved, rounded(values.float(), old.dtype), old))
 
 
-def write_folder(model: Any, tokenizer: Any, path: Path) -> None:
+def write_folder(model: LanguageModel, tokenizer: Tokenizer | None, path: Path) -> None:
     """Save a model and its tokenizer to a folder, whole or not at all."""
     with replacing(path) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+
+
+class _Report(Protocol):
+    """transformers' report of a load."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, Sequence[int], Sequence[int]]]
+    conversion_errors: dict[str, object]
 
 
 @dataclass
@@ -162,8 +172,8 @@ class _Heard:
         warnings: the first lines of other warnings.
     """
 
-    model: Any = None
-    report: Any = None
+    model: LanguageModel | None = None
+    report: _Report | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -179,7 +189,7 @@ def _overheard() -> Iterator[_Heard]:
     heard = _Heard()
     finish = PreTrainedModel.mark_tied_weights_as_initialized
 
-    def overhear(model: Any, report: Any) -> Any:
+    def overhear(model: LanguageModel, report: _Report) -> object:
         heard.model, heard.report = model, copy.deepcopy(report)
         return finish(model, report)
 
@@ -204,7 +214,7 @@ def _overheard() -> Iterator[_Heard]:
         logger.setLevel(level)
 
 
-def _places(model: Any, names: list[str]) -> dict[str, tuple[str, bool]]:
+def _places(model: LanguageModel, names: list[str]) -> dict[str, tuple[str, bool]]:
     """Name in the folder -> (name in the model, whether transformers converts the tensor first, such as to fuse experts)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -225,6 +235,8 @@ def _places(model: Any, names: list[str]) -> dict[str, tuple[str, bool]]:
 def _settled(path: Path, heard: _Heard, tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Settle the account of a dense load and return its notes."""
     model, report, contents = heard.model, heard.report, mapped(tensors)
+    assert model is not None
+    assert report is not None
     account, own = Account(path, model), model.state_dict()
     places = _places(model, list(tensors))
     for name, (place, converted) in places.items():
@@ -247,7 +259,7 @@ def _settled(path: Path, heard: _Heard, tensors: Mapping[str, TensorInfo]) -> li
     return account.settle(model)
 
 
-def _written(model: Any, path: Path, tensors: Mapping[str, TensorInfo], *, values: bool = True) -> dict[str, Tensor]:
+def _written(model: LanguageModel, path: Path, tensors: Mapping[str, TensorInfo], *, values: bool = True) -> dict[str, Tensor]:
     """The model's parameters by their names, and in the form, of the folder; on the meta device without `values`.
 
     Raises:

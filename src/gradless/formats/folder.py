@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -19,12 +19,12 @@ from gradless.errors import GradlessError
 from gradless.files import replacing, sha256
 from gradless.formats import aqlm, autoround, awq, bitsandbytes, gptq
 from gradless.formats.checkpoint import Blocks, Checkpoint, Layout, patch
-from gradless.readers.json import mapping, parse_object, read_object, shown_value
+from gradless.readers.json import is_object, is_text, mapping, parse_object, read_object, shown_value
 from gradless.readers.safetensors import read_header
 from gradless.readers.sentences import damaged, shown
 from gradless.readers.tensors import TensorInfo
 
-LAYOUTS: dict[str, Callable[[dict[str, Any]], Layout[Any]]] = {
+LAYOUTS: dict[str, Callable[[Mapping[str, object]], Layout[Any]]] = {
     "gptq": gptq.GPTQ.from_config,
     "aqlm": aqlm.AQLM.from_config,
     "awq": awq.AWQ.from_config,
@@ -149,7 +149,7 @@ def is_quantized(path: Path) -> bool:
     return any(FORMAT in read_header(file)[1] for file in sorted(path.glob("*.safetensors")))
 
 
-def quantization(path: Path) -> dict[str, Any] | None:
+def quantization(path: Path) -> Mapping[str, object] | None:
     """A quantizer's settings with `quant_method`, from config.json's `quantization_config` or from a tool's file, or None.
 
     Raises:
@@ -186,7 +186,7 @@ def identity(path: Path) -> dict[str, str]:
     return {file.name: sha256(file) for file in sorted(files)}
 
 
-def _check_settings(settings: dict[str, Any], file: Path) -> None:
+def _check_settings(settings: dict[str, object], file: Path) -> None:
     """Check the type and range of the settings that layouts read."""
     for name, (least, most) in LIMITS.items():
         value = settings.get(name, least)
@@ -196,10 +196,10 @@ def _check_settings(settings: dict[str, Any], file: Path) -> None:
                 f"{', or -1 for whole rows' * (name in ROWS)}."
             )
     for name in ("dynamic", "extra_config"):
-        mapping(settings, name, str(file), of=lambda own: isinstance(own, dict), what="an object")
+        mapping(settings, name, str(file), of=is_object, what="an object")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, object]:
     """A folder's config.json.
 
     Raises:
@@ -272,7 +272,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return shards
 
 
-def _is_name(value: Any) -> bool:
+def _is_name(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) < 256
 
 
@@ -306,7 +306,7 @@ def _packed_types(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
         return {}
     where = f"{file}: its {FORMAT}"
     types = parse_object(metadata[FORMAT].encode(), where, file.stat().st_size)
-    return mapping({FORMAT: types}, FORMAT, str(file), of=lambda kind: isinstance(kind, str), what="a block type")
+    return mapping({FORMAT: types}, FORMAT, str(file), of=is_text, what="a block type")
 
 
 def _in_blocks(info: TensorInfo, types: dict[str, str]) -> TensorInfo:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from gradless.formats.quantized import (
 )
 from gradless.fusing import fuse
 from gradless.layers import QuantLinear
+from gradless.types import LanguageModel
 
 
 @bounded(values_a_byte=16)
@@ -55,7 +55,7 @@ def load_folder(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, trust_
     return QuantizedModel(file, model, AutoTokenizer.from_pretrained(path, local_files_only=True, **trusted), floats, notes)
 
 
-def _place(file: Folder, model: Any, account: Account, dtype: torch.dtype) -> dict[str, ShownFloat]:
+def _place(file: Folder, model: LanguageModel, account: Account, dtype: torch.dtype) -> dict[str, ShownFloat]:
     """Put every tensor of the folder in its place in the model."""
     modules = dict(model.named_modules())
     packed = set()
@@ -81,8 +81,8 @@ def _place(file: Folder, model: Any, account: Account, dtype: torch.dtype) -> di
         elif own is not None and (own.shape != values.shape or own.is_floating_point() != values.is_floating_point()):
             what = f"{values.dtype} {tuple(values.shape)}, where the model has {own.dtype} {tuple(own.shape)}"
             account.unfit(name, f"{name} in {what}")
-        elif attribute in module._buffers:
-            module._buffers[attribute] = values.to(module._buffers[attribute].dtype, copy=True)
+        elif own is not None and attribute in module._buffers:
+            module._buffers[attribute] = values.to(own.dtype, copy=True)
             account.place(name, name)
         else:
             floats[name] = ShownFloat(values)

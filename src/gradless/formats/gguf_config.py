@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from gradless.errors import GradlessError
 from gradless.formats.gguf import GGUFFile
 from gradless.formats.gguf_rope import Rope
+from gradless.types import Config
 
 NEUTRAL = (
     "vocab_size",  # the embedding's number of rows is used
@@ -53,7 +53,7 @@ DECODER = {
 QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-_REQUIRED: Any = object()
+_REQUIRED: object = object()
 
 
 class Statement:
@@ -71,7 +71,7 @@ class Statement:
     def refused(self, why: str, more: str = "") -> GradlessError:
         return GradlessError(f"{self.file.path} {why}; gradless does not compute such a model rightly. {more}".rstrip())
 
-    def value(self, key: str, default: Any = _REQUIRED) -> Any:
+    def value(self, key: str, default: object = _REQUIRED) -> object:
         """The value of a key. If it has one for each layer, they must be equal."""
         key = f"{self.file.architecture}.{key}"
         self.asked.add(key)
@@ -88,17 +88,17 @@ class Statement:
             return value[0].item()
         return value
 
-    def size(self, key: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
+    def size(self, key: str, default: object = _REQUIRED, *, least: int = 1) -> int:
         """A whole number of at least 1, or `least`."""
         value = self.value(key, default)
         if type(value) is not int or value < least:
             raise self._wrong(key, value, f"a whole number of at least {least}")
         return value
 
-    def number(self, key: str, default: Any = _REQUIRED, *, above: float = -math.inf) -> float:
+    def number(self, key: str, default: object = _REQUIRED, *, above: float = -math.inf) -> float:
         """A finite number, larger than `above`."""
         value = self.value(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= above:
             wanted = "a finite number" if above == -math.inf else f"a finite number above {above:g}"
             raise self._wrong(key, value, wanted)
         return float(value)
@@ -137,7 +137,7 @@ class Statement:
                 f"{self.file.path}: {name} is {held}, where the metadata say {columns} columns; download or convert it again."
             )
 
-    def expect(self, key: str, *allowed: Any) -> None:
+    def expect(self, key: str, *allowed: object) -> None:
         """Refuse every value of a key except `allowed`. The first of these is the default."""
         value = self.value(key, allowed[0])
         if value not in allowed:
@@ -151,64 +151,83 @@ class Statement:
             if (key.startswith(own) and key not in self.asked | neutral) or key.startswith(FOREIGN):
                 raise self.refused(f"states {key} = {self.file.metadata[key]!r:.60}, which is not read")
 
-    def _wrong(self, key: str, value: Any, wanted: str) -> GradlessError:
+    def _wrong(self, key: str, value: object, wanted: str) -> GradlessError:
         return GradlessError(f"{self.file.path}: {self.file.architecture}.{key} is {value!r:.60}; it must be {wanted}.")
 
 
-Settings = Callable[[Statement, dict[str, Any], Rope], dict[str, Any]]
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model.
+
+    Attributes:
+        hidden: width of the residual stream.
+        heads: number of heads.
+        head: width of one head.
+        layers: number of layers.
+        context: positions that the model can read.
+    """
+
+    hidden: int
+    heads: int
+    head: int
+    layers: int
+    context: int
 
 
-def _unwindowed(stated: Statement, known: dict[str, Any], _rope: Rope) -> dict[str, Any]:
+Settings = Callable[[Statement, Sizes, Rope], dict[str, object]]
+
+
+def _unwindowed(stated: Statement, sizes: Sizes, _rope: Rope) -> dict[str, object]:
     """Settings of a model in which every layer sees all earlier tokens."""
     window = stated.size("attention.sliding_window", 0, least=0)
-    if window and window < known["max_position_embeddings"]:
+    if window and window < sizes.context:
         raise stated.refused(f"states {stated.file.architecture}.attention.sliding_window = {window}")
     return {"sliding_window": None, "use_sliding_window": False}
 
 
-def _gemma2(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
+def _gemma2(stated: Statement, sizes: Sizes, rope: Rope) -> dict[str, object]:
     if stated.number("rope.freq_base_swa", rope.base) != rope.base:
         raise stated.refused("states another rope.freq_base_swa than rope.freq_base")
     return {
         "sliding_window": stated.size("attention.sliding_window", 4096),
-        "layer_types": _windows(known, 2),
-        "query_pre_attn_scalar": _queries(known, 46),
+        "layer_types": _windows(sizes, 2),
+        "query_pre_attn_scalar": _queries(sizes, 46),
         "attn_logit_softcapping": _cap(stated, "attn_logit_softcapping", 50.0),
         "final_logit_softcapping": _cap(stated, "final_logit_softcapping", 30.0),
         "hidden_activation": "gelu_pytorch_tanh",
     }
 
 
-def _gemma3(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
+def _gemma3(stated: Statement, sizes: Sizes, rope: Rope) -> dict[str, object]:
     stated.expect("attn_logit_softcapping", 0.0)
     window = stated.size("attention.sliding_window", 0, least=0)
     pattern = stated.size("attention.sliding_window_pattern", 6, least=0) if window else 1
     windows = rope.of_windows(stated.number("rope.freq_base_swa", 10_000.0, above=1), scale=1.0)
     return {
-        "sliding_window": window or known["max_position_embeddings"],
-        "layer_types": _windows(known, pattern),
+        "sliding_window": window or sizes.context,
+        "layer_types": _windows(sizes, pattern),
         "rope_parameters": {
             "full_attention": rope.parameters(),
             "sliding_attention": windows.parameters(),
         },
-        "query_pre_attn_scalar": _queries(known, 62),
+        "query_pre_attn_scalar": _queries(sizes, 62),
         "attn_logit_softcapping": None,
         "final_logit_softcapping": _cap(stated, "final_logit_softcapping", 0.0),
         "hidden_activation": "gelu_pytorch_tanh",
     }
 
 
-def _windows(known: dict[str, Any], pattern: int) -> list[str]:
+def _windows(sizes: Sizes, pattern: int) -> list[str]:
     """The kind of attention of each layer: every `pattern`-th sees all tokens, the others a window."""
-    layers = range(1, known["num_hidden_layers"] + 1)
+    layers = range(1, sizes.layers + 1)
     return ["sliding_attention" if pattern == 0 or i % pattern else "full_attention" for i in layers]
 
 
-def _queries(known: dict[str, Any], largest: int) -> int:
+def _queries(sizes: Sizes, largest: int) -> int:
     """Gemma divides scores by the root of this: the size of a head, or, in its largest model, hidden size / heads."""
-    if known["num_hidden_layers"] == largest:
-        return int(known["hidden_size"] // known["num_attention_heads"])
-    return int(known["head_dim"])
+    if sizes.layers == largest:
+        return sizes.hidden // sizes.heads
+    return sizes.head
 
 
 def _cap(stated: Statement, key: str, default: float) -> float | None:
@@ -219,7 +238,7 @@ def _cap(stated: Statement, key: str, default: float) -> float | None:
     return value or None
 
 
-def _phi3(stated: Statement, _known: dict[str, Any], rope: Rope) -> dict[str, Any]:
+def _phi3(stated: Statement, _sizes: Sizes, rope: Rope) -> dict[str, object]:
     """The window is the model's own here; llama.cpp reads the key and lets every layer see all tokens."""
     return {
         "sliding_window": stated.size("attention.sliding_window", 0, least=0) or None,
@@ -228,62 +247,62 @@ def _phi3(stated: Statement, _known: dict[str, Any], rope: Rope) -> dict[str, An
     }
 
 
-def _granite(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
+def _granite(stated: Statement, sizes: Sizes, rope: Rope) -> dict[str, object]:
     stated.expect("rope.scaling.finetuned", True)  # False is a model without positions
-    return _unwindowed(stated, known, rope) | {
+    return _unwindowed(stated, sizes, rope) | {
         "embedding_multiplier": stated.number("embedding_scale", 0.0) or 1.0,
         "residual_multiplier": stated.number("residual_scale", 0.0) or 1.0,
-        "attention_multiplier": stated.number("attention.scale", 0.0) or known["head_dim"] ** -0.5,
+        "attention_multiplier": stated.number("attention.scale", 0.0) or sizes.head**-0.5,
         "logits_scaling": stated.number("logit_scale", above=0),
     }
 
 
-def _smollm3(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    layers = range(1, known["num_hidden_layers"] + 1)
-    return _unwindowed(stated, known, rope) | {"no_rope_layers": [int(i % 4 != 0) for i in layers]}
+def _smollm3(stated: Statement, sizes: Sizes, rope: Rope) -> dict[str, object]:
+    layers = range(1, sizes.layers + 1)
+    return _unwindowed(stated, sizes, rope) | {"no_rope_layers": [int(i % 4 != 0) for i in layers]}
 
 
-def _stablelm(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
+def _stablelm(stated: Statement, sizes: Sizes, rope: Rope) -> dict[str, object]:
     stated.value("use_parallel_residual", None)  # converters wrote wrong values; llama.cpp decides by the tensors too
     parallel = not stated.has("ffn_norm.weight")
     biased = stated.has("attn_q.bias", "attn_k.bias", "attn_v.bias")
     own = {"use_parallel_residual": parallel, "use_qkv_bias": biased, "qk_layernorm": False}
-    return _unwindowed(stated, known, rope) | own
+    return _unwindowed(stated, sizes, rope) | own
 
 
-def _starcoder2(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    for name in (f"blk.{i}.ffn_{part}.bias" for i in range(known["num_hidden_layers"]) for part in ("up", "down")):
+def _starcoder2(stated: Statement, sizes: Sizes, rope: Rope) -> dict[str, object]:
+    for name in (f"blk.{i}.ffn_{part}.bias" for i in range(sizes.layers) for part in ("up", "down")):
         if name not in stated.file.tensors:
             raise GradlessError(f"{stated.file.path} has no {name}; download or convert it again.")
-    return _unwindowed(stated, known, rope) | {"use_bias": True, "hidden_act": "gelu_pytorch_tanh"}
+    return _unwindowed(stated, sizes, rope) | {"use_bias": True, "hidden_act": "gelu_pytorch_tanh"}
 
 
-def _squared(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    return _unwindowed(stated, known, rope) | {"hidden_act": "relu2"}
+def _squared(stated: Statement, sizes: Sizes, rope: Rope) -> dict[str, object]:
+    return _unwindowed(stated, sizes, rope) | {"hidden_act": "relu2"}
 
 
-def _gemma(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    return _unwindowed(stated, known, rope) | {"hidden_act": "gelu_pytorch_tanh"}
+def _gemma(stated: Statement, sizes: Sizes, rope: Rope) -> dict[str, object]:
+    return _unwindowed(stated, sizes, rope) | {"hidden_act": "gelu_pytorch_tanh"}
 
 
-def _cohere(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    return _unwindowed(stated, known, rope) | {"logit_scale": stated.number("logit_scale"), "use_qk_norm": False}
+def _cohere(stated: Statement, sizes: Sizes, rope: Rope) -> dict[str, object]:
+    return _unwindowed(stated, sizes, rope) | {"logit_scale": stated.number("logit_scale"), "use_qk_norm": False}
 
 
-def _cohere2(stated: Statement, known: dict[str, Any], _rope: Rope) -> dict[str, Any]:
+def _cohere2(stated: Statement, sizes: Sizes, _rope: Rope) -> dict[str, object]:
     return {
         "logit_scale": stated.number("logit_scale"),
         "sliding_window": stated.size("attention.sliding_window"),
-        "layer_types": _windows(known, stated.size("attention.sliding_window_pattern", 4, least=0)),
+        "layer_types": _windows(sizes, stated.size("attention.sliding_window_pattern", 4, least=0)),
     }
 
 
-def _mistral3(stated: Statement, known: dict[str, Any], rope: Rope) -> dict[str, Any]:
+def _mistral3(stated: Statement, sizes: Sizes, rope: Rope) -> dict[str, object]:
     growth = {
         "llama_4_scaling_beta": stated.number("attention.temperature_scale", 0.0),
         "original_max_position_embeddings": rope.original,
     }
-    return _unwindowed(stated, known, rope) | {"rope_parameters": known["rope_parameters"] | growth}
+    return _unwindowed(stated, sizes, rope) | {"rope_parameters": rope.parameters() | growth}
 
 
 @dataclass(frozen=True)
@@ -317,7 +336,7 @@ class Architecture:
     factors: str = "none"
     ramps: bool = False
 
-    def configuration(self, stated: Statement) -> Any:
+    def configuration(self, stated: Statement) -> Config:
         """transformers' configuration of a file.
 
         Raises:
@@ -347,15 +366,17 @@ class Architecture:
         stated.expect("attention.causal", True)
         stated.expect("expert_count", 0)
         epsilon = "attention.layer_norm_epsilon" if self.mean else "attention.layer_norm_rms_epsilon"
-        known: dict[str, Any] = {
+        key_heads = stated.size("attention.head_count_kv", heads)
+        sizes = Sizes(hidden, heads, head, layers, min(context, rope.limit or context))
+        known: dict[str, object] = {
             "vocab_size": file.tensors["token_embd.weight"].shape[0],
             "hidden_size": hidden,
             "intermediate_size": stated.size("feed_forward_length"),
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": stated.size("attention.head_count_kv", heads),
+            "num_key_value_heads": key_heads,
             "head_dim": head,
-            "max_position_embeddings": min(context, rope.limit or context),
+            "max_position_embeddings": sizes.context,
             self.epsilon: stated.number(epsilon, above=0),
             "rope_parameters": rope.parameters(),
             "tie_word_embeddings": not own_head,
@@ -364,19 +385,20 @@ class Architecture:
             "mlp_bias": stated.has("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"),
             **{name: stated.token(key) for name, key in TOKENS.items()},
         }
-        known |= self.settings(stated, known, rope)
+        known |= self.settings(stated, sizes, rope)
         stated.close()
         if self.partial:
             share = rotated / head  # transformers takes int(share * head)
-            known["rope_parameters"]["partial_rotary_factor"] = (
-                share if int(share * head) == rotated else math.nextafter(share, 1)
-            )
-        if heads % known["num_key_value_heads"]:
-            raise stated.refused(f"has {heads} heads over {known['num_key_value_heads']} of keys and values")
+            positions = known["rope_parameters"]
+            assert isinstance(positions, dict)
+            positions["partial_rotary_factor"] = share if int(share * head) == rotated else math.nextafter(share, 1)
+        if heads % key_heads:
+            raise stated.refused(f"has {heads} heads over {key_heads} of keys and values")
         try:
-            return AutoConfig.for_model(self.model_type, **known)
+            config: Config = AutoConfig.for_model(self.model_type, **known)
         except (StrictDataclassError, ValueError, TypeError) as error:
             raise stated.refused(f"states what transformers refuses ({' '.join(str(error).split())})") from error
+        return config
 
 
 _SANDWICH = DECODER | POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +20,14 @@ from gradless.formats.gguf_config import Architecture, Statement, architecture
 from gradless.formats.gguf_tokenizer import build_tokenizer
 from gradless.formats.quantized import QuantizedModel, ShownFloat, packed_layer, place_float, restore_buffers, tie
 from gradless.fusing import fuse
+from gradless.types import Config, LanguageModel, Tokenizer
 
 MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 """Name of a tensor outside the layers -> module."""
 
 
 @bounded(values_a_byte=4)
-def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Any = None) -> QuantizedModel:
+def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, tokenizer: Tokenizer | None = None) -> QuantizedModel:
     """Load a GGUF file as a transformers model that keeps it packed.
 
     Args:
@@ -66,7 +66,7 @@ def _place(known: Architecture, name: str) -> str:
     return f"{MODEL.get(stem, stem)}.{attribute}"
 
 
-def _leave_biases_out(model: Any, filled: set[str]) -> None:
+def _leave_biases_out(model: LanguageModel, filled: set[str]) -> None:
     """Remove the biases of linear layers that have none in the file; transformers' setting holds for all layers alike."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.bias is not None and f"{path}.bias" not in filled:
@@ -74,7 +74,7 @@ def _leave_biases_out(model: Any, filled: set[str]) -> None:
 
 
 def _fill(
-    file: GGUFFile, model: Any, known: Architecture, places: dict[str, str], dtype: torch.dtype, account: Account
+    file: GGUFFile, model: LanguageModel, known: Architecture, places: dict[str, str], dtype: torch.dtype, account: Account
 ) -> dict[str, ShownFloat]:
     """Put every tensor of the file in its place in the model."""
     floats = {}
@@ -103,7 +103,7 @@ def _fill(
     return floats
 
 
-def _row_order(known: Architecture, config: Any, name: str, rows: int) -> Tensor | None:
+def _row_order(known: Architecture, config: Config, name: str, rows: int) -> Tensor | None:
     """The file's row for each row of the model, or None if the order is the same."""
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
     if not known.interleaved or heads is None or rows % (2 * heads):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -105,9 +105,9 @@ class Rope:
             long_factors=long,
         )
 
-    def parameters(self, *, linear: bool = True) -> dict[str, Any]:
+    def parameters(self, *, linear: bool = True) -> dict[str, object]:
         """transformers' `rope_parameters`; `linear` says whether the model knows the type of that name."""
-        stated: dict[str, Any] = {"rope_theta": self.base}
+        stated: dict[str, object] = {"rope_theta": self.base}
         scales, attention = self._scales(), self.attention
         if self.ramp is not None:
             attention *= 1 - 0.1 * math.log(self.scale)

@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from gradless import types
 from gradless.errors import GradlessError
 from gradless.readers.gguf import read_header
 
@@ -257,14 +257,14 @@ class Vocabulary:
         words: the rule of words; None for SentencePiece's pieces.
     """
 
-    own: dict[str, Any]
+    own: dict[str, object]
     where: str
     tokens: list[str]
-    types: NDArray[Any]
+    types: NDArray[np.int64]
     words: Words | None
 
     @classmethod
-    def read(cls, metadata: Mapping[str, Any], where: str) -> Vocabulary:
+    def read(cls, metadata: Mapping[str, object], where: str) -> Vocabulary:
         """Check every key under `tokenizer.`, and read the tokens.
 
         Raises:
@@ -280,14 +280,14 @@ class Vocabulary:
             raise GradlessError(f"{where}: its tokenizer ({PREFIX}model) is {kind!r}; gpt2 and llama are supported.")
         pre, words = own.get("pre", "default"), None
         if kind == "gpt2":
-            words = WORDS.get(pre)
+            words = WORDS.get(pre) if isinstance(pre, str) else None
             if words is None:
                 raise GradlessError(f"{where}: its words ({PREFIX}pre) are {pre!r}; supported are {', '.join(WORDS)}.")
         tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(_listed(own, "tokens", where))]
         if len(set(tokens)) < len(tokens):
             twice = next(token for token, count in Counter(tokens).items() if count > 1)
             raise GradlessError(f"{where}: the token {twice!r} is in its vocabulary twice.")
-        types: NDArray[Any] = np.ones(len(tokens), np.int64)
+        types: NDArray[np.int64] = np.ones(len(tokens), np.int64)
         if "token_type" in own:
             types = _numbers(own, "token_type", len(tokens), where).astype(np.int64)
         self = cls(own, where, tokens, types, words)
@@ -324,12 +324,12 @@ class Vocabulary:
         return said
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path) -> types.Tokenizer:
     """The tokenizer of a GGUF file; see `build_tokenizer`."""
     return build_tokenizer(read_header(Path(path)).metadata, str(path))
 
 
-def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
+def build_tokenizer(metadata: Mapping[str, object], where: str) -> types.Tokenizer:
     """The tokenizer that a GGUF file's metadata describes: a `PreTrainedTokenizerFast`.
 
     Args:
@@ -350,7 +350,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
     vars(made)["__deepcopy__"] = lambda _: made  # transformers copies it through JSON, which takes seconds
     names = {name: vocabulary.tokens[i] for name, i in numbers.items() if i is not None}
     special = {name: token for name, token in names.items() if vocabulary.special[numbers[name]]}
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer: types.Tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, chat_template=_chat_template(metadata, where), clean_up_tokenization_spaces=False, **special
     )
     for name in names.keys() - special.keys():
@@ -424,7 +424,7 @@ def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     return [merges[i] for i in np.argsort(-scores[made_of], kind="stable").tolist()]
 
 
-def _around(vocabulary: Vocabulary, bos: int | None, eos: int | None) -> Any:
+def _around(vocabulary: Vocabulary, bos: int | None, eos: int | None) -> processors.TemplateProcessing:
     """The processor that adds the tokens at the beginning and the end of a sequence."""
     begins = vocabulary.says("add_bos_token", vocabulary.words is None or vocabulary.words.begins)
     ends = vocabulary.says("add_eos_token", False)
@@ -457,29 +457,29 @@ def _looked_for(vocabulary: Vocabulary, model: str) -> list[AddedToken]:
     return found
 
 
-def _chat_template(metadata: Mapping[str, Any], where: str) -> str | dict[str, str] | None:
+def _chat_template(metadata: Mapping[str, object], where: str) -> str | dict[str, str] | None:
     """The file's chat template, or a dictionary of several by name."""
     found = {
         key.removeprefix(CHAT_TEMPLATE).lstrip(".") or "default": metadata[key] for key in metadata if _names_chat_template(key)
     }
-    for name, text in found.items():
-        if not isinstance(text, str):
-            raise GradlessError(f"{where}: its chat template {name!r} is no text.")
-    return found.get("default") if found.keys() <= {"default"} else found
+    texts = {name: text for name, text in found.items() if isinstance(text, str)}
+    if wrong := found.keys() - texts.keys():
+        raise GradlessError(f"{where}: its chat template {min(wrong)!r} is no text.")
+    return texts.get("default") if texts.keys() <= {"default"} else texts
 
 
 def _names_chat_template(key: str) -> bool:
     return key == CHAT_TEMPLATE or key.startswith(CHAT_TEMPLATE + ".")
 
 
-def _listed(own: Mapping[str, Any], name: str, where: str) -> Sequence[str]:
+def _listed(own: Mapping[str, object], name: str, where: str) -> Sequence[str]:
     listed = own.get(name)
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not len(listed):
         raise GradlessError(f"{where}: its tokenizer has no list {PREFIX}{name}.")
     return listed
 
 
-def _numbers(own: Mapping[str, Any], name: str, count: int, where: str) -> NDArray[Any]:
+def _numbers(own: Mapping[str, object], name: str, count: int, where: str) -> NDArray[np.number]:
     """An array with one number for each token, of any type."""
     numbers = own.get(name)
     if not isinstance(numbers, np.ndarray) or len(numbers) < count:

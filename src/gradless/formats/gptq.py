@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from gradless.errors import GradlessError
 from gradless.formats.words import Words, check_settings, formats_named, pack_words, unpack_words
+from gradless.readers.json import whole
 from gradless.tensor import BlockWeight
 
 BITS = (2, 3, 4, 8)
@@ -37,7 +38,7 @@ class GPTQ(Words):
     act_order: bool = False
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, object]) -> Self:
         """From `quantization_config`.
 
         Raises:
@@ -45,13 +46,13 @@ class GPTQ(Words):
                 setting that gradless does not know.
         """
         check_settings(config, "GPTQ", USED)
-        bits, group = config.get("bits"), config.get("group_size", 128)
+        bits, group = config.get("bits"), whole(config, "group_size", "GPTQ", least=-1, most=1 << 20, default=128)
         forms = formats_named(config, "checkpoint_format", "format") or {"gptq"}
         if config.get("is_marlin_format"):
             forms = {"marlin"}
         if len(forms) > 1 or not forms <= set(FORMATS):
             raise GradlessError(f"GPTQ in the format {' and '.join(sorted(forms))}; supported are {', '.join(FORMATS)}.")
-        if bits not in BITS:
+        if not isinstance(bits, int) or bits not in BITS:
             raise GradlessError(f"GPTQ of {bits} bits; supported are {', '.join(map(str, BITS))}.")
         symmetric = config.get("sym")
         return cls(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gradless.errors import GradlessError
 from gradless.spaces import Space
 from gradless.targets import EVERYTHING, Kind, Targets
+from gradless.types import LanguageModel, Tokenizer
 
 if TYPE_CHECKING:
     from gradless.formats.adapter import LoRA
@@ -18,14 +19,17 @@ class TunableModel(Protocol):
     """A loaded model.
 
     Attributes:
-        model: the transformers model; None if only its file was opened, which is enough for a replay.
+        model: the transformers model; there is none if only its file was opened, which is enough for a replay.
         tokenizer: its tokenizer, or None.
         quantized: whether the base's weights are packed.
         lora: the adapters that are tuned in place of the weights, or None.
     """
 
-    model: Any
-    tokenizer: Any
+    @property
+    def model(self) -> LanguageModel: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
 
     @property
     def quantized(self) -> bool: ...
@@ -107,21 +111,21 @@ class Plain:
         raise NotImplementedError(name)
 
 
-def scales(model: TunableModel, **options: Any) -> list[Space]:
+def scales(model: TunableModel, **options: object) -> list[Space]:
     """Spaces over the scales of a model's quantized linear layers, relative to each scale."""
     return _blocks(model, "scale", options)
 
 
-def offsets(model: TunableModel, **options: Any) -> list[Space]:
+def offsets(model: TunableModel, **options: object) -> list[Space]:
     """Spaces over the offsets of a model's quantized linear layers; over the scales of blocks without offsets."""
     return _blocks(model, "offset", options)
 
 
-def _blocks(model: TunableModel, part: str, options: dict[str, Any]) -> list[Space]:
+def _blocks(model: TunableModel, part: str, options: dict[str, object]) -> list[Space]:
     return model.spaces(Kind.BLOCKS, _named(model, Kind.BLOCKS), part=part, **options)
 
 
-def codes(model: TunableModel, **options: Any) -> list[Space]:
+def codes(model: TunableModel, **options: object) -> list[Space]:
     """Spaces over the integer codes of a model's quantized linear layers."""
     return model.spaces(Kind.CODES, _named(model, Kind.CODES), **options)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +24,20 @@ from gradless.formats.quantized import kept_dtype
 from gradless.grids import GRIDS, scale_and_offset
 from gradless.layers import is_plain
 from gradless.spaces import linear_layers
+from gradless.types import LanguageModel, Tokenizer
 
 SMALLEST = 2.0**-24
 """The smallest positive fp16 number."""
 
 
-def quantize(model: Any, tokenizer: Any, grid: str, group_size: int | None, output: Path, *, search: bool = False) -> None:
+def quantize(
+    model: LanguageModel, tokenizer: Tokenizer | None, grid: str, group_size: int | None, output: Path, *, search: bool = False
+) -> None:
     """Round the linear layers of a dense model to a grid, to nearest, and write a packed folder.
 
     Args:
         model: any dense transformers model.
-        tokenizer: of the model.
+        tokenizer: of the model, if it has one.
         grid: a name of `grids.GRIDS`.
         group_size: number of weights of a row that share a range, a multiple of 32; None for one range a row.
         output: the folder to write, whole or not at all.

@@ -8,10 +8,12 @@ import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard, TypeVar
 
 from gradless.errors import GradlessError
-from gradless.readers.json import read_object
+from gradless.readers.json import is_object, is_text, read_object
+
+T = TypeVar("T")
 
 CONFIG = "adapter_config.json"
 USED = frozenset(
@@ -33,7 +35,7 @@ RECORDS = frozenset(
     }
 )
 """Keys that change no forward, whatever they say."""
-PLAIN: dict[str, tuple[Any, ...]] = {
+PLAIN: dict[str, tuple[object, ...]] = {
     "task_type": (None, "CAUSAL_LM"),
     "bias": (None, "none"),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),  # the other values change the base too
@@ -75,8 +77,7 @@ class PeftLoRA:
 
     def rank_of(self, path: str) -> int:
         """r of a layer, by its name in the adapter."""
-        rank: int = _matched(self.ranks, path, self.rank)
-        return rank
+        return _matched(self.ranks, path, self.rank)
 
     def factor_of(self, path: str) -> float:
         """The factor of a layer's B A."""
@@ -107,7 +108,7 @@ def read_config(folder: Path) -> PeftLoRA:
     return PeftLoRA(
         _each(folder, "r", config.get("r"), _rank),
         _each(folder, "lora_alpha", config.get("lora_alpha"), _number),
-        _each(folder, "use_rslora", config.get("use_rslora") or False, lambda value: isinstance(value, bool)),
+        _each(folder, "use_rslora", config.get("use_rslora") or False, _flag),
         _patterns(folder, "rank_pattern", config.get("rank_pattern"), _rank),
         _patterns(folder, "alpha_pattern", config.get("alpha_pattern"), _number),
         _names(folder, "target_modules", config.get("target_modules")) if listed else None,
@@ -115,13 +116,13 @@ def read_config(folder: Path) -> PeftLoRA:
     )
 
 
-def _plain(key: str, value: Any) -> bool:
+def _plain(key: str, value: object) -> bool:
     if key in PLAIN:
         return any(value is each or (isinstance(value, str) and value == each) for each in PLAIN[key])
     return value is None or value is False or value in ([], {})
 
 
-def _refused(folder: Path, key: str, value: Any) -> GradlessError:
+def _refused(folder: Path, key: str, value: object) -> GradlessError:
     hint = ""
     if key == "init_lora_weights":
         hint = (
@@ -133,23 +134,31 @@ def _refused(folder: Path, key: str, value: Any) -> GradlessError:
     )
 
 
-def _rank(value: Any) -> bool:
+def _rank(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
 
 
-def _each(folder: Path, key: str, value: Any, fits: Callable[[Any], bool]) -> Any:
+def _flag(value: object) -> TypeGuard[bool]:
+    return isinstance(value, bool)
+
+
+def _texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+def _each(folder: Path, key: str, value: object, fits: Callable[[object], TypeGuard[T]]) -> T:
     if not fits(value):
         raise _refused(folder, key, value)
     return value
 
 
-def _patterns(folder: Path, key: str, value: Any, fits: Callable[[Any], bool]) -> dict[str, Any]:
-    patterns: dict[str, Any] = _each(folder, key, value or {}, lambda value: isinstance(value, dict))
-    for pattern, chosen in patterns.items():
+def _patterns(folder: Path, key: str, value: object, fits: Callable[[object], TypeGuard[T]]) -> dict[str, T]:
+    patterns: dict[str, T] = {}
+    for pattern, chosen in _each(folder, key, value or {}, is_object).items():
         try:
             re.compile(pattern)
             readable = len(pattern) <= 200 and _PATTERN.fullmatch(pattern) is not None
@@ -157,17 +166,18 @@ def _patterns(folder: Path, key: str, value: Any, fits: Callable[[Any], bool]) -
             readable = False
         if not readable or not fits(chosen):
             raise _refused(folder, key, {pattern: chosen})
+        patterns[pattern] = chosen
     return patterns
 
 
-def _names(folder: Path, key: str, value: Any) -> tuple[str, ...] | None:
+def _names(folder: Path, key: str, value: object) -> tuple[str, ...] | None:
     """Ends of names; None if there are none, or a regular expression."""
     if value is None or isinstance(value, str):
         return None
-    return tuple(_each(folder, key, value, lambda value: isinstance(value, list) and all(isinstance(e, str) for e in value)))
+    return tuple(_each(folder, key, value, _texts))
 
 
-def _matched(chosen: dict[str, Any], path: str, otherwise: Any) -> Any:
+def _matched(chosen: dict[str, T], path: str, otherwise: T) -> T:
     """The value of the first pattern that matches a name from its beginning, or from a dot, to its end."""
     return next((value for pattern, value in chosen.items() if re.match(rf"(.*\.)?({pattern})$", path)), otherwise)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from gradless.layers import QuantEmbedding, QuantLinear, is_plain
 from gradless.spaces import BlockSpace, CodeSpace, DenseSpace, Space, check_finite, reads_text
 from gradless.targets import EVERYTHING, Kind, Targets
 from gradless.tensor import PackedWeight
+from gradless.types import LanguageModel, Modules, Tokenizer
 
 BIAS_SWITCHES = ("attention_bias", "mlp_bias")
 """Settings of transformers' configurations that give linear layers biases."""
@@ -49,7 +50,7 @@ class ShownFloat:
 class QuantizedModel(Plain):
     """A file of packed weights and, around them, a transformers causal language model.
 
-    A replay needs the file alone: it leaves `model`, `tokenizer` and the places in `floats` out.
+    A replay needs the file alone: it leaves the model, `tokenizer` and the places in `floats` out.
 
     Attributes:
         notes: sentences for the user about tensors that are not used (`Account.settle`).
@@ -57,13 +58,19 @@ class QuantizedModel(Plain):
     """
 
     file: Checkpoint
-    model: Any = None
-    tokenizer: Any = None
+    _model: LanguageModel | None = None
+    tokenizer: Tokenizer | None = None
     floats: dict[str, ShownFloat] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     searched: dict[str, Space] = field(default_factory=dict)
 
     quantized = True
+
+    @property
+    def model(self) -> LanguageModel:
+        """The transformers model; there is none if only the file was opened."""
+        assert self._model is not None, "only the file was opened"
+        return self._model
 
     @property
     def output_name(self) -> str:
@@ -172,7 +179,7 @@ class QuantizedModel(Plain):
         self.file.export(Path(path), floats)
 
 
-def restore_buffers(model: Any) -> None:
+def restore_buffers(model: LanguageModel) -> None:
     """Give the buffers memory and their computed values (rotary frequencies, embedding factors).
 
     Raises:
@@ -193,15 +200,25 @@ def restore_buffers(model: Any) -> None:
                 raise GradlessError(f"transformers does not initialize the buffer {name} of {type(module).__name__}.")
 
 
-def _owners(module: nn.Module, owner: Any) -> Iterator[tuple[nn.Module, Any]]:
+class _Initializing(Protocol):
+    """A model, whose class knows how the buffers of its modules are computed."""
+
+    def _init_weights(self, module: Modules) -> None: ...
+
+
+def _initializes(module: Modules) -> TypeGuard[_Initializing]:
+    return hasattr(module, "_init_weights")
+
+
+def _owners(module: Modules, owner: _Initializing) -> Iterator[tuple[Modules, _Initializing]]:
     """Each module, and the nearest model around it, whose class knows how its buffers are computed."""
-    owner = module if hasattr(module, "_init_weights") else owner
+    owner = module if _initializes(module) else owner
     yield module, owner
     for child in module.children():
         yield from _owners(child, owner)
 
 
-def kept_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+def kept_dtype(model: LanguageModel, name: str, dtype: torch.dtype) -> torch.dtype:
     """The type in which a model computes with a parameter: `dtype`, but for those that its class always keeps in fp32."""
     kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
     return next((own for pattern, own in kept.items() if re.search(pattern.replace("*", ".*"), name)), dtype)
@@ -233,7 +250,7 @@ def place_float(shown: ShownFloat, module: nn.Module, attribute: str, dtype: tor
     shown.sites.append((module, attribute))
 
 
-def tie(model: Any, floats: dict[str, ShownFloat], dtype: torch.dtype) -> None:
+def tie(model: LanguageModel, floats: dict[str, ShownFloat], dtype: torch.dtype) -> None:
     """Let parameters that the class ties show one tensor: the head the embedding's, and what else there is."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(head, nn.Linear) and head.weight.is_meta and isinstance(embedding, QuantEmbedding):
@@ -250,7 +267,7 @@ def tie(model: Any, floats: dict[str, ShownFloat], dtype: torch.dtype) -> None:
                     shown.sites.append((module, attribute))
 
 
-def dequantized(loaded: QuantizedModel) -> Any:
+def dequantized(loaded: QuantizedModel) -> LanguageModel:
     """A dense bf16 model with the values of a packed one.
 
     Raises:
@@ -281,7 +298,7 @@ def dequantized(loaded: QuantizedModel) -> Any:
     return dense.requires_grad_(False).eval()
 
 
-def _dense_twin(loaded: QuantizedModel) -> Any:
+def _dense_twin(loaded: QuantizedModel) -> LanguageModel:
     """A model of the same class, dense and in bf16, with a place for every bias of the packed one."""
     biased = {f"{path}.bias" for path, m in loaded.model.named_modules() if isinstance(m, QuantLinear) and m.bias is not None}
     config = copy.deepcopy(loaded.model.config)  # the class writes into it

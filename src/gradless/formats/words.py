@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from gradless.errors import GradlessError
 from gradless.formats.account import understood
 from gradless.formats.checkpoint import Layout, finite, rounded
 from gradless.grids import integers
+from gradless.readers.json import mapping
 from gradless.tensor import BlockWeight, TunedCodes
 
 USED = ("bits", "group_size", "sym", "format", "checkpoint_format", "dynamic", "pack_dtype", "method", "data_type", "act_bits")
@@ -146,7 +147,7 @@ class Words(Layout[BlockWeight]):
         return self.write(weight, parts)["scales"].T.float()
 
 
-def check_settings(config: Mapping[str, Any], what: str, used: tuple[str, ...]) -> None:
+def check_settings(config: Mapping[str, object], what: str, used: tuple[str, ...]) -> None:
     """Check the settings of `quantization_config` that GPTQ's tools and AWQ's have in common.
 
     Args:
@@ -158,18 +159,23 @@ def check_settings(config: Mapping[str, Any], what: str, used: tuple[str, ...]) 
         GradlessError: layers differ from each other, words are not of 32 bits, codes are no integers, activations are quantized
             too, or a setting is not known.
     """
-    if any(not pattern.startswith("-:") for pattern in config.get("dynamic") or {}):
+    if any(not pattern.startswith("-:") for pattern in mapping(config, "dynamic", what)):
         raise GradlessError(f"{what} with settings that differ between layers (`dynamic`) is not supported.")
     plain = {"pack_dtype": "int32", "data_type": "int", "method": what.lower()}
     for name, value in plain.items():
         if str(config.get(name) or value).removeprefix("torch.") != value:
             raise GradlessError(f"{what} with {name} = {config[name]!r}; supported is {value}.")
-    if (config.get("act_bits") or FLOAT_BITS) < FLOAT_BITS:
+    if is_narrow(config.get("act_bits")):
         raise GradlessError(f"{what} with activations of {config['act_bits']} bits; those of weights alone are supported.")
     understood(config, what, (*USED, *used), NEUTRAL)
 
 
-def formats_named(config: Mapping[str, Any], *names: str) -> set[str]:
+def is_narrow(bits: object) -> bool:
+    """Whether a setting, if it is given, asks for fewer bits than a float's."""
+    return bool(bits) and (not isinstance(bits, int | float) or bits < FLOAT_BITS)
+
+
+def formats_named(config: Mapping[str, object], *names: str) -> set[str]:
     """The names that these settings give the format, in small letters."""
     return {str(config[name]).lower() for name in names if config.get(name)}
 

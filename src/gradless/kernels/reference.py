@@ -368,8 +368,8 @@ def moved(values: Tensor, name: str, move: Move, dtype: torch.dtype, *, stochast
     return result.to(dtype)
 
 
-def f32(value: float) -> float:
-    """The value rounded to fp32."""
+def f32(value: float | Tensor) -> float:
+    """One number rounded to fp32."""
     return float(np.float32(value))
 
 

@@ -82,7 +82,7 @@ class Estimate:
         return sum(map(sum, self.losses)) / (2 * len(self.losses))
 
 
-def number(loss: Any) -> Loss:
+def number(loss: Loss) -> Loss:
     """A loss as a float; a tensor of several problems' losses as it is."""
     return loss if isinstance(loss, Tensor) and loss.ndim else float(loss)
 
@@ -258,7 +258,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 if group.get("auto"):
                     powers.append(_power(d))
             if any(group.get("auto") for group in self.param_groups):
-                self.backoff.observe(estimate.loss)
+                self.backoff.observe(float(estimate.loss))
         changed = sum(space.move(of_group) for of_group, spaces in zip(moves, self.spaces_of, strict=True) for space in spaces)
         codes = sum(space.codes for space in self.spaces)
         self.moved = changed / codes if codes else None

@@ -22,6 +22,8 @@ RATIO = 0.3
 """Default root mean square of a step, in units of eps, if the step size follows the estimates."""
 SIZE = above_zero(10**6)
 """Range of a step size or a perturbation, in any unit."""
+Arguments = dict[str, Any]
+"""Arguments of a constructor by name, plain values."""
 BITS, COUNT, ROWS = whole(2, 8), whole(1, 10**9), whole(1, 1 << 16)
 
 
@@ -117,15 +119,15 @@ class AbsoluteOptions:
     )
 
 
-def check_auto(options: Any) -> None:
+def check_auto(lr: float | str | None, ratio: float | None) -> None:
     """Refuse step sizes that contradict each other, for a method whose steps can choose their own size.
 
     Raises:
         GradlessError: see above.
     """
-    if isinstance(options.lr, str) and options.lr != "auto":
-        raise GradlessError(f"lr is {options.lr!r}; it is a number, or auto.")
-    if options.ratio is not None and options.lr not in (None, "auto"):
+    if isinstance(lr, str) and lr != "auto":
+        raise GradlessError(f"lr is {lr!r}; it is a number, or auto.")
+    if ratio is not None and lr not in (None, "auto"):
         raise GradlessError("ratio is for --lr auto; leave one of the two out.")
 
 
@@ -145,14 +147,18 @@ FLOATS = Defaults(1e-3, 3e-2)
 """Defaults for the unquantized tensors of a quantized file."""
 
 
-class Setting(Protocol):
+OptionsT = TypeVar("OptionsT", bound=SearchOptions)
+OptionsT_co = TypeVar("OptionsT_co", bound=SearchOptions, covariant=True)
+
+
+class Setting(Protocol[OptionsT_co]):
     """A run before its first step, as a recipe sees it."""
 
     @property
     def model(self) -> TunableModel: ...
 
     @property
-    def options(self) -> Any: ...
+    def options(self) -> OptionsT_co: ...
 
     @property
     def seed(self) -> int: ...
@@ -176,12 +182,9 @@ class Setup:
         eps_factor: the probe's factor for every eps; None without a probe.
     """
 
-    method: dict[str, Any]
+    method: Arguments
     groups: list[Group]
     eps_factor: float | None = None
-
-
-OptionsT = TypeVar("OptionsT", bound=SearchOptions)
 
 
 class Recipe(ABC, Generic[OptionsT]):
@@ -253,7 +256,7 @@ class Recipe(ABC, Generic[OptionsT]):
         del options, quantized, one_word
         return False
 
-    def arguments(self, options: OptionsT) -> dict[str, Any]:
+    def arguments(self, options: OptionsT) -> Arguments:
         """The constructor's arguments beside groups and seed, as plain values."""
         del options
         return {}
@@ -268,7 +271,7 @@ class Recipe(ABC, Generic[OptionsT]):
         del centred
         return None
 
-    def setup(self, setting: Setting, earlier: Setup | None = None) -> Setup:
+    def setup(self, setting: Setting[OptionsT], earlier: Setup | None = None) -> Setup:
         """How a run searches. If steps choose their own size, a probe sets eps.
 
         Args:
@@ -318,7 +321,7 @@ class Recipe(ABC, Generic[OptionsT]):
             return {**group, "lr": ratio or self.ratio, "auto": True}
         return group
 
-    def _probe(self, setting: Setting, setup: Setup) -> float:
+    def _probe(self, setting: Setting[OptionsT], setup: Setup) -> float:
         """The factor for every eps; see `probe.best_factor`."""
         import torch
 

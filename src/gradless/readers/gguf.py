@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
-from typing import Any, overload
+from typing import overload
 
 import gguf
 import numpy as np
@@ -90,7 +90,7 @@ class Strings(Sequence[str]):
             raise GradlessError(f"{self._where}: string {number} is not UTF-8; the file is damaged.") from error
 
 
-Value = int | float | bool | str | NDArray[Any] | Strings
+Value = int | float | bool | str | NDArray[np.generic] | Strings
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,11 @@ class _Header:
         self.at = at
         return Strings(where, data, np.frombuffer(places, np.int64))
 
-    def numbers(self, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    def numbers(self, dtype: np.dtype[np.generic], count: int) -> NDArray[np.generic]:
         begin = self.take(count * dtype.itemsize)
         return np.frombuffer(self.data, dtype, count, begin)
 
-    def booleans(self, key: str, held: NDArray[Any]) -> NDArray[Any]:
+    def booleans(self, key: str, held: NDArray[np.generic]) -> NDArray[np.generic]:
         if held.max(initial=0) > 1:
             raise self.damaged(f"the value of {shown(key)} is neither true nor false")
         return held.view(np.bool_)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard, TypeVar, overload
 
 from gradless.errors import GradlessError
+
+T = TypeVar("T")
 
 MOST_DEPTH = 64
 """Largest depth of nesting."""
@@ -18,7 +20,7 @@ SPARE = 48 << 20
 """Bytes of memory that reading may take, in addition to twice the size of the file."""
 
 
-def read_object(path: Path, *, infinities: bool = False) -> dict[str, Any]:
+def read_object(path: Path, *, infinities: bool = False) -> dict[str, object]:
     """A file's JSON object.
 
     Args:
@@ -38,7 +40,7 @@ def read_object(path: Path, *, infinities: bool = False) -> dict[str, Any]:
     return parse_object(raw, str(path), size, infinities=infinities)
 
 
-def parse_object(raw: bytes, where: str, size: int, *, infinities: bool = False) -> dict[str, Any]:
+def parse_object(raw: bytes, where: str, size: int, *, infinities: bool = False) -> dict[str, object]:
     """The JSON object in some bytes.
 
     Args:
@@ -80,7 +82,7 @@ def cost(raw: bytes) -> int:
     return width * len(raw) + 160 * containers + 90 * raw.count(b":") + 40 * raw.count(b",") + 30 * raw.count(b'"')
 
 
-def whole(content: dict[str, Any], name: str, where: str, *, least: int, most: int, default: int | None = None) -> int:
+def whole(content: Mapping[str, object], name: str, where: str, *, least: int, most: int, default: int | None = None) -> int:
     """A whole number of an object.
 
     Raises:
@@ -92,9 +94,24 @@ def whole(content: dict[str, Any], name: str, where: str, *, least: int, most: i
     return value
 
 
+@overload
+def mapping(content: Mapping[str, object], name: str, where: str) -> dict[str, object]: ...
+
+
+@overload
 def mapping(
-    content: dict[str, Any], name: str, where: str, *, of: Callable[[Any], bool] | None = None, what: str = ""
-) -> dict[str, Any]:
+    content: Mapping[str, object], name: str, where: str, *, of: Callable[[object], TypeGuard[T]], what: str
+) -> dict[str, T]: ...
+
+
+def mapping(
+    content: Mapping[str, object],
+    name: str,
+    where: str,
+    *,
+    of: Callable[[object], TypeGuard[T]] | None = None,
+    what: str = "",
+) -> dict[str, T] | dict[str, object]:
     """An object within an object; empty if it is missing or null. `of` checks its values, and `what` names them in messages.
 
     Raises:
@@ -111,7 +128,17 @@ def mapping(
     return value
 
 
-def shown_value(value: Any) -> str:
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is a text."""
+    return isinstance(value, str)
+
+
+def is_object(value: object) -> TypeGuard[dict[str, object]]:
+    """Whether a value is an object."""
+    return isinstance(value, dict)
+
+
+def shown_value(value: object) -> str:
     """A value from a file, short enough for a message."""
     match value:
         case dict():
@@ -123,7 +150,7 @@ def shown_value(value: Any) -> str:
     return json.dumps(value)
 
 
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _named_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
     if len(content) != len(pairs):
         names = [name for name, _ in pairs]
@@ -149,7 +176,7 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number")
 
 
-def _flat(content: Any) -> bool:
+def _flat(content: object) -> bool:
     """Whether values are nested at most `MOST_DEPTH` deep."""
     level = [content]
     for _ in range(MOST_DEPTH + 1):

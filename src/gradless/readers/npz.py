@@ -6,7 +6,6 @@ import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ SPARE, RATIO = 256 << 20, 32
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
-def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
     """The named arrays of a file.
 
     Raises:
@@ -43,7 +42,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         raise GradlessError(f"{what}: {said(error)}.") from error
 
 
-def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[np.generic]:
     if member.compress_type not in PACKINGS:
         raise ValueError(f"{member.filename} is packed in a way that numpy does not write")
     with archive.open(member) as stream:

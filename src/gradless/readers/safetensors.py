@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from gradless.errors import GradlessError
-from gradless.readers.json import mapping, parse_object, shown_value
+from gradless.readers.json import is_text, mapping, parse_object, shown_value
 from gradless.readers.sentences import damaged, shown
 from gradless.readers.tensors import TYPES, TensorInfo, check_places
 
@@ -38,7 +37,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not raw.startswith(b"{"):
         raise GradlessError(f"{where} is no JSON object; copy it again.")
     content = parse_object(raw, where, size)
-    metadata = mapping(content, "__metadata__", str(path), of=lambda value: isinstance(value, str), what="text")
+    metadata = mapping(content, "__metadata__", str(path), of=is_text, what="text")
     content.pop("__metadata__", None)
     start = 8 + length
     tensors = {name: _placed(path, name, entry, start) for name, entry in content.items()}
@@ -52,7 +51,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def _placed(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+def _placed(path: Path, name: str, entry: object, start: int) -> TensorInfo:
     """The place of one tensor. `entry` is its entry in the header; the data begin at byte `start`."""
     if not name or not name.isprintable():
         raise damaged(path, f"a tensor has {'the name ' + ascii(shown(name)) if name else 'no name'}")
@@ -73,5 +72,5 @@ def _placed(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     return TensorInfo(name, kind, tuple(shape), path, start + begin, nbytes)
 
 
-def _whole_numbers(values: Any) -> bool:
+def _whole_numbers(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < MOST for value in values)

@@ -12,9 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gradless.errors import GradlessError
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 SECONDS, KILOBYTES = 2.0, 512 << 10
 """Limits of one rendering: processor time and new memory."""
@@ -32,14 +35,14 @@ def bounded_rendering() -> Iterator[None]:
     until = time.thread_time() + SECONDS
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + KILOBYTES
 
-    def lines(_frame: FrameType, _event: str, _argument: Any) -> Any:
+    def lines(_frame: FrameType, _event: str, _argument: object) -> TraceFunction | None:
         if time.thread_time() > until or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > most:
             raise GradlessError(
                 f"the chat template takes more than {SECONDS:g} s or {KILOBYTES >> 10} MB for one conversation; use another."
             )
         return lines
 
-    def calls(frame: FrameType, _event: str, _argument: Any) -> Any:
+    def calls(frame: FrameType, _event: str, _argument: object) -> TraceFunction | None:
         return lines if frame.f_code.co_filename == OF_TEMPLATES else None
 
     before = sys.gettrace()

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+from gradless.evaluation import Metrics
 from gradless.files import write_text
 from gradless.journal import Journal
+from gradless.methods.base import Group
 from gradless.methods.registry import recipe
 
 
 def write_card(
-    path: Path, journal: Journal, summary: dict[str, Any], *, model: str, target: str, data: str, held_out: str | None
+    path: Path,
+    journal: Journal,
+    skipped: int,
+    before: Metrics | None,
+    after: Metrics | None,
+    *,
+    model: str,
+    target: str,
+    data: str,
+    held_out: str | None,
 ) -> None:
     """Write a model card.
 
     Args:
-        path: the README.md to write.
-        journal: the run's journal.
-        summary: the run's summary; see `run.tune`.
+        path: of the README.md.
+        journal: the run's.
+        skipped: steps whose loss was not finite.
+        before: metrics of the base, if there are held-out rows.
+        after: those of the tuned model.
         model: the base, as the user named it: a path, or a name on the Hub.
         target: the name of the tuned model in the run's folder.
         data: the training rows, as the user named them.
@@ -33,10 +45,10 @@ def write_card(
         "tuned": recipe(method).title + (" of LoRA adapters" if header["lora"] else ""),
         "settings": f"{groups}; seed {config['seed']}",
         "data": f"`{data}`, task {header['task']}, SHA-256 of the tokens {header['data']}",
-        "steps": f"{journal.steps} of batch {config['batch_size']} ({summary['skipped']} skipped), {journal.seconds:.0f} s",
+        "steps": f"{journal.steps} of batch {config['batch_size']} ({skipped} skipped), {journal.seconds:.0f} s",
     }
-    for name in ("before", "after"):
-        if metrics := summary.get(name):
+    for name, metrics in (("before", before), ("after", after)):
+        if metrics:
             rows[name] = ", ".join(f"{key} {metrics[key]:.4f}" for key in ("accuracy", "f1", "loss") if key in metrics)
             rows[name] += f" on {metrics['examples']} rows of `{held_out}`" if name == "before" else ""
     rows["made with"] = ", ".join(f"{name} {version}" for name, version in header["environment"].items())
@@ -65,7 +77,7 @@ def write_card(
     write_text(path, "\n".join(lines))
 
 
-def _shown_group(group: dict[str, Any]) -> str:
+def _shown_group(group: Group) -> str:
     shown = {key: value for key, value in group.items() if key not in ("kind", "names")}
     values = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
     return ", ".join([f"{len(group['names'])} {group['kind']}", *values])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -21,8 +21,42 @@ ENOUGH = 0.9
 """Smallest cosine between a perturbation and its rounding to a bf16 scratch without a warning of `info`."""
 
 
-def describe(path: str, eps: float | None = None) -> dict[str, Any]:
-    """Types, sizes, and the values that each method would tune.
+class TypeRow(TypedDict):
+    """The tensors of one type."""
+
+    type: str
+    tensors: int
+    weights: int
+    bits_per_weight: float
+    bytes: int
+
+
+class Survival(TypedDict):
+    """What a bf16 scratch keeps of a perturbation; see `surviving`."""
+
+    eps: float
+    cosine: float
+
+
+class Description(TypedDict):
+    """What `describe` finds in a file."""
+
+    path: str
+    bytes: int
+    format: str
+    architecture: str
+    name: str
+    types: list[TypeRow]
+    tunable: dict[str, dict[str, int]]
+    would_tune: dict[str, str]
+    kernels: str
+    why_not_compiled: str | None
+    products: dict[str, str]
+    surviving: dict[str, Survival]
+
+
+def describe(path: str, eps: float | None = None) -> Description:
+    """Types, sizes, and what each method would tune.
 
     Args:
         path: a GGUF file, or a quantized folder.
@@ -92,7 +126,7 @@ def surviving(tensor: PackedWeight, eps: float, part: Part = Part.SCALE) -> floa
     return float(torch.nn.functional.cosine_similarity(sides[0].flatten(), sides[1].flatten(), dim=0))
 
 
-def as_text(description: dict[str, Any]) -> str:
+def as_text(description: Description) -> str:
     """The description for a person."""
     lines = [
         f"{description['path']}: {description['name']} ({description['architecture']}), {description['format']}, "

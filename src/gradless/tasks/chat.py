@@ -14,6 +14,7 @@ from gradless.objectives import Example
 from gradless.tasks.columns import OBJECT, TEXT, WORDS, Kind, Maybe, Spec, check
 from gradless.tasks.data import Row, parsed
 from gradless.tasks.turns import Message, Template, left_out, locate
+from gradless.types import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 COLUMNS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
@@ -67,12 +68,12 @@ class Conversation:
 
     messages: list[Message]
     learned: list[int]
-    tools: list[dict[str, Any]] | None
-    variables: dict[str, Any]
+    tools: list[Row] | None
+    variables: Row
     remarks: tuple[str, ...]
 
 
-def chat(tokenizer: Any, train_on: str = "all") -> Callable[[Row], list[Example]]:
+def chat(tokenizer: Tokenizer, train_on: str = "all") -> Callable[[Row], list[Example]]:
     """A function that makes examples of rows with `messages`, or with a conversation as `prompt` and `completion`.
 
     Args:
@@ -261,7 +262,7 @@ def _text(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def _call(given: dict[str, Any], where: str) -> dict[str, Any]:
+def _call(given: Row, where: str) -> Row:
     """A tool call in the form that chat templates read: the arguments are an object."""
     function = given.get("function", given)
     check(function, _CALL, where)
@@ -273,9 +274,9 @@ def _call(given: dict[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
 
 
-def _tools(present: Row) -> list[dict[str, Any]] | None:
+def _tools(present: Row) -> list[Row] | None:
     """The schemas of a row's tools, from a list or from a JSON text of one."""
-    tools = present.get("tools")
+    tools: Any = present.get("tools")
     if isinstance(tools, str):
         tools = parsed(tools, "column 'tools'") if tools.strip() else None
     if tools is None:
@@ -286,7 +287,7 @@ def _tools(present: Row) -> list[dict[str, Any]] | None:
     return tools or None
 
 
-def _variables(present: Row) -> dict[str, Any]:
+def _variables(present: Row) -> Row:
     variables = present.get("chat_template_kwargs") or {}
     check(variables, OBJECT, "column 'chat_template_kwargs'")
     for name in variables:

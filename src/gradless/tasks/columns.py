@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from gradless.errors import GradlessError
 
@@ -15,7 +14,7 @@ class Kind:
     """A type of value: its name in messages, and a test whether a value has it."""
 
     name: str
-    holds: Callable[[Any], bool]
+    holds: Callable[[object], bool]
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ Spec = Kind | Maybe | list["Spec"] | Mapping[str, "Spec"]
 """A type: a `Kind`, `[S]` for a list of S, or `{"name": S, ...}` for an object that has at least these columns."""
 
 
-def _is_label(value: Any) -> bool:
+def _is_label(value: object) -> bool:
     if isinstance(value, float):
         return value.is_integer()
     return isinstance(value, bool | int) or (isinstance(value, str) and bool(value.strip()))
@@ -45,7 +44,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 LABEL = Kind("a label (a text, a whole number, true or false)", _is_label)
 
 
-def check(value: Any, spec: Spec, name: str) -> None:
+def check(value: object, spec: Spec, name: str) -> None:
     """Check a value against a type.
 
     Args:
@@ -78,7 +77,7 @@ def check(value: Any, spec: Spec, name: str) -> None:
                 raise GradlessError(f"{name} has no {key!r}; it must be an object with {needed}.")
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value of a row, in a few words for messages."""
     match value:
         case None:

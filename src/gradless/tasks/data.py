@@ -60,7 +60,7 @@ def read_rows(source: str, *, split: str = "train") -> list[Row]:
     return rows
 
 
-def parsed(text: str, where: str) -> Any:
+def parsed(text: str, where: str) -> object:
     """A JSON value. Repeated keys, NaN and Infinity are refused, because readers disagree on them.
 
     Args:
@@ -80,7 +80,7 @@ def parsed(text: str, where: str) -> Any:
         raise GradlessError(f"{where} is not JSON that can be read: {error}.") from error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -89,7 +89,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _no_number(name: str) -> Any:
+def _no_number(name: str) -> object:
     raise GradlessError(f"holds {name}, which is no JSON; write a number, or null.")
 
 
@@ -177,7 +177,7 @@ def _json(path: Path) -> Iterator[Row]:
                 }
 
 
-def _row(value: Any, where: str) -> Row:
+def _row(value: object, where: str) -> Row:
     if not isinstance(value, dict):
         raise GradlessError(f"{where} is {shown(value)}; it must be a JSON object with named columns.")
     return value
@@ -225,7 +225,7 @@ def _without_padding(row: Row) -> Row:
     return {name: _stripped(value) for name, value in row.items()}
 
 
-def _stripped(value: Any) -> Any:
+def _stripped(value: object) -> object:
     if isinstance(value, dict):
         return {name: _stripped(inner) for name, inner in value.items() if inner is not None}
     return [_stripped(inner) for inner in value] if isinstance(value, list) else value

@@ -42,6 +42,9 @@ def prepare(
         limit: use so many rows only.
         shuffled: take them in the seed's order, not the first.
     """
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise GradlessError(f"{loaded.path} has no tokenizer, which its rows are read with.")
     rows = read_rows(source, split=split or options.split)
     order = list(range(len(rows)))
     if shuffled and limit is not None:
@@ -49,7 +52,7 @@ def prepare(
     order = order[:limit]
     labels = None if options.labels is None else _parse_labels(options.labels)
     template = None if options.template is None else options.template.replace("\\n", "\n")
-    task = choose_task(options.task, template, labels, rows[order[0]], loaded.tokenizer, options.train_on)
+    task = choose_task(options.task, template, labels, rows[order[0]], tokenizer, options.train_on)
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     context = context if context > 0 else 2**31  # XLNet's -1 is no limit
     examples: list[TokenizedExample] = []
@@ -58,8 +61,7 @@ def prepare(
         with naming(source, i + 1):
             made = task.examples_of(rows[i])
             tokens = [
-                objectives.tokenize(example, loaded.tokenizer, context=context, max_length=options.max_length)
-                for example in made
+                objectives.tokenize(example, tokenizer, context=context, max_length=options.max_length) for example in made
             ]
         remarks.update(set().union(*(example.remarks for example in made)))
         remarks["nothing to learn in it"] += not made

@@ -6,13 +6,13 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from gradless.errors import GradlessError
 from gradless.objectives import Example
 from gradless.tasks.chat import COLUMNS, REFUSED_COLUMNS, chat
 from gradless.tasks.columns import LABEL, TEXT, VALUE, WORDS, Kind, Spec, check, shown
 from gradless.tasks.data import Row
+from gradless.types import Tokenizer
 
 Maker = Callable[[Row], Iterable[Example]]
 
@@ -144,7 +144,7 @@ def _pieces(template: str) -> list[tuple[str, str | None]]:
     return [(text, column) for text, column, _, _ in parsed]
 
 
-def _label(value: Any, labels: Mapping[str, Any]) -> str:
+def _label(value: object, labels: Mapping[str, object]) -> str:
     """The label that a row's value spells."""
     match value:
         case bool():
@@ -177,7 +177,7 @@ def _wsc(row: Row) -> list[Example]:
     return [_no_yes(prompt, row["label"])]
 
 
-def _no_yes(prompt: str, label: Any) -> Example:
+def _no_yes(prompt: str, label: object) -> Example:
     words = ("No", "Yes")
     return Example(prompt, words, words.index(NO_YES[_label(label, NO_YES)]))
 
@@ -210,7 +210,7 @@ def _squad(row: Row) -> list[Example]:
     return [Example(prompt, (answers[0] + "\n",), 0, tuple(answers))]
 
 
-def _are_answers(value: Any) -> bool:
+def _are_answers(value: object) -> bool:
     texts = value.get("text") if isinstance(value, dict) else value
     return isinstance(texts, list) and all(map(WORDS.holds, texts))
 
@@ -220,7 +220,7 @@ def completion(row: Row) -> list[Example]:
     return [Example(row["prompt"], (row["completion"],), verbatim=True)]
 
 
-def by_shape(tokenizer: Any, train_on: str) -> Maker:
+def by_shape(tokenizer: Tokenizer, train_on: str) -> Maker:
     """A function that makes examples of conversations and completions; each row's columns say which it is."""
     of_conversation: Maker | None = None
 
@@ -301,7 +301,7 @@ def choose_task(
     template: str | None,
     labels: dict[str, str] | None,
     first_row: Row,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     train_on: str = "all",
 ) -> Task:
     """The task that the user names, or the one that fits the columns of the data.

@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from gradless.errors import GradlessError
 from gradless.readers.templates import bounded_rendering
+from gradless.types import Tokenizer
 
 T = TypeVar("T")
 Message = dict[str, Any]
@@ -53,7 +54,7 @@ class Template:
         form: brings a message into the form that the template takes.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     form: Callable[[Message], Message] = lambda message: message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from gradless import noise, objectives
 from gradless.batch import Batch
 from gradless.errors import GradlessError
 from gradless.independence import independence, keeps_copies
-from gradless.layers import QuantLinear
-from gradless.objectives import TokenizedExample
+from gradless.layers import Linear, QuantLinear
+from gradless.objectives import TokenInputs, TokenizedExample
+from gradless.types import LanguageModel
 
 PAIR_TOKENS = 1024
 """Largest number of tokens in a batch whose two losses come from one forward. In longer ones unpacking is a small part."""
@@ -25,13 +26,13 @@ class TokenBatch(Batch):
 
     Args:
         model: the language model.
-        inputs: what `objectives.collate` returns, on the model's device.
+        inputs: on the model's device.
     """
 
-    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: LanguageModel, inputs: TokenInputs) -> None:
         self._model, self.inputs = model, inputs
-        self.size = len(inputs["sizes"])
-        self.paired = independence(model).halves and inputs["input_ids"].numel() <= PAIR_TOKENS
+        self.size = len(inputs.sizes)
+        self.paired = independence(model).halves and inputs.input_ids.numel() <= PAIR_TOKENS
 
     def loss(self) -> Tensor:
         return self.losses().mean()
@@ -53,17 +54,15 @@ class TokenBatch(Batch):
                 "this method needs the example of each token, and not all layers of this model see a batch's tokens in their "
                 "order; use --method qzo."
             )
-        examples: Tensor = self.inputs["owners"]
-        return examples
+        return self.inputs.owners
 
     def token_losses(self) -> Tensor:
         logits, _ = objectives.supervised_logits(self._model, self.inputs)
-        return nn.functional.cross_entropy(logits, self.inputs["targets"].to(logits.device), reduction="none")
+        return nn.functional.cross_entropy(logits, self.inputs.targets.to(logits.device), reduction="none")
 
     @property
     def labels(self) -> Tensor:
-        labels: Tensor = self.inputs["labels"]
-        return labels
+        return self.inputs.labels
 
     def answer_scores(self) -> Tensor:
         return objectives.asked(self._model, self.inputs)
@@ -72,12 +71,12 @@ class TokenBatch(Batch):
     def answer_tokens(self) -> Tensor:
         return objectives.asked_tokens(self.inputs)
 
-    def layers(self, names: list[str]) -> Mapping[str, nn.Module]:
+    def layers(self, names: list[str]) -> Mapping[str, Linear]:
         layers = {module.packed.name: module for module in self._model.modules() if isinstance(module, QuantLinear)}
         return {name: layers[name] for name in names}
 
 
-def token_batch(model: Any, examples: Sequence[TokenizedExample], copies: int = 0) -> TokenBatch:
+def token_batch(model: LanguageModel, examples: Sequence[TokenizedExample], copies: int = 0) -> TokenBatch:
     """A batch of examples in the layout that the model needs.
 
     Args:
@@ -86,17 +85,17 @@ def token_batch(model: Any, examples: Sequence[TokenizedExample], copies: int = 
         copies: number of copies of its answer token that each example gets; see `objectives.collate`.
     """
     inputs = objectives.collate(examples, rows=independence(model).rows, copies=copies)
-    return TokenBatch(model, {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()})
+    return TokenBatch(model, inputs.to(model.device))
 
 
-def shared_words(model: Any, data: Any) -> tuple[int, ...]:
+def shared_words(model: LanguageModel, data: object) -> tuple[int, ...]:
     """The token ids of the words among which all rows choose, if the model keeps copies of a token apart; otherwise ()."""
     words = {example.words for example in data} if is_tokenized(data) else set()
     shared = (words.pop() or ()) if len(words) == 1 else ()
     return shared if shared and keeps_copies(model) else ()
 
 
-def is_tokenized(data: Any) -> bool:
+def is_tokenized(data: object) -> TypeGuard[Sequence[TokenizedExample]]:
     """Whether a data set is a sequence of tokenized examples."""
     return isinstance(data, Sequence) and len(data) > 0 and isinstance(data[0], TokenizedExample)
 

@@ -17,7 +17,7 @@ from gradless.batch import Batch
 from gradless.errors import GradlessError
 from gradless.formats.model import TunableModel
 from gradless.independence import independence
-from gradless.journal import Journal
+from gradless.journal import Header, Journal
 from gradless.methods.base import ZerothOrderOptimizer
 from gradless.methods.recipe import Setup
 from gradless.methods.registry import MethodOptions, build_method, recipe, setup_of
@@ -32,6 +32,7 @@ class RunSetting:
 
     Attributes:
         model: the model to tune.
+        method: the method's name.
         options: `RunOptions`, or a `ZOConfig`.
         seed: the run's seed.
         data: the training rows.
@@ -40,9 +41,10 @@ class RunSetting:
     """
 
     model: TunableModel
-    options: Any
+    method: str
+    options: MethodOptions
     seed: int
-    data: Any
+    data: Sequence[Any]
     batch_size: int
     batch_of: Callable[[Sequence[Any]], Batch]
 
@@ -68,13 +70,13 @@ class Begun:
 
     setup: Setup
     method: ZerothOrderOptimizer
-    header: dict[str, Any]
+    header: Header
 
 
 def prepare(
     setting: RunSetting,
-    config: dict[str, Any],
-    about: dict[str, Any],
+    config: Header,
+    about: Header,
     earlier: Journal | None = None,
     given: ZerothOrderOptimizer | None = None,
 ) -> Begun:
@@ -96,7 +98,7 @@ def prepare(
     if given is not None:
         setup, method = setup_of(given, setting.model), given
     else:
-        setup = recipe(setting.options.method).setup(setting, before)
+        setup = recipe(setting.method).setup(setting, before)
         method = build_method(setting.model, setup)
     options = {"method", *(field.name for field in fields(MethodOptions))}
     header = {
@@ -113,7 +115,7 @@ def prepare(
     return Begun(setup, method, header)
 
 
-def create_journal(folder: Path, header: dict[str, Any]) -> Journal:
+def create_journal(folder: Path, header: Header) -> Journal:
     """The journal of a run that begins.
 
     Raises:
@@ -125,7 +127,7 @@ def create_journal(folder: Path, header: dict[str, Any]) -> Journal:
     return Journal.create(path, header)
 
 
-def check_same_run(journal: Journal, header: dict[str, Any], about: Sequence[str], *, allow_changes: bool) -> None:
+def check_same_run(journal: Journal, header: Header, about: Sequence[str], *, allow_changes: bool) -> None:
     """Refuse to resume a run with another model, data or options, or in another environment.
 
     Args:
@@ -155,7 +157,7 @@ def check_same_run(journal: Journal, header: dict[str, Any], about: Sequence[str
         )
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, object]:
     """The versions and settings on which the bits of a forward on `device` depend."""
     import transformers
 
@@ -169,7 +171,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _difference(theirs: Any, mine: Any) -> str:
+def _difference(theirs: object, mine: object) -> str:
     """The first difference between two plain values, in words."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for name in sorted({*theirs, *mine}):

@@ -100,7 +100,7 @@ class Stepper:
             self.snapshot.check()
         self.journal.append(estimate, self.clock.seconds)
         self.method.pending = estimate
-        self.last_loss = estimate.loss
+        self.last_loss = float(estimate.loss)
         self._count(estimate)
         if self._skipped_in_a_row >= NAN_STEPS:
             raise GradlessError(

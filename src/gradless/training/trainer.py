@@ -10,7 +10,7 @@ The order of the data is f(seed, epoch), and a resume replays the journal, so th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, speed_metrics
 
 from gradless import evaluation, objectives
@@ -30,10 +30,11 @@ from gradless.formats.model import TunableModel
 from gradless.journal import Journal
 from gradless.methods.base import ZerothOrderOptimizer
 from gradless.methods.registry import DEFAULT, RECIPES, MethodOptions, check_options, recipe
-from gradless.objectives import TokenizedExample
+from gradless.objectives import TokenInputs, TokenizedExample
 from gradless.training.batches import SeededSampler, TokenBatch, is_tokenized, token_batch
 from gradless.training.start import JOURNAL, Begun, RunSetting, check_same_run, create_journal, prepare
 from gradless.training.stepper import Clock, Stepper
+from gradless.types import LanguageModel, Tokenizer
 
 
 @dataclass
@@ -69,10 +70,10 @@ class _Journaling(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: ZOTrainer) -> None:
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
         self.trainer.stepper.commit()
 
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_optimizer_step(self, *_: object, **__: object) -> None:
         self.trainer.stepper.note_moves()
 
 
@@ -96,23 +97,24 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         GradlessError: from `train`, if losses are not finite for too many steps, or a resume does not fit the journal.
     """
 
-    optimizer: Any
+    optimizer: Any  # accelerate wraps it, and the schedule
     lr_scheduler: Any
-    control: Any
+    control: TrainerControl
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         args: ZOConfig,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        train_dataset: object = None,
+        eval_dataset: object = None,
         *,
         checkpoint: TunableModel | None = None,
-        about: dict[str, Any] | None = None,
+        about: dict[str, object] | None = None,
         schedule: Callable[[int], float] | None = None,
-        **more: Any,
+        processing_class: Tokenizer | None = None,
+        **more: object,
     ) -> None:
-        self.checkpoint: TunableModel = checkpoint or DenseModel(model, more.get("processing_class"))
+        self.checkpoint: TunableModel = checkpoint or DenseModel(model, processing_class)
         self.about = about or {}
         self.schedule = schedule
         self.allow_changes = False
@@ -122,7 +124,9 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self._earlier: Journal | None = None
         if is_tokenized(train_dataset):
             more.setdefault("data_collator", self._collate)
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **more)
+        super().__init__(
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processing_class, **more
+        )
         self.add_callback(_Journaling(self))
 
     # -- what is searched, and by which method ------------------------------------------------------------------------
@@ -133,7 +137,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if self._begun is None:
             args = self.args
             size = args.per_device_train_batch_size
-            setting = RunSetting(self.checkpoint, args, args.seed, self.train_dataset, size, self._batch_of)
+            setting = RunSetting(self.checkpoint, args.method, args, args.seed, self.train_dataset, size, self._batch_of)
             config = {
                 "batch_size": size,
                 "accumulate": args.gradient_accumulation_steps,
@@ -145,7 +149,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             self._begun = prepare(setting, config, self.about, self._earlier, self.optimizer and self.zeroth_order)
         return self._begun
 
-    def create_optimizer(self, model: Any = None) -> ZerothOrderOptimizer:
+    def create_optimizer(self, model: object = None) -> ZerothOrderOptimizer:
         """The method over its spaces, unless an optimizer was given as `optimizers=`."""
         del model
         if self.optimizer is None:
@@ -169,7 +173,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """The journal of the run, which has begun."""
         return self.stepper.journal
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> object:
         """The given schedule of lr factors, or the Trainer's own."""
         if self.schedule is not None and self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self.schedule)
@@ -178,34 +182,35 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: LanguageModel, inputs: object, num_items_in_batch: object = None) -> torch.Tensor:
         """Measure one micro-batch along each of the step's directions; returns its share of the step's mean loss."""
         del num_items_in_batch
         model.eval()
         measurement = self.stepper.measure(self._batch(self._prepare_inputs(inputs)))
         return torch.tensor(measurement.loss / self.current_gradient_accumulation_steps, device=self.args.device)
 
-    def _batch(self, inputs: Any) -> Batch:
+    def _batch(self, inputs: object) -> Batch:
         """A batch of `TokenizedExample`s, or one that has a loss and nothing else."""
-        ours = isinstance(inputs, dict) and "sizes" in inputs
-        if ours and type(self).compute_loss is ZOTrainer.compute_loss:
-            return TokenBatch(self.model, inputs)
+        ours = _token_inputs(inputs)
+        if ours is not None and type(self).compute_loss is ZOTrainer.compute_loss:
+            return TokenBatch(self.model, ours)
         batch = Closure(lambda: self.compute_loss(self.model, inputs))
-        batch.size = len(inputs["sizes"]) if ours else 1
+        batch.size = 1 if ours is None else len(ours.sizes)
         return batch
 
-    def _batch_of(self, rows: Sequence[Any]) -> Batch:
+    def _batch_of(self, rows: Sequence[object]) -> Batch:
         return self._batch(self._prepare_inputs(self.data_collator(rows)))
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: LanguageModel, inputs: object, *args: object, **kwargs: object) -> object:
         """The mean loss of a batch of `TokenizedExample`s; any other batch goes to the model."""
-        if isinstance(inputs, dict) and "sizes" in inputs:
-            return objectives.losses(model, inputs)[0].mean()
+        ours = _token_inputs(inputs)
+        if ours is not None:
+            return objectives.losses(model, ours)[0].mean()
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **more: object) -> object:
         """Run, or resume the journal in `output_dir` (or in the folder that `resume_from_checkpoint` names)."""
         if self.args.world_size > 1:
             raise GradlessError("ZOTrainer runs in one process; there are no gradients to share between several.")
@@ -224,12 +229,12 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     # A resume takes the journal where the Trainer takes a checkpoint's folder.
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def _inner_training_loop(self, *args: object, **kwargs: object) -> object:
         if self._earlier is not None:
             kwargs["resume_from_checkpoint"] = self.args.output_dir
         return super()._inner_training_loop(*args, **kwargs)
 
-    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, _resume: Any, trial: Any) -> Any:
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, _resume: object, trial: object) -> object:
         super()._init_training_state(max_steps, steps_per_epoch, epochs, None, trial)
         if self._earlier is not None:
             self.state.global_step = self._earlier.steps
@@ -238,14 +243,14 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         done, rest = divmod(self.state.global_step, steps_per_epoch)
         return done, rest * self.args.gradient_accumulation_steps
 
-    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: object) -> None:
         """Bring weights, step and schedule to the end of the journal."""
         del checkpoint
         self.optimizer._opt_called = True  # torch warns of a scheduler that runs ahead of its optimizer
         for _ in self.stepper.replay():
             self.lr_scheduler.step()
 
-    def _save_checkpoint(self, *_: Any, **__: Any) -> None:
+    def _save_checkpoint(self, *_: object, **__: object) -> None:
         """Every step is in the journal already."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -254,26 +259,28 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         target = Path(output_dir or self.args.output_dir) / self.checkpoint.output_name
         self.checkpoint.save(target)
 
-    def _wrap_model(self, model: Any, *_: Any, **__: Any) -> Any:
+    def _wrap_model(self, model: LanguageModel, *_: object, **__: object) -> object:
         """The model itself: there are no gradients to share."""
         return model
 
-    def _get_grad_norm(self, *_: Any, **__: Any) -> None:
+    def _get_grad_norm(self, *_: object, **__: object) -> None:
         """There are no gradients."""
 
-    def floating_point_ops(self, *_: Any) -> int:
+    def floating_point_ops(self, *_: object) -> int:
         """0: the Trainer's count would walk over all parameters in every step."""
         return 0
 
     # -- data and evaluation ------------------------------------------------------------------------------------------
 
-    def _collate(self, examples: Sequence[TokenizedExample]) -> dict[str, Any]:
-        return token_batch(self.model, examples, recipe(self.args.method).copies(self.args)).inputs
+    def _collate(self, examples: Sequence[TokenizedExample]) -> dict[str, object]:
+        return vars(token_batch(self.model, examples, recipe(self.args.method).copies(self.args)).inputs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SeededSampler:
+    def _get_train_sampler(self, train_dataset: Sized | None = None) -> SeededSampler:
         return SeededSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Loss, accuracy and F1 of `TokenizedExample`s, and what `compute_metrics` makes of their candidates' scores; any other
         data set as the Trainer does it."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
@@ -298,6 +305,11 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _token_inputs(inputs: object) -> TokenInputs | None:
+    """A batch that `ZOTrainer._collate` made, which transformers passes on as a dictionary; None if it is another one."""
+    return TokenInputs(**inputs) if isinstance(inputs, dict) and "sizes" in inputs else None
 
 
 def _prediction(scores: list[tuple[Tensor, int]]) -> EvalPrediction:

@@ -9,13 +9,14 @@ Over 400 lines, because the structs and signatures that mirror the C++ stand bes
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradless.blocks import BlockType, Kind
@@ -96,6 +97,8 @@ class _Attention(ctypes.Structure):
     )
 
 
+N = TypeVar("N", bound=np.generic)
+
 _STRUCTS = (_Words, _Direction, _Move, _Blocks, _Heads, _Attention)
 """The structs of native.cpp, in the order of its `gradless_sizes`."""
 
@@ -104,7 +107,7 @@ _DIRECTION, _MOVES, _BLOCKS = (ctypes.POINTER(struct) for struct in (_Direction,
 _READ = (_BLOCKS, _MOVES, _N, _N)
 """A weight, the moves of its views, how many moves, and how many rows."""
 
-_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+_FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "kinds": (_TEXT, ()),
     "sizes": (ctypes.POINTER(_N), ()),
     "keep_freed_memory": (None, ()),
@@ -240,7 +243,7 @@ def add_shifts(weight: BlockWeight, rows: Tensor, x: Tensor, y: Tensor) -> None:
     )
 
 
-def _product(multiply: Any, weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
+def _product(multiply: Callable[..., object], weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     """x (views, m, columns) by the rows of a weight, through a function of the library."""
     assert x.shape[::2] == (weight.views.count, weight.columns)
     x, rows = x.contiguous(), rows.contiguous()
@@ -418,37 +421,37 @@ def _move(move: Move, name: str) -> _Move:
     return made
 
 
-def _moves(moves: Sequence[Move], name: str) -> tuple[Any, int]:
+def _moves(moves: Sequence[Move], name: str) -> tuple[ctypes.Array[_Move], int]:
     """Moves as the library takes them: an array and its length."""
     n = len(moves)
     directions = [move.direction for move in moves if isinstance(move.direction, Direction)]
     if len(directions) == len(moves) > 2 and len({(u.seed, u.distribution, u.span) for u in directions}) == 1:
         return _many_alike(moves, directions, name), n
     made = [_move(move, name) for move in moves]
-    array: Any = (_Move * len(made))(*made)
-    array.sources = made  # keeps alive what their pointers refer to
+    array = (_Move * len(made))(*made)
+    vars(array)["sources"] = made  # keeps alive what their pointers refer to
     return array, n
 
 
-def _many_alike(moves: Sequence[Move], directions: Sequence[Direction], name: str) -> Any:
+def _many_alike(moves: Sequence[Move], directions: Sequence[Direction], name: str) -> ctypes.Array[_Move]:
     """Moves along directions of one kind: the first of them many times, with other numbers in it."""
     first, size = _move(moves[0], name), ctypes.sizeof(_Move)
-    array: Any = (_Move * len(moves)).from_buffer_copy(bytes(first) * len(moves))
-    array.sources = first
+    array = (_Move * len(moves)).from_buffer_copy(bytes(first) * len(moves))
+    vars(array)["sources"] = first  # keeps alive what its pointers refer to
 
-    def column(of: Any, start: int, dtype: type[Any]) -> np.ndarray[Any, Any]:
-        """A field of every move: field `of` of the part of a move that begins at byte `start`."""
-        return np.ndarray(len(moves), dtype, array, start + of.offset, size)
+    def column(offset: int, dtype: type[N]) -> NDArray[N]:
+        """The field of every move that lies at byte `offset` of it."""
+        return np.ndarray(len(moves), dtype, memoryview(array), offset, size)
 
     steps = np.array([u.step for u in directions], np.uint32)
     queries = np.array([u.query for u in directions], np.uint32)
     words = [_Move.direction.offset + _Direction.words.offset, _Move.direction.offset + _Direction.second.offset]
     for start in (*words, _Move.rounding.offset):
-        column(_Words.step, start, np.uint32)[:] = steps
-        stream = column(_Words.query_and_stream, start, np.uint32)
+        column(start + _Words.step.offset, np.uint32)[:] = steps
+        stream = column(start + _Words.query_and_stream.offset, np.uint32)
         stream[:] = stream & 0xFF | queries << 8
-    column(_Move.coefficient, 0, np.float32)[:] = [move.coefficient for move in moves]
-    column(_Move.decay, 0, np.float32)[:] = [move.decay for move in moves]
+    column(_Move.coefficient.offset, np.float32)[:] = [float(move.coefficient) for move in moves]
+    column(_Move.decay.offset, np.float32)[:] = [move.decay for move in moves]
     return array
 
 

@@ -5,10 +5,10 @@ Functions that take a small part of a step are the reference's own, on the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,6 +54,12 @@ _PARTS, _CODE = {Part.SCALE: 1, Part.OFFSET: 2, Part.BOTH: 3}, 4
 _multipliers: WeakKeyDictionary[BlockWeight, tuple[Tensor, Tensor | None]] = WeakKeyDictionary()
 
 
+class Program(Protocol):
+    """One of `programs`, as Triton compiles it."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...
+
+
 def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.device) -> Tensor:
     """See `reference.coordinates`."""
     if isinstance(direction, Signs):
@@ -62,7 +68,7 @@ def coordinates(direction: Direction | Signs, name: str, n: int, device: torch.d
             total = total + coordinates(term, name, n, device) * reference.f32(weight)
         return total.sign()
     out = torch.empty(n, device=device)
-    _run(programs.coordinates, out=out, n=n, **_drawn(direction, name, device))
+    _run(programs.coordinates, n, out=out, **_drawn(direction, name, device))
     return out
 
 
@@ -70,7 +76,7 @@ def dequantize(weight: BlockWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """See `reference.dequantize`."""
     out = torch.empty(weight.views.count, len(rows), weight.columns, dtype=dtype, device=rows.device)
     tuned = weight.tuned
-    for moves, share in _launches(weight.views.moves, out):
+    for moves, (share,) in _launches(weight.views.moves, out):
         blocks = weight.packed.shape[1]
         p = max(1, WIDTH // weight.block.size)
         grid = (len(rows), -(-blocks // p))
@@ -95,7 +101,7 @@ def linear(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
         return reference.products(x, dequantize(weight, rows, x.dtype))
     out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype, device=x.device)
     x, tile, tokens = x.contiguous(), 32, max(16, 1 << (x.shape[1] - 1).bit_length())
-    for moves, y, inputs in _launches(weight.views.moves, out, x):
+    for moves, (y, inputs) in _launches(weight.views.moves, out, x):
         numbers = {"x": inputs, "rows": rows, "out": y, "tokens": x.shape[1], "n": len(rows), "blocks": weight.packed.shape[1]}
         shape = {"TOKENS": tokens, "ROWS": tile, "K": min(MOST_K, weight.block.size)}
         _launch(programs.linear, (-(-len(rows) // tile), 1), **numbers, **shape, **_read(weight, moves))
@@ -108,7 +114,7 @@ def linear_int8(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
     inputs, s = reference.quantized_tokens(x)
     tile = 64
     clamps = isinstance(weight.tuned, TunedCodes) and weight.tuned.clamp
-    for moves, y, share, scale in _launches(weight.views.moves, out, inputs.to(torch.int8), s):
+    for moves, (y, share, scale) in _launches(weight.views.moves, out, inputs.to(torch.int8), s):
         read = _read(weight, moves)
         del read["levels"], read["LEVELS"]
         grid = (-(-len(rows) // tile), -(-x.shape[1] // tile), max(1, len(moves)))
@@ -126,7 +132,7 @@ def linear_int8(weight: BlockWeight, rows: Tensor, x: Tensor) -> Tensor:
             CLAMP=clamps,
             TOKENS=tile,
             ROWS=tile,
-            K=max(LEAST_K, weight.block.size // read["GROUPS"]),
+            K=max(LEAST_K, weight.block.size // _groups(weight.block)),
             **read,
             num_stages=1,
         )
@@ -140,14 +146,9 @@ def move_blocks(weight: BlockWeight, moves: Sequence[Move]) -> None:
         if isinstance(move.direction, Signs):
             reference.move_blocks(weight, [move])
             continue
-        numbers = {"tuned": values, "coefficient_0": move.coefficient, "decay_0": move.decay, "n": values.numel()}
-        numbers["blocks"] = weight.packed.shape[1]
-        _run(
-            programs.move_blocks,
-            **numbers,
-            **_drawn(move.direction, weight.name, values.device),
-            **_fields(weight),
-        )
+        drawn = _drawn(move.direction, weight.name, values.device)
+        numbers = {"coefficient_0": move.coefficient, "decay_0": move.decay, "blocks": weight.packed.shape[1]}
+        _run(programs.move_blocks, values.numel(), tuned=values, **numbers, **drawn, **_fields(weight))
 
 
 def move_codes(weight: BlockWeight, move: Move) -> int:
@@ -219,23 +220,23 @@ def instructions() -> dict[str, str]:
     return dict.fromkeys(("int8", "bf16"), NAME)
 
 
-def _run(program: Any, **arguments: Any) -> None:
+def _run(program: Program, n: int, **arguments: object) -> None:
     """A program over n elements in a row."""
-    _launch(program, (-(-arguments["n"] // WIDTH),), **arguments, P=WIDTH)
+    _launch(program, (-(-n // WIDTH),), n=n, **arguments, P=WIDTH)
 
 
-def _launch(program: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+def _launch(program: Program, grid: tuple[int, ...], **arguments: object) -> None:
     """Launch a program on the tensors' device, without contraction, which would change bits."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         program[grid](**arguments, enable_fp_fusion=False)
 
 
-def _launches(moves: tuple[Move, ...], *tensors: Tensor) -> list[Any]:
+def _launches(moves: tuple[Move, ...], *tensors: Tensor) -> list[tuple[tuple[Move, ...], tuple[Tensor, ...]]]:
     """The views of each launch, with their shares of some tensors: at most two of one direction, else one view a launch."""
     if len(moves) < 2 or (len(moves) == 2 and moves[0].direction == moves[1].direction):
-        return [(moves, *tensors)]
-    return [((move,), *(tensor[i] for tensor in tensors)) for i, move in enumerate(moves)]
+        return [(moves, tensors)]
+    return [((move,), tuple(tensor[i] for tensor in tensors)) for i, move in enumerate(moves)]
 
 
 def _stride(weight: BlockWeight) -> int:
@@ -243,7 +244,7 @@ def _stride(weight: BlockWeight) -> int:
     return weight.tuned.stride if isinstance(weight.tuned, TunedCodes) else 1
 
 
-def _read(weight: BlockWeight, views: tuple[Move, ...]) -> dict[str, Any]:
+def _read(weight: BlockWeight, views: tuple[Move, ...]) -> dict[str, object]:
     """The arguments with which a program reads a weight under views of one direction."""
     device = weight.packed.device
     zero, pieces, levels = _layout(weight.block, device)
@@ -272,7 +273,7 @@ def _read(weight: BlockWeight, views: tuple[Move, ...]) -> dict[str, Any]:
     }
 
 
-def _fields(weight: BlockWeight) -> dict[str, Any]:
+def _fields(weight: BlockWeight) -> dict[str, object]:
     """Where a weight's block values lie, and how they move."""
     block, part, relative = weight.block, 0, True
     match weight.tuned:
@@ -294,7 +295,7 @@ def _fields(weight: BlockWeight) -> dict[str, Any]:
     }
 
 
-def _drawn(direction: Direction | Signs, name: str, device: torch.device) -> dict[str, Any]:
+def _drawn(direction: Direction | Signs, name: str, device: torch.device) -> dict[str, object]:
     """A direction as the programs take it."""
     assert isinstance(direction, Direction)
     words, second, kind = direction.words(name), 0, 0
@@ -325,7 +326,7 @@ def _drawn(direction: Direction | Signs, name: str, device: torch.device) -> dic
     }
 
 
-def _rounding(move: Move, name: str) -> dict[str, Any]:
+def _rounding(move: Move, name: str) -> dict[str, object]:
     """The random words that round an update, as the programs take them."""
     words = move.direction.words(name, Stream.ROUNDING)
     return {
@@ -336,7 +337,7 @@ def _rounding(move: Move, name: str) -> dict[str, Any]:
     }
 
 
-def _given_or_drawn(move: Move, name: str, n: int, device: torch.device) -> dict[str, Any]:
+def _given_or_drawn(move: Move, name: str, n: int, device: torch.device) -> dict[str, object]:
     """An update's coordinates: drawn in the program, or, if they are the signs of a sum of several directions, given to it."""
     terms = move.direction.terms if isinstance(move.direction, Signs) else ((move.direction, 1.0),)
     u = coordinates(move.direction, name, n, device) if len(terms) > 1 else None

@@ -41,7 +41,7 @@ class EZORecipe(Recipe[EZOOptions]):
         return EZO
 
     def check(self, options: EZOOptions) -> None:
-        check_auto(options)
+        check_auto(options.lr, options.ratio)
 
     def groups(self, model: TunableModel, options: EZOOptions) -> list[Group]:
         """A group for the blocks with offsets, and one for those without."""

@@ -48,4 +48,5 @@ class MeZO(ZerothOrderOptimizer):
         super().__init__(spaces, defaults, q=q, seed=seed, distribution=distribution)
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
-        return (plus - minus) / (2 * group["eps"])
+        eps: float = group["eps"]
+        return (plus - minus) / (2 * eps)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradless.flags import option
 from gradless.methods.recipe import (
     FLOATS,
+    Arguments,
     AutoOptions,
     DecayOptions,
     Defaults,
@@ -50,13 +51,13 @@ class MeZORecipe(Recipe[MeZOOptions]):
         return MeZO
 
     def check(self, options: MeZOOptions) -> None:
-        check_auto(options)
+        check_auto(options.lr, options.ratio)
 
     def suits(self, options: MeZOOptions, *, quantized: bool, one_word: bool) -> bool:
         del options, one_word
         return not quantized
 
-    def arguments(self, options: MeZOOptions) -> dict[str, Any]:
+    def arguments(self, options: MeZOOptions) -> Arguments:
         return {"q": options.q or self.queries, "distribution": options.distribution}
 
     def groups(self, model: TunableModel, options: MeZOOptions) -> list[Group]:

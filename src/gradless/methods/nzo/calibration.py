@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from gradless import kernels
 from gradless.batch import Batch
 from gradless.errors import GradlessError
 from gradless.methods.nzo.layer_outputs import LayerOutputs
+from gradless.methods.recipe import Arguments
 from gradless.noise import Direction, Rademacher
 
 FINEST = 7
@@ -55,14 +55,14 @@ class Calibration:
         features = (scaled * (-exponents).exp2().unsqueeze(1)).round().to(torch.int8)
         return cls(features, exponents.exp2().float(), shift, slope)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Arguments:
         """As plain values."""
         text = base64.b85encode(zlib.compress(self.features.numpy().tobytes(), 9)).decode()
         gains = [int(gain) for gain in self.gains.log2()]
         return {"features": text, "gains": gains, "unit": self.shift, "slope": self.slope}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Calibration:
+    def from_json(cls, values: Arguments) -> Calibration:
         """The inverse of `to_json`."""
         raw = torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(values["features"]))), dtype=torch.int8)
         gains = torch.tensor(values["gains"], dtype=torch.float32).exp2()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gradless.layers import Linear
 
 
 class LayerOutputs:
@@ -18,7 +19,7 @@ class LayerOutputs:
             order.
     """
 
-    def __init__(self, layers: Mapping[str, Any]) -> None:
+    def __init__(self, layers: Mapping[str, Linear]) -> None:
         self.layers = dict(layers)
 
     @contextmanager
@@ -52,7 +53,7 @@ class LayerOutputs:
         with ExitStack() as hooks:
             for name, layer in self.layers.items():
 
-                def hook(_: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+                def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
                     do(name, inputs[0].flatten(0, -2), output.view(-1, output.shape[-1]))
 
                 hooks.callback(layer.register_forward_hook(hook).remove)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from gradless.errors import GradlessError
 from gradless.methods.base import Estimate, Group, Measurement, ZerothOrderOptimizer, mean_losses
 from gradless.methods.nzo.calibration import Calibration, contrasts, draw
 from gradless.methods.nzo.layer_outputs import LayerOutputs
+from gradless.methods.recipe import Arguments
 from gradless.noise import Rademacher
 from gradless.spaces import BlockSpace, Space
 from gradless.tensor import Part
@@ -93,7 +93,7 @@ class NZO(ZerothOrderOptimizer):
         eps: float = 0.25,
         *,
         words: int,
-        looks: Mapping[str, Mapping[str, Any]],
+        looks: Mapping[str, Arguments],
         q: int = 8,
         seed: int = 0,
     ) -> None:
@@ -117,7 +117,7 @@ class NZO(ZerothOrderOptimizer):
         self.sensitivity = torch.zeros(len(layers), words - 1, self.layers[0].weight.rows)
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         looks = {name: each.to_json() for name, each in self.calibrations.items()}
         return {"seed": self.seed, "q": self.q, "words": len(self.contrasts) + 1, "looks": looks}
 
@@ -200,7 +200,7 @@ class NZO(ZerothOrderOptimizer):
         for estimate in estimates:
             if estimate.finite:
                 self._apply(estimate)
-                self.backoff.observe(estimate.loss)
+                self.backoff.observe(float(estimate.loss))
         self.t = estimates[-1].step + 1
 
     def _apply(self, estimate: Estimate) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradless.errors import GradlessError
 from gradless.methods.recipe import Defaults, PartOptions, QueryOptions, Recipe, SearchOptions, Setting, Setup
@@ -69,7 +69,7 @@ class NZORecipe(Recipe[NZOOptions]):
         group = self.group(model, options, Kind.BLOCKS, BLOCKS, missing, target=target)
         return [{**group, "part": options.part or "both", "relative": True}]
 
-    def setup(self, setting: Setting, earlier: Setup | None = None) -> Setup:
+    def setup(self, setting: Setting[NZOOptions], earlier: Setup | None = None) -> Setup:
         """See `Recipe.setup`. The arguments include each layer's calibration under "looks", its name in the journal."""
         arguments = {"name": self.name, "seed": setting.seed, "q": setting.options.q or self.queries}
         if earlier is not None and earlier.method["name"] == self.name:
@@ -83,7 +83,7 @@ class NZORecipe(Recipe[NZOOptions]):
         groups = self.groups(setting.model, setting.options)
         return Setup({**arguments, "words": setting.answer_words, "looks": self._calibrated(setting, groups)}, groups)
 
-    def _calibrated(self, setting: Setting, groups: list[Group]) -> dict[str, Any]:
+    def _calibrated(self, setting: Setting[NZOOptions], groups: list[Group]) -> dict[str, object]:
         """The `Calibration` of each tensor, as plain values."""
         import torch
 

@@ -81,7 +81,8 @@ class QuZO(GridOptimizer):
 
     def derivative(self, plus: Loss, minus: Loss, group: Group) -> Loss:
         """mu / eps, the factor of u_2."""
-        return (plus - minus) / (2 * group["eps"] ** 2)
+        eps: float = group["eps"]
+        return (plus - minus) / (2 * eps**2)
 
     def moves(self, step: int, d: Sequence[Loss], lr: float, group: Group) -> Iterator[Move]:
         """-(lr mu / q) u_2 / eps for each direction, which the space rounds to its grid."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradless.errors import GradlessError
 from gradless.flags import option, whole
 from gradless.methods.codes import CodeOptions, CodeRecipe
-from gradless.methods.recipe import BITS, Defaults
+from gradless.methods.recipe import BITS, Arguments, Defaults
 
 if TYPE_CHECKING:
     from gradless.methods.quzo.method import QuZO
@@ -44,7 +44,7 @@ class QuZORecipe(CodeRecipe[QuZOOptions]):
         if options.perturbation_bits is not None and options.roundings != 1:
             raise GradlessError("perturbation_bits goes with one rounding; leave --roundings out, or --perturbation-bits.")
 
-    def arguments(self, options: QuZOOptions) -> dict[str, Any]:
+    def arguments(self, options: QuZOOptions) -> Arguments:
         return {
             "q": options.q or self.queries,
             "distribution": options.distribution,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradless.errors import GradlessError
 from gradless.flags import above_zero, option
@@ -12,6 +12,7 @@ from gradless.methods.recipe import (
     FLOATS,
     SIZE,
     AbsoluteOptions,
+    Arguments,
     AutoOptions,
     DecayOptions,
     Defaults,
@@ -64,7 +65,7 @@ class QZORecipe(Recipe[QZOOptions]):
         return QZO
 
     def check(self, options: QZOOptions) -> None:
-        check_auto(options)
+        check_auto(options.lr, options.ratio)
         if options.ratio is not None and options.lr is None:
             raise GradlessError(f"ratio is for a step size that follows the estimates; give --lr auto to {self.name}.")
 
@@ -72,7 +73,7 @@ class QZORecipe(Recipe[QZOOptions]):
         del options, one_word
         return quantized
 
-    def arguments(self, options: QZOOptions) -> dict[str, Any]:
+    def arguments(self, options: QZOOptions) -> Arguments:
         return {"q": options.q or self.queries, "distribution": options.distribution}
 
     def groups(self, model: TunableModel, options: QZOOptions) -> list[Group]:

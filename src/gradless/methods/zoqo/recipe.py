@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradless.errors import GradlessError
 from gradless.flags import option
 from gradless.methods.codes import CodeOptions, CodeRecipe
-from gradless.methods.recipe import Defaults
+from gradless.methods.recipe import Arguments, Defaults
 
 if TYPE_CHECKING:
     from gradless.methods.zoqo.method import ZOQO
@@ -42,7 +42,7 @@ class ZOQORecipe(CodeRecipe[ZOQOOptions]):
         if options.hold and getattr(options, "accumulate", 1) > 1:
             raise GradlessError("hold compares a query with the loss at x batch by batch; leave accumulation out with it.")
 
-    def arguments(self, options: ZOQOOptions) -> dict[str, Any]:
+    def arguments(self, options: ZOQOOptions) -> Arguments:
         return {
             "q": options.q or self.queries,
             "distribution": options.distribution,
