@@ -164,7 +164,7 @@ def need(method: str, shapes: Shapes, *, batch_size: int, length: int) -> Memory
 
 
 class Plan(TypedDict):
-    """What a step of each method needs; see `plan`."""
+    """The memory of a step of each method; see `plan`."""
 
     name: str
     parameters: int

@@ -150,12 +150,12 @@ def tokenize(example: Example, tokenizer: Tokenizer, *, context: int, max_length
 
 
 def _bare(text: str, tokenizer: Tokenizer) -> list[int]:
-    """A text's own tokens, those included that it writes out by name."""
+    """A text's own tokens, including special tokens that it spells out."""
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _head(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that a tokenizer begins a sequence with, none where the prompt, as chat templates do, begins with one itself.
+    """The tokens with which a tokenizer begins a sequence; none if the prompt begins with one itself, as in chat templates.
 
     White space before it does not count. Tokens that the tokenizer would add at the end are left out: an answer ends where its
     text ends.
@@ -215,15 +215,15 @@ class TokenInputs:
     Attributes:
         input_ids: int64 (rows, length).
         position_ids: int64 (rows, length), from 0 on in each sequence; None if a row holds one sequence and no copies.
-        attention_mask: bool (rows, 1, length, length), who sees whom, where there are copies; else None.
-        owners: int64 (rows, length), the example that each token is part of; 0 where it is padding.
+        attention_mask: bool (rows, 1, length, length), which token sees which, if there are copies; else None.
+        owners: int64 (rows, length), the example of each token; 0 for padding.
         rows, columns: int64 (supervised,), the positions whose logits are needed, sequence by sequence.
-        targets: int64 (supervised,), what they predict.
-        counts: supervised positions of each sequence.
+        targets: int64 (supervised,), the tokens to predict there.
+        counts: number of supervised positions of each sequence.
         alone: the row and the length of each sequence if each needs a forward of its own, else None.
-        words: int64 (candidates,) where all examples choose among the same single tokens, else None: then there is one
-            sequence an example; otherwise one a candidate.
-        sizes: candidates of each example.
+        words: int64 (candidates,) if all examples choose among the same single tokens, else None. With words each example has
+            one sequence, otherwise each candidate has one.
+        sizes: number of candidates of each example.
         labels: int64 (examples,).
     """
 
@@ -247,13 +247,14 @@ class TokenInputs:
 
 
 def collate(examples: Sequence[TokenizedExample], *, rows: Rows = Rows.PACKED, copies: int = 0) -> TokenInputs:
-    """A batch: its sequences laid out in rows, packed if the model keeps them apart, so that next to nothing is padding.
+    """A batch: its sequences laid out in rows. Packed rows have hardly any padding.
 
     Args:
-        examples: of the batch.
-        rows: how the model needs its sequences laid out.
-        copies: how often more each sequence's last token is passed, at the same position, seen by none but itself; only where
-            all examples choose among the same words, and the model takes a mask of who sees whom.
+        examples: the batch's examples.
+        rows: the layout that the model needs.
+        copies: copies of each sequence's last token, at the same position. A copy sees the tokens before that token, and
+            itself; no other token sees it. Only if all examples choose among the same words, and the model takes an attention
+            mask.
     """
     words = examples[0].words
     if words is not None and any(example.words != words for example in examples):
@@ -371,7 +372,7 @@ def supervised_logits(model: LanguageModel, batch: TokenInputs, words: Tensor | 
 
 
 def _forwards(batch: TokenInputs) -> Iterator[TokenInputs]:
-    """A batch's sequences, each as a batch of its own without what fills its row up."""
+    """A batch's sequences, each as a batch of its own without padding."""
     for row, length in batch.alone or ():
         at = batch.columns[batch.rows == row]
         ids = batch.input_ids[row : row + 1, :length]
@@ -379,19 +380,19 @@ def _forwards(batch: TokenInputs) -> Iterator[TokenInputs]:
 
 
 def asked(model: LanguageModel, batch: TokenInputs) -> Tensor:
-    """Every word's score at each example's last token and at its copies: fp32, (examples, 1 + copies, words)."""
+    """The score of each word at each example's last token and its copies: fp32, (examples, 1 + copies, words)."""
     every = torch.stack(scores(model, batch))
     return every.view(len(batch.sizes), -1, every.shape[1])
 
 
 def asked_tokens(batch: TokenInputs) -> Tensor:
-    """Which tokens of a batch, flattened, are each example's last and its copies: int64 (examples, 1 + copies)."""
+    """Each example's last token and its copies, as places in the flattened batch: int64 (examples, 1 + copies)."""
     tokens = batch.rows * batch.input_ids.shape[1] + batch.columns
     return tokens.view(len(batch.sizes), -1)
 
 
 def losses(model: LanguageModel, batch: TokenInputs) -> tuple[Tensor, Tensor]:
-    """(loss, whether the prediction is right) of every example: fp32 and bool, (examples,)."""
+    """The loss of each example, and whether its prediction is right: fp32 and bool, (examples,)."""
     each, right = [], []
     for score, label in zip(scores(model, batch), batch.labels, strict=True):
         each.append(example_loss(score, label))

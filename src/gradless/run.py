@@ -62,7 +62,7 @@ ROUNDING_EXAMPLES = 128
 
 
 class Rounding(TypedDict):
-    """What rounding to the file's types costs; see `round_as_saved`."""
+    """The cost of rounding to the file's types; see `round_as_saved`."""
 
     before: float
     after: float
@@ -71,7 +71,7 @@ class Rounding(TypedDict):
 
 
 class Summary(TypedDict):
-    """What came of a run; see `tune`."""
+    """The result of a run; see `tune`."""
 
     finished: bool
     steps: int

@@ -27,8 +27,8 @@ def write_card(
     """Write a model card.
 
     Args:
-        path: of the README.md.
-        journal: the run's.
+        path: the README.md to write.
+        journal: the run's journal.
         skipped: steps whose loss was not finite.
         before: metrics of the base, if there are held-out rows.
         after: those of the tuned model.

@@ -32,14 +32,14 @@ class TypeRow(TypedDict):
 
 
 class Survival(TypedDict):
-    """What a bf16 scratch keeps of a perturbation; see `surviving`."""
+    """How well a perturbation survives a bf16 scratch; see `surviving`."""
 
     eps: float
     cosine: float
 
 
 class Description(TypedDict):
-    """What `describe` finds in a file."""
+    """The contents of a file; see `describe`."""
 
     path: str
     bytes: int
@@ -56,7 +56,7 @@ class Description(TypedDict):
 
 
 def describe(path: str, eps: float | None = None) -> Description:
-    """Types, sizes, and what each method would tune.
+    """Types, sizes, and the values that each method would tune.
 
     Args:
         path: a GGUF file, or a quantized folder.
