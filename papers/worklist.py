@@ -159,9 +159,9 @@ class WorkList:
         self, row: Row, base: Path, every: int = 250, train: Path = DATA / "train.tsv", dev: Path = DATA / "dev.tsv"
     ) -> Row:
         """Tune `base` (on SST-2) as the row says, resuming where its journal ends; the measurements on all of `dev`."""
-        from gradless import run
         from gradless.journal import Journal
         from gradless.training.options import RunOptions
+        from gradless.tuning import tune
 
         output = self.folder(row["name"])
         names = {field.name for field in fields(RunOptions)}
@@ -179,7 +179,7 @@ class WorkList:
             resume=(output / "journal.db").exists(),
             allow_changes=True,
         )
-        summary = run.tune(str(base), str(train), chosen)
+        summary = tune(str(base), str(train), chosen)
         if not summary["finished"]:
             raise SystemExit(130)
         journal = Journal.open(output / "journal.db")

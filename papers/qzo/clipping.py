@@ -77,9 +77,9 @@ def shrinkage() -> None:
 
 
 def spikes() -> None:
-    from gradless import run
     from gradless.journal import Journal
     from gradless.training.options import RunOptions
+    from gradless.tuning import tune
 
     print("| C | clipped | spikes | largest loss / median before | accuracy |\n|---|---|---|---|---|")
     for clip in CLIPS:
@@ -88,7 +88,7 @@ def spikes() -> None:
             **WEAK, eval=str(DATA / "dev.tsv"), train_rows=TRAIN_ROWS, steps=STEPS, lr=LR, clip=clip, schedule="constant",
             eval_every=10**9, output=str(output), resume=(output / "journal.db").exists(), allow_changes=True,
         )  # fmt: skip
-        summary = run.tune(str(model_path()), str(DATA / "train.tsv"), options)
+        summary = tune(str(model_path()), str(DATA / "train.tsv"), options)
         journal = Journal.open(output / "journal.db")
         steps = list(journal.estimates())
         journal.close()

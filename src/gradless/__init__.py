@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from gradless.methods.zoqo.method import ZOQO as ZOQO
     from gradless.replaying import replay as replay
     from gradless.run import evaluate as evaluate
-    from gradless.run import tune as tune
     from gradless.spaces import BlockSpace as BlockSpace
     from gradless.spaces import CodeSpace as CodeSpace
     from gradless.spaces import DenseSpace as DenseSpace
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from gradless.training.options import RunOptions as RunOptions
     from gradless.training.trainer import ZOConfig as ZOConfig
     from gradless.training.trainer import ZOTrainer as ZOTrainer
+    from gradless.tuning import tune as tune
 
 _HOMES = {
     "AttackResult": "attacks.base",
@@ -82,7 +82,6 @@ _HOMES = {
     "ZOQO": "methods.zoqo.method",
     "replay": "replaying",
     "evaluate": "run",
-    "tune": "run",
     "BlockSpace": "spaces",
     "CodeSpace": "spaces",
     "DenseSpace": "spaces",
@@ -92,6 +91,7 @@ _HOMES = {
     "RunOptions": "training.options",
     "ZOConfig": "training.trainer",
     "ZOTrainer": "training.trainer",
+    "tune": "tuning",
 }
 """The module of each public name: imported on first use, so that the command line starts without torch."""
 

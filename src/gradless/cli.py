@@ -59,9 +59,9 @@ def _last_resort(error: Exception, output: str | None) -> str:
 def _tune(parsed: argparse.Namespace) -> int:
     options = run_options(parsed)
     _prepare_libraries()
-    from gradless import run
+    from gradless.tuning import tune
 
-    summary = run.tune(parsed.model, parsed.data, options, quiet=parsed.json)
+    summary = tune(parsed.model, parsed.data, options, quiet=parsed.json)
     if parsed.json:
         print(json.dumps(summary))
     return 0 if summary["finished"] else 130

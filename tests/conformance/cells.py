@@ -34,6 +34,7 @@ from gradless.objectives import Rows, TokenizedExample, collate
 from gradless.replaying import replay
 from gradless.report import curve
 from gradless.training.options import RunOptions
+from gradless.tuning import tune
 from tests.conformance import folders
 from tests.tiny import tiny_data
 
@@ -202,7 +203,7 @@ def _check_method(base: Path, method: str, rows: Path, output: Path) -> int:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curve, "plot_run", lambda *_: None)  # a third of the time, and the same for all
-        summary = run.tune(str(base), str(rows), options, quiet=True)
+        summary = tune(str(base), str(rows), options, quiet=True)
     if not summary["finished"]:  # a run ends with its step where it is interrupted, and so does the suite
         raise KeyboardInterrupt
     assert (summary["steps"], summary["skipped"]) == (3, 0), "steps were skipped"

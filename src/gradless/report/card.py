@@ -31,7 +31,7 @@ def write_card(
         journal: the run's journal.
         skipped: steps whose loss was not finite.
         before: metrics of the base, if there are held-out rows.
-        after: those of the tuned model.
+        after: metrics of the tuned model.
         model: the base, as the user named it: a path, or a name on the Hub.
         target: the name of the tuned model in the run's folder.
         data: the training rows, as the user named them.

@@ -281,8 +281,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, accuracy and F1 of `TokenizedExample`s, and what `compute_metrics` makes of their candidates' scores; any other
-        data set as the Trainer does it."""
+        """Loss, accuracy and F1 of `TokenizedExample`s, and the result of `compute_metrics` on their candidates' scores. Any
+        other data set is left to the Trainer."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not is_tokenized(data):
             metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
