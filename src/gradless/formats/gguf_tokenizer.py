@@ -463,8 +463,8 @@ def _chat_template(metadata: Mapping[str, object], where: str) -> str | dict[str
         key.removeprefix(CHAT_TEMPLATE).lstrip(".") or "default": metadata[key] for key in metadata if _names_chat_template(key)
     }
     texts = {name: text for name, text in found.items() if isinstance(text, str)}
-    if wrong := found.keys() - texts.keys():
-        raise GradlessError(f"{where}: its chat template {min(wrong)!r} is no text.")
+    if wrong := [name for name in found if name not in texts]:
+        raise GradlessError(f"{where}: its chat template {wrong[0]!r} is no text.")
     return texts.get("default") if texts.keys() <= {"default"} else texts
 
 

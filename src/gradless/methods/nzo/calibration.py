@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from gradless import kernels
 from gradless.batch import Batch
 from gradless.errors import GradlessError
 from gradless.methods.nzo.layer_outputs import LayerOutputs
-from gradless.methods.recipe import Arguments
 from gradless.noise import Direction, Rademacher
 
 FINEST = 7
@@ -29,6 +29,15 @@ LEAST_QUERIES = 8
 """Smallest number of queries behind the size of a layer's shifts."""
 PROBE = 0.5
 """Size of a calibration's shift, as a share of the root mean square of the layer's outputs."""
+
+
+class Stored(TypedDict):
+    """A `Calibration` as plain values: `unit` is its shift, `gains` are exponents of 2."""
+
+    features: str
+    gains: list[int]
+    unit: float
+    slope: float
 
 
 @dataclass(frozen=True)
@@ -55,14 +64,14 @@ class Calibration:
         features = (scaled * (-exponents).exp2().unsqueeze(1)).round().to(torch.int8)
         return cls(features, exponents.exp2().float(), shift, slope)
 
-    def to_json(self) -> Arguments:
+    def to_json(self) -> Stored:
         """As plain values."""
         text = base64.b85encode(zlib.compress(self.features.numpy().tobytes(), 9)).decode()
         gains = [int(gain) for gain in self.gains.log2()]
         return {"features": text, "gains": gains, "unit": self.shift, "slope": self.slope}
 
     @classmethod
-    def from_json(cls, values: Arguments) -> Calibration:
+    def from_json(cls, values: Stored) -> Calibration:
         """The inverse of `to_json`."""
         raw = torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(values["features"]))), dtype=torch.int8)
         gains = torch.tensor(values["gains"], dtype=torch.float32).exp2()

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from gradless.batch import Batch, Loss
 from gradless.errors import GradlessError
 from gradless.methods.base import Estimate, Group, Measurement, ZerothOrderOptimizer, mean_losses
-from gradless.methods.nzo.calibration import Calibration, contrasts, draw
+from gradless.methods.nzo.calibration import Calibration, Stored, contrasts, draw
 from gradless.methods.nzo.layer_outputs import LayerOutputs
-from gradless.methods.recipe import Arguments
 from gradless.noise import Rademacher
 from gradless.spaces import BlockSpace, Space
 from gradless.tensor import Part
@@ -93,7 +92,7 @@ class NZO(ZerothOrderOptimizer):
         eps: float = 0.25,
         *,
         words: int,
-        looks: Mapping[str, Arguments],
+        looks: Mapping[str, Stored],
         q: int = 8,
         seed: int = 0,
     ) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gradless.formats.checkpoint import Checkpoint
     from gradless.formats.model import TunableModel
     from gradless.methods.base import Group
+    from gradless.methods.nzo.calibration import Stored
     from gradless.methods.nzo.method import NZO
 
 BLOCKS = Defaults(0.6, 0.25)
@@ -83,7 +84,7 @@ class NZORecipe(Recipe[NZOOptions]):
         groups = self.groups(setting.model, setting.options)
         return Setup({**arguments, "words": setting.answer_words, "looks": self._calibrated(setting, groups)}, groups)
 
-    def _calibrated(self, setting: Setting[NZOOptions], groups: list[Group]) -> dict[str, object]:
+    def _calibrated(self, setting: Setting[NZOOptions], groups: list[Group]) -> dict[str, Stored]:
         """The `Calibration` of each tensor, as plain values."""
         import torch
 
