@@ -59,7 +59,7 @@ def backward(model: nn.Module, examples: list[objectives.TokenizedExample]) -> t
     model.get_input_embeddings().weight.requires_grad_(True)
     owners = []
     for i, example in enumerate(examples):
-        batch = objectives.collate([example], packed=False)
+        batch = objectives.collate([example], rows=objectives.Rows.PADDED)
         owners += [i] * batch.input_ids.numel()
         objectives.losses(model, batch)[0].sum().backward()
         model.get_input_embeddings().weight.grad = None

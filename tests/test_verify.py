@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gradless import cli, run
+from gradless import cli, tuning
 from gradless.cli import main
 from gradless.errors import GradlessError
 from gradless.files import Snapshot, locked, replacing, set_aside, sweep
@@ -151,13 +151,13 @@ def test_a_base_whose_bytes_changed_unseen_is_not_exported(tiny, rows, tmp_path,
     base = tmp_path / "base.gguf"
     shutil.copy(tiny, base)
     monkeypatch.setattr(Snapshot, "check", lambda _self: None)
-    finish = run.train_loop
+    finish = tuning.train
 
     def train(*given):
         finish(*given)
         base.write_bytes(base.read_bytes()[:-1] + b"\x55")
 
-    monkeypatch.setattr(run, "train_loop", train)
+    monkeypatch.setattr(tuning, "train", train)
     assert tune(base, rows, tmp_path / "run") == 1
     assert "is no longer the base of the run in" in capsys.readouterr().err
     assert not (tmp_path / "run" / "model.gguf").exists()
