@@ -55,9 +55,8 @@ def test_the_page_is_of_the_suites_architectures_and_has_no_open_cell():
     rows = [line.split("|")[1:-1] for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     folder_rows = {row[0].strip(): [each.strip() for each in row[2:]] for row in rows if len(row) == 2 + len(folders.ALL)}
     folder_rows.pop("architecture")
-    assert len(folder_rows) >= 30
-    if transformers.__version__ in PAGE.read_text():
-        assert folder_rows.keys() <= set(KINDS)
+    if transformers.__version__ in PAGE.read_text():  # another version may know more architectures, or fewer
+        assert folder_rows.keys() == set(KINDS)
     state = re.compile(r"-|refused \[\d+\]|works(, not [\w, ]+ \[\d+\])*")
     for kind, cells in folder_rows.items():
         assert all(state.fullmatch(cell) for cell in cells), kind
