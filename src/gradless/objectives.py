@@ -4,6 +4,8 @@ An example is a prompt and its candidate completions. A candidate's score is its
 With several candidates the loss is the cross-entropy over their scores, and the prediction is the best one. The loss of a lone
 candidate is minus its score. Logits are computed at supervised positions only. If every candidate is one token, the head
 computes the logits of these tokens alone.
+
+Over 400 lines, because the layout of a batch and the loss that reads it are one convention.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """What a method searches. A space is one named tensor x with two verbs: `view` lets forwards read a moved x without writing
 it, and `move` writes it. One other function writes x: `BlockSpace.move_along_outer_product`, for a gradient that is known as an
-outer product."""
+outer product.
+
+Over 400 lines, because the kinds of spaces are read side by side.
+"""
 
 from __future__ import annotations
 
