@@ -85,3 +85,33 @@ def test_values_that_are_not_finite_are_not_written(tiny, tmp_path, value):
     with pytest.raises(GradlessError, match=r"tuned values of .* are not finite"):
         loaded.save(tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_yaml_takes_what_a_flag_takes(tmp_path):
+    (tmp_path / "run.yaml").write_text("lr: auto\nmethod: qzo\nratio: 0.1\n")
+    options = run_options(parser().parse_args(["tune", "a", "b", "--config", str(tmp_path / "run.yaml")]))
+    assert (options.lr, options.ratio) == ("auto", 0.1)
+
+
+def test_auto_takes_the_options_of_any_method_that_it_may_choose():
+    assert RunOptions(master=True).chosen(quantized=False, one_word=False).method == "mezo"
+    with pytest.raises(GradlessError, match="master is for mezo; qzo does not read it"):
+        RunOptions(master=True).chosen(quantized=True, one_word=True)
+    with pytest.raises(GradlessError, match="hold is for zoqo; qzo does not read it"):
+        RunOptions(hold=True)
+    with pytest.raises(GradlessError, match=r"method is 'speed'; it can be auto, nzo, .*mezo"):
+        RunOptions(method="speed")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "qzo", "distribution": "uniform"},
+        {"method": "zoqo", "distribution": "rademacher"},
+        {"method": "quzo", "distribution": "uniform"},
+        {"method": "zoqo", "weight_decay": 0.1},
+    ],
+)
+def test_noise_that_a_method_cannot_draw_is_refused_at_once(options):
+    with pytest.raises(GradlessError, match=r"gaussian.*(rademacher|weight_decay)"):
+        RunOptions(**options)

@@ -4,13 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
-from gradless import EZO, QZO, ZOQO, QuZO, codes, objectives, offsets, replay, scales
+from gradless import EZO, QZO, ZOQO, QuZO, codes, noise, objectives, offsets, replay, scales
 from gradless.errors import GradlessError
 from gradless.formats.adapter import AdaptedModel, LoRA
 from gradless.formats.gguf_model import load_gguf
 from gradless.independence import independence
 from gradless.journal import Journal
 from gradless.methods.probe import FACTORS
+from gradless.methods.registry import setup_of
 from gradless.objectives import Example, tokenize
 from gradless.training import batches
 from gradless.training.batches import SeededSampler
@@ -328,7 +329,7 @@ def test_callbacks_logs_and_compute_metrics_work(tiny, tmp_path):
 
     def metrics(prediction):
         chosen.append((prediction.predictions.shape, prediction.label_ids.shape))
-        return {"share_of_yes": float((prediction.predictions.argmax(1) == 1).mean())}
+        return {"share_of_yes": (prediction.predictions.argmax(1) == 1).astype("float32").mean()}
 
     loaded = load_gguf(tiny)
     config = ZOConfig(
@@ -386,3 +387,42 @@ def test_an_optimizer_without_a_recipe_is_refused(tiny, tmp_path):
     zo = ZOTrainer(loaded.model, config, examples(loaded.tokenizer), checkpoint=loaded, optimizers=(Mine(scales(loaded)), None))
     with pytest.raises(GradlessError, match="Mine has no recipe"):
         zo.train()
+
+
+def test_a_trainer_whose_model_was_tuned_is_not_resumed(tiny, tmp_path):
+    zo = trainer(tiny, tmp_path, max_steps=2)
+    zo.train()
+    with pytest.raises(GradlessError, match="tuned already, and a resume begins with the base"):
+        zo.train(resume_from_checkpoint=True)
+
+
+def test_a_refused_resume_is_no_resume_later(tiny, tmp_path):
+    trainer(tiny, tmp_path / "a", max_steps=2).train()
+    zo = trainer(tiny, tmp_path / "b", max_steps=2, eps=0.02)
+    with pytest.raises(GradlessError, match="is another run"):
+        zo.train(resume_from_checkpoint=str(tmp_path / "a"))
+    zo.train()
+    assert [Journal.open(tmp_path / name / "journal.db", to_go_on=True).steps for name in "ab"] == [2, 2]
+
+
+def test_the_clock_ends_a_run_and_does_not_count_what_came_before_it(tiny, tmp_path):
+    zo = trainer(tiny, tmp_path, max_steps=6)
+    zo.clock._before = 0.0
+    zo.clock._began -= 1000.0
+    zo.clock.limit = 1e-3
+    zo.train()
+    assert zo.journal.steps == 1
+    assert zo.journal.seconds < 500
+
+
+def test_what_was_asked_of_a_block_without_offsets_is_kept(tmp_path):
+    loaded = load_gguf(tiny_gguf(tmp_path / "tiny.gguf", block="Q6_K"))
+    method = EZO(offsets(loaded))
+    assert setup_of(method, loaded).groups[0]["part"] == "offset"
+
+
+def test_directions_without_a_name_are_not_journaled(tiny):
+    loaded = load_gguf(tiny)
+    method = ZOQO(codes(loaded), distribution=noise.uniform_grid(2))
+    with pytest.raises(GradlessError, match="a journal keeps directions by name"):
+        setup_of(method, loaded)

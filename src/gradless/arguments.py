@@ -206,8 +206,11 @@ def _read_config(path: Path, names: set[str]) -> dict[str, object]:
     unknown = sorted(content.keys() - names)
     if unknown:
         raise GradlessError(f"--config {path} has no option {unknown[0]!r}; see gradless tune --help for their names.")
-    types = {field.name: str(field.type) for field in fields(RunOptions)}
-    return {name: _typed(path, name, value, types[name]) for name, value in content.items()}
+    known = {field.name: field for field in fields(RunOptions)}
+    return {
+        name: value if value in known[name].metadata.get("texts", ()) else _typed(path, name, value, str(known[name].type))
+        for name, value in content.items()
+    }
 
 
 def _typed(path: Path, name: str, value: object, wanted: str) -> object:

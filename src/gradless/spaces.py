@@ -111,11 +111,11 @@ class BlockSpace(Space):
 
     def __init__(self, weight: PackedWeight, part: Part | str = Part.SCALE, *, relative: bool = True) -> None:
         weight.tune(part, relative=relative)
-        self.name, self.values, self.weight = weight.name, weight.tuned_values.values, weight
+        self.name, self.values, self.weight, self._part = weight.name, weight.tuned_values.values, weight, Part(part)
 
     @property
     def options(self) -> dict[str, object]:
-        return {"kind": Kind.BLOCKS, "part": str(self.weight.part), "relative": self.weight.tuned_values.relative}
+        return {"kind": Kind.BLOCKS, "part": str(self._part), "relative": self.weight.tuned_values.relative}
 
     def view(self, *moves: Move) -> None:
         self.weight.views = Views(moves)

@@ -114,6 +114,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         pending: the estimate that the next `step` without a closure applies.
     """
 
+    copies = 0
+    """Copies of its answer token that an example needs."""
     probe_queries = 3
     """Number of directions of a probe for eps; see `probe.best_factor`."""
 
@@ -145,7 +147,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments beside the groups, as plain values."""
         names = [name for name, known in NAMED.items() if known == self._distribution]
-        return {"seed": self.seed, "q": self.q, "distribution": names[0] if names else repr(self._distribution)}
+        return {"seed": self.seed, "q": self.q, "distribution": names[0] if names else self._distribution}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group: its "spaces" and its options. The spaces stay out of `param_groups`, which torch copies and saves."""

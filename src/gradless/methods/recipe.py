@@ -45,6 +45,7 @@ class SearchOptions:
         "follows from the size of the estimates and --ratio (the default of ezo, and of mezo for plain weights), and --eps, if "
         "not given, from a short probe.",
         parse=number_or_auto,
+        texts=("auto",),
         metavar="N|auto",
         within=SIZE,
     )
@@ -131,6 +132,16 @@ def check_auto(lr: float | str | None, ratio: float | None) -> None:
         raise GradlessError("ratio is for --lr auto; leave one of the two out.")
 
 
+def check_continuous(distribution: str) -> None:
+    """Refuse a distribution of whole steps for values that are continuous.
+
+    Raises:
+        GradlessError: see above.
+    """
+    if distribution == "uniform":
+        raise GradlessError("directions over continuous values are gaussian or rademacher, not uniform.")
+
+
 # -- what a recipe gives ----------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +213,7 @@ class Recipe(ABC, Generic[OptionsT]):
         tokens_added: number of tokens that it adds to each example.
         held_packed: whether weights stay packed, as in the quantized file.
         ratio: the default of --ratio.
+        is_automatic: whether --method auto may choose it; see `suits`.
     """
 
     name: ClassVar[str]
@@ -215,6 +227,7 @@ class Recipe(ABC, Generic[OptionsT]):
     tokens_added: ClassVar[int] = 0
     held_packed: ClassVar[bool] = True
     ratio: ClassVar[float] = RATIO
+    is_automatic: ClassVar[bool] = False
 
     @abstractmethod
     def method(self) -> type[ZerothOrderOptimizer]:

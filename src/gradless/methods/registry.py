@@ -86,6 +86,9 @@ def setup_of(method: ZerothOrderOptimizer, model: TunableModel) -> Setup:
     names = [each.name for each in RECIPES.values() if each.method() is type(method)]
     if not names:
         raise GradlessError(f"{type(method).__name__} has no recipe in gradless.methods.registry, which a replay would need.")
+    arguments = method.arguments
+    if not isinstance(arguments.get("distribution", ""), str):
+        raise GradlessError(f"a journal keeps directions by name, and {arguments['distribution']} has none; give a named one.")
     groups = []
     for group, spaces in zip(method.param_groups, method.spaces_of, strict=True):
         of_spaces = spaces[0].options
@@ -96,7 +99,7 @@ def setup_of(method: ZerothOrderOptimizer, model: TunableModel) -> Setup:
         tensors = [space.name.removesuffix(".lora_A.weight") for space in spaces if not space.name.endswith(".lora_B.weight")]
         options = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
         groups.append({**options, **of_spaces, "names": tensors})
-    return Setup({"name": names[0], **method.arguments}, groups)
+    return Setup({"name": names[0], **arguments}, groups)
 
 
 def build_method(model: TunableModel, setup: Setup) -> ZerothOrderOptimizer:

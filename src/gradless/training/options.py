@@ -92,6 +92,17 @@ class RunOptions(MethodOptions):
                 return replace(self, method=each.name)
         return replace(self, method=suitable[-1].name)
 
+    def _check_auto(self) -> None:
+        """Refuse options that no method which `auto` may choose would read."""
+        try:
+            check_options(self, DEFAULT)
+        except GradlessError:
+            others = [each.name for each in RECIPES.values() if each.is_automatic and each.name != DEFAULT]
+            for name in others:
+                with suppress(GradlessError):
+                    return check_options(self, name)
+            raise
+
     @property
     def quantizes(self) -> bool:
         """Whether a dense folder is quantized first."""
@@ -99,9 +110,12 @@ class RunOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, from flags, YAML and Python alike."""
-        check_options(self, DEFAULT if self.method == AUTO else self.method)
         for each in fields(self):
             check_choices(self, each)
+        if self.method == AUTO:
+            self._check_auto()
+        else:
+            check_options(self, self.method)
         if not (self.group_size == "channel" or (self.group_size.isdecimal() and int(self.group_size[:9]) in GROUPS)):
             raise GradlessError(
                 f"group_size is {self.group_size!r}; it is a number of weights, at most {GROUPS.most:,}, or channel."

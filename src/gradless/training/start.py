@@ -108,11 +108,24 @@ def prepare(
         "base": setting.model.fingerprint(),
         "lora": None if setting.model.lora is None else asdict(setting.model.lora),
         "query_shares": [method.distribution(group).share for group in method.param_groups],
-        "config": {name: getattr(setting.options, name) for name in sorted(options)} | config,
+        "config": {name: getattr(setting.options, name) for name in sorted(options)}
+        | config
+        | {"method": setup.method["name"]},
         "environment": environment(torch.device(setting.model.model.device)),
         **about,
     }
     return Begun(setup, method, header)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds a journal.
+
+    Raises:
+        GradlessError: it does.
+    """
+    path = folder / JOURNAL
+    if Journal.is_begun(path):
+        raise GradlessError(f"{path} exists; resume that run, or choose another output folder.")
 
 
 def create_journal(folder: Path, header: Header) -> Journal:
@@ -121,10 +134,8 @@ def create_journal(folder: Path, header: Header) -> Journal:
     Raises:
         GradlessError: the folder holds one.
     """
-    path = folder / JOURNAL
-    if Journal.is_begun(path):
-        raise GradlessError(f"{path} exists; resume that run, or choose another output folder.")
-    return Journal.create(path, header)
+    check_free(folder)
+    return Journal.create(folder / JOURNAL, header)
 
 
 def check_same_run(journal: Journal, header: Header, about: Sequence[str], *, allow_changes: bool) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
-from transformers.trainer_utils import EvalPrediction, speed_metrics
+from transformers.trainer_utils import EvalPrediction, denumpify_detensorize, speed_metrics
 
 from gradless import evaluation, objectives
 from gradless.batch import Batch, Closure
@@ -32,7 +32,7 @@ from gradless.methods.base import ZerothOrderOptimizer
 from gradless.methods.registry import DEFAULT, RECIPES, MethodOptions, check_options, recipe
 from gradless.objectives import TokenInputs, TokenizedExample
 from gradless.training.batches import SeededSampler, TokenBatch, is_tokenized, token_batch
-from gradless.training.start import JOURNAL, Begun, RunSetting, check_same_run, create_journal, prepare
+from gradless.training.start import JOURNAL, Begun, RunSetting, check_free, check_same_run, create_journal, prepare
 from gradless.training.stepper import Clock, Stepper
 from gradless.types import LanguageModel, Tokenizer
 
@@ -75,6 +75,10 @@ class _Journaling(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, *_: object, **__: object) -> None:
         self.trainer.stepper.note_moves()
+
+    def on_step_end(self, args: TrainingArguments, state: object, control: TrainerControl, **_: object) -> None:
+        del args, state
+        control.should_training_stop |= self.trainer.clock.is_over
 
 
 class ZOTrainer(Trainer):  # type: ignore[misc]
@@ -215,13 +219,30 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if self.args.world_size > 1:
             raise GradlessError("ZOTrainer runs in one process; there are no gradients to share between several.")
         folder = Path(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else self.args.output_dir)
-        if resume_from_checkpoint:
-            self._earlier = Journal.open(folder / JOURNAL, to_go_on=True)
-            self.check_same_run(self._earlier)
-            self.clock = Clock(self._earlier.seconds, self.clock.limit)
-        journal = self._earlier or create_journal(folder, self.begun.header)
+        journal = self._opened(folder) if resume_from_checkpoint else self._created(folder)
         self._stepper = Stepper(self.create_optimizer(), journal, self.clock)
         return super().train(**more)
+
+    def _created(self, folder: Path) -> Journal:
+        """The journal of a run that begins now."""
+        check_free(folder)
+        self._earlier = None
+        journal = create_journal(folder, self.begun.header)
+        self.clock.start()
+        return journal
+
+    def _opened(self, folder: Path) -> Journal:
+        """The journal of a run that goes on, with a model that is where the base was."""
+        if self._begun is not None and self._begun.method.t:
+            raise GradlessError("this trainer's model was tuned already, and a resume begins with the base: build both anew.")
+        journal = self._earlier = Journal.open(folder / JOURNAL, to_go_on=True)
+        try:
+            self.check_same_run(journal)
+        except GradlessError:
+            self._earlier = self._begun = None
+            raise
+        self.clock = Clock(journal.seconds, self.clock.limit)
+        return journal
 
     def check_same_run(self, journal: Journal) -> None:
         """Refuse to resume another run; see `start.check_same_run`."""
@@ -248,6 +269,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         del checkpoint
         self.optimizer._opt_called = True  # torch warns of a scheduler that runs ahead of its optimizer
         for _ in self.stepper.replay():
+            self.clock.start()  # a schedule may follow the clock, on which a replay does not count
             self.lr_scheduler.step()
 
     def _save_checkpoint(self, *_: object, **__: object) -> None:
@@ -273,7 +295,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
     # -- data and evaluation ------------------------------------------------------------------------------------------
 
     def _collate(self, examples: Sequence[TokenizedExample]) -> dict[str, object]:
-        return vars(token_batch(self.model, examples, recipe(self.args.method).copies(self.args)).inputs)
+        copies = recipe(self.args.method).copies(self.args) if self.optimizer is None else self.zeroth_order.copies
+        return vars(token_batch(self.model, examples, copies).inputs)
 
     def _get_train_sampler(self, train_dataset: Sized | None = None) -> SeededSampler:
         return SeededSampler(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
@@ -297,7 +320,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
             scored=lambda score, label: scores.append((score.cpu(), label)),
         )
         if self.compute_metrics is not None:
-            measured |= self.compute_metrics(_prediction(scores))
+            measured |= denumpify_detensorize(self.compute_metrics(_prediction(scores)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=len(data))
         if self.is_in_train:

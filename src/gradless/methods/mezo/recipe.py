@@ -17,6 +17,7 @@ from gradless.methods.recipe import (
     SearchOptions,
     SharedDirections,
     check_auto,
+    check_continuous,
 )
 from gradless.targets import Kind
 
@@ -41,6 +42,7 @@ class MeZORecipe(Recipe[MeZOOptions]):
     title = "MeZO ([arXiv 2305.17333](https://arxiv.org/abs/2305.17333)): its plain weights"
     summary = "plain weights"
     options = MeZOOptions
+    is_automatic = True
     pairs = False
     held_packed = False
     ratio = 0.2
@@ -52,6 +54,7 @@ class MeZORecipe(Recipe[MeZOOptions]):
 
     def check(self, options: MeZOOptions) -> None:
         check_auto(options.lr, options.ratio)
+        check_continuous(options.distribution)
 
     def suits(self, options: MeZOOptions, *, quantized: bool, one_word: bool) -> bool:
         del options, one_word

@@ -111,6 +111,7 @@ class NZO(ZerothOrderOptimizer):
             self.layers.append(space)
         self.calibrations = {space.name: Calibration.from_json(looks[space.name]) for space in self.layers}
         self.contrasts = contrasts(words)
+        self.copies = 2 * q
         layers = range(len(self.calibrations))
         self.agreement = [[math.exp(-abs(n - m) / len(layers)) for m in layers] for n in layers]
         self.sensitivity = torch.zeros(len(layers), words - 1, self.layers[0].weight.rows)

@@ -42,6 +42,7 @@ class NZORecipe(Recipe[NZOOptions]):
     title = "NZO (gradless's own; the last layers' outputs perturbed where answers are given): scales and offsets"
     summary = "scales and offsets, for answers of one word, from perturbed outputs"
     options = NZOOptions
+    is_automatic = True
     queries = QUERIES
     moves_scales = True
     pairs = False

@@ -41,6 +41,8 @@ class QuZORecipe(CodeRecipe[QuZOOptions]):
 
     def check(self, options: QuZOOptions) -> None:
         super().check(options)
+        if options.distribution != "gaussian" or options.weight_decay:
+            raise GradlessError("QuZO rounds Gaussian directions onto whole codes: distribution gaussian, weight_decay 0.")
         if options.perturbation_bits is not None and options.roundings != 1:
             raise GradlessError("perturbation_bits goes with one rounding; leave --roundings out, or --perturbation-bits.")
 

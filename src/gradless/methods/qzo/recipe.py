@@ -21,6 +21,7 @@ from gradless.methods.recipe import (
     SearchOptions,
     SharedDirections,
     check_auto,
+    check_continuous,
 )
 from gradless.targets import Kind
 
@@ -57,6 +58,7 @@ class QZORecipe(Recipe[QZOOptions]):
     title = "QZO ([arXiv 2505.13430](https://arxiv.org/abs/2505.13430)): the scales of its quantized weights"
     summary = "scales of a quantized model"
     options = QZOOptions
+    is_automatic = True
     moves_scales = True
 
     def method(self) -> type[QZO]:
@@ -66,6 +68,7 @@ class QZORecipe(Recipe[QZOOptions]):
 
     def check(self, options: QZOOptions) -> None:
         check_auto(options.lr, options.ratio)
+        check_continuous(options.distribution)
         if options.ratio is not None and options.lr is None:
             raise GradlessError(f"ratio is for a step size that follows the estimates; give --lr auto to {self.name}.")
 

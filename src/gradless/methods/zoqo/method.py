@@ -77,8 +77,7 @@ class ZOQO(GridOptimizer):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        shape = self.shape if isinstance(self.shape, str) else repr(self.shape)
-        return {**super().arguments, "distribution": shape, "whole_steps": self.whole_steps, "hold": self.hold}
+        return {**super().arguments, "distribution": self.shape, "whole_steps": self.whole_steps, "hold": self.hold}
 
     def query_noise(self, group: Group) -> Distribution:
         """u."""

@@ -39,6 +39,8 @@ class ZOQORecipe(CodeRecipe[ZOQOOptions]):
 
     def check(self, options: ZOQOOptions) -> None:
         super().check(options)
+        if options.distribution == "rademacher" or options.weight_decay:
+            raise GradlessError("ZOQO's noise is gaussian (discretized) or uniform on the grid, and its weight_decay is 0.")
         if options.hold and getattr(options, "accumulate", 1) > 1:
             raise GradlessError("hold compares a query with the loss at x batch by batch; leave accumulation out with it.")
 
