@@ -73,7 +73,7 @@ def check_choices(options: object, each: Field[T]) -> None:
     Raises:
         GradlessError: see above.
     """
-    value, choices, needs = getattr(options, each.name), each.metadata.get("choices"), each.metadata.get("needs")
+    value, choices, needs = getattr(options, each.name), _choices(each), each.metadata.get("needs")
     if choices and value not in (each.default, *choices):
         raise GradlessError(f"{each.name} is {value!r}; it can be {', '.join(map(str, choices))}.")
     if needs and value != each.default and getattr(options, needs) in (None, False):
