@@ -103,7 +103,7 @@ def add_flags(command: argparse.ArgumentParser, options: type, names: Iterable[s
             )
 
 
-def _choices(each: Field[object]) -> list[object] | None:
+def _choices(each: Field[T]) -> list[object] | None:
     """What a flag can be: the option's choices, and its default text if that is none of them."""
     choices = each.metadata.get("choices")
     if choices is None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 
 from gradless.errors import GradlessError
-from gradless.flags import above_zero, check_choices, option, whole
+from gradless.flags import above_zero, check_choices, check_ranges, option, whole
 from gradless.methods.recipe import BITS, COUNT, ROWS, SIZE
 from gradless.methods.registry import DEFAULT, RECIPES, MethodOptions, check_options
 
@@ -110,6 +110,7 @@ class RunOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, from flags, YAML and Python alike."""
+        check_ranges(self)
         for each in fields(self):
             check_choices(self, each)
         if self.method == AUTO:
