@@ -426,3 +426,13 @@ def test_directions_without_a_name_are_not_journaled(tiny):
     method = ZOQO(codes(loaded), distribution=noise.uniform_grid(2))
     with pytest.raises(GradlessError, match="a journal keeps directions by name"):
         setup_of(method, loaded)
+
+
+def test_several_sets_of_held_out_rows_are_measured(tiny, tmp_path):
+    loaded = load_gguf(tiny)
+    rows = examples(loaded.tokenizer)
+    config = ZOConfig(output_dir=str(tmp_path), max_steps=1, eval_strategy="steps", eval_steps=1, use_cpu=True, lr=1e-3)
+    held_out = {"few": rows[:3], "more": rows[:6]}
+    zo = ZOTrainer(loaded.model, config, rows, held_out, checkpoint=loaded, processing_class=loaded.tokenizer)
+    zo.train()
+    assert {"eval_few_accuracy", "eval_more_accuracy"} <= zo.evaluate().keys()

@@ -307,6 +307,8 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         """Loss, accuracy and F1 of `TokenizedExample`s, and the result of `compute_metrics` on their candidates' scores. Any
         other data set is left to the Trainer."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(data, str):  # one of several, which the Trainer names
+            data = self.eval_dataset[data]
         if not is_tokenized(data):
             metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return metrics
@@ -336,6 +338,6 @@ def _token_inputs(inputs: object) -> TokenInputs | None:
 
 
 def _prediction(scores: list[tuple[Tensor, int]]) -> EvalPrediction:
-    """The candidates' scores, (examples, most candidates), with -inf where an example has fewer; and the right candidates."""
+    """The candidates' scores in the order of evaluation, by length: (examples, most candidates), with -inf where an example has fewer; and the right candidates."""
     padded = pad_sequence([score for score, _ in scores], batch_first=True, padding_value=-torch.inf)
     return EvalPrediction(predictions=padded.numpy(), label_ids=torch.tensor([label for _, label in scores]).numpy())
