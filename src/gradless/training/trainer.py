@@ -338,6 +338,7 @@ def _token_inputs(inputs: object) -> TokenInputs | None:
 
 
 def _prediction(scores: list[tuple[Tensor, int]]) -> EvalPrediction:
-    """The candidates' scores in the order of evaluation, by length: (examples, most candidates), with -inf where an example has fewer; and the right candidates."""
+    """The candidates' scores, (examples, most candidates), with -inf if an example has fewer, and the right candidates; in the
+    order of evaluation, which is by length."""
     padded = pad_sequence([score for score, _ in scores], batch_first=True, padding_value=-torch.inf)
     return EvalPrediction(predictions=padded.numpy(), label_ids=torch.tensor([label for _, label in scores]).numpy())
