@@ -81,6 +81,17 @@ def check_choices(options: object, each: Field[T]) -> None:
         raise GradlessError(f"{each.name} goes with --{flag}; give it too, or leave {each.name} out.")
 
 
+def check_values(options: DataclassInstance, of: Iterable[Field[T]]) -> None:
+    """Refuse numbers out of range, and for the fields `of` choices that are none and options without the one they need.
+
+    Raises:
+        GradlessError: see above.
+    """
+    check_ranges(options)
+    for each in of:
+        check_choices(options, each)
+
+
 def add_flags(command: argparse.ArgumentParser, options: type, names: Iterable[str] | None = None) -> None:
     """Add flags for the fields of a dataclass, or for `names` in their order. Flags that are not given are absent from the
     result."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from gradless.batch import Batch, Closure, Loss
 from gradless.errors import GradlessError
 from gradless.methods.backoff import Backoff
+from gradless.methods.recipe import check_continuous
 from gradless.noise import NAMED, Direction, Distribution
 from gradless.spaces import Space
 from gradless.tensor import Move
@@ -133,8 +134,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.spaces_of: list[list[Space]] = []
         super().__init__(groups, defaults)
         if isinstance(distribution, str):
-            if distribution not in NAMED:
-                raise GradlessError(f"directions over continuous values are {' or '.join(NAMED)}, not {distribution}.")
+            check_continuous(distribution)
             distribution = NAMED[distribution]
         self.q, self.seed, self._distribution = q, seed, distribution
         self.t = 0

@@ -96,7 +96,7 @@ class CodeRecipe(Recipe[CodesT]):
         adapted = model.lora is not None
         missing = f"{self.name} tunes integer codes, and this model has none; quantize it first (--bits 8), or give --lora 8"
         by_length: dict[float, list[str]] = {}
-        for name in self.group(model, options, Kind.CODES, self.plain, missing)["names"]:
+        for name in self.names(model, options, Kind.CODES, missing):
             by_length.setdefault(model.grid_length(name), []).append(name)
         space: dict[str, int] = {
             "clamp": options.clamp,
@@ -110,14 +110,14 @@ class CodeRecipe(Recipe[CodesT]):
             defaults = self.adapters if adapted else self.few_levels if few else self.plain
             if options.share is not None:
                 defaults = defaults._replace(eps=self.eps_of_share(options.share))
-            group = self.group(model, options, Kind.CODES, defaults, missing)
+            group = self.group(options, Kind.CODES, names, defaults)
             space["span"] = options.span or (DEFAULT_SPAN if few else 1)
             unit = 1 / statistics.mean(map(model.step_size, names)) if options.absolute else length / DEFAULT_GRID
             if options.absolute or not (options.eps or options.share):
                 group["eps"] = self.scaled_eps(group["eps"], unit)
             if options.absolute or options.lr is None:
                 group["lr"] *= unit**self.power
-            groups.append({**group, "names": names, **space})
+            groups.append({**group, **space})
         return groups
 
     def tunable(self, file: Checkpoint) -> tuple[dict[str, int], str]:

@@ -132,14 +132,18 @@ def check_auto(lr: float | str | None, ratio: float | None) -> None:
         raise GradlessError("ratio is for --lr auto; leave one of the two out.")
 
 
+CONTINUOUS = ("gaussian", "rademacher")
+"""Distributions of directions over continuous values."""
+
+
 def check_continuous(distribution: str) -> None:
-    """Refuse a distribution of whole steps for values that are continuous.
+    """Refuse a distribution that does not move continuous values.
 
     Raises:
         GradlessError: see above.
     """
-    if distribution == "uniform":
-        raise GradlessError("directions over continuous values are gaussian or rademacher, not uniform.")
+    if distribution not in CONTINUOUS:
+        raise GradlessError(f"directions over continuous values are {' or '.join(CONTINUOUS)}, not {distribution}.")
 
 
 # -- what a recipe gives ----------------------------------------------------------------------------------------------------
@@ -213,7 +217,6 @@ class Recipe(ABC, Generic[OptionsT]):
         tokens_added: number of tokens that it adds to each example.
         held_packed: whether weights stay packed, as in the quantized file.
         ratio: the default of --ratio.
-        is_automatic: whether --method auto may choose it; see `suits`.
     """
 
     name: ClassVar[str]
@@ -227,7 +230,6 @@ class Recipe(ABC, Generic[OptionsT]):
     tokens_added: ClassVar[int] = 0
     held_packed: ClassVar[bool] = True
     ratio: ClassVar[float] = RATIO
-    is_automatic: ClassVar[bool] = False
 
     @abstractmethod
     def method(self) -> type[ZerothOrderOptimizer]:
@@ -299,29 +301,25 @@ class Recipe(ABC, Generic[OptionsT]):
         factor = self._probe(setting, Setup(method, groups)) if earlier is None else earlier.eps_factor or 1.0
         return Setup(method, [{**group, "eps": factor * group["eps"]} for group in groups], factor)
 
-    def group(
-        self,
-        model: TunableModel,
-        options: OptionsT,
-        kind: Kind,
-        defaults: Defaults,
-        missing: str,
-        *,
-        target: str | None = None,
-    ) -> Group:
-        """One group over all tunable tensors of a kind.
+    def names(
+        self, model: TunableModel, options: OptionsT, kind: Kind, missing: str, *, target: str | None = None
+    ) -> list[str]:
+        """The names of the tensors of a kind that are tuned.
 
         Args:
             model: see `groups`.
             options: see `groups`.
             kind: the tensors' kind.
-            defaults: the defaults of lr and eps.
             missing: the error if there are no such tensors.
             target: the modules if the user names none.
         """
         names = model.tunable(kind, Targets(options.target_modules or target, options.exclude_modules))
         if not names:
             raise GradlessError(f"{missing}.")
+        return names
+
+    def group(self, options: OptionsT, kind: Kind, names: list[str], defaults: Defaults) -> Group:
+        """One group over the named tensors of a kind, with the user's lr and eps, or the defaults."""
         ratio = getattr(options, "ratio", None)
         group: Group = {
             "kind": kind,

@@ -6,7 +6,6 @@ from dataclasses import fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradless.errors import GradlessError
-from gradless.flags import check_choices, check_ranges
 from gradless.methods.ezo.recipe import EZORecipe
 from gradless.methods.mezo.recipe import MeZORecipe
 from gradless.methods.nzo.recipe import NZORecipe
@@ -62,15 +61,13 @@ def readers(option: str) -> list[str]:
 
 
 def check_options(options: MethodOptions, method: str) -> None:
-    """Refuse values that cannot work, and options that the method does not read.
+    """Refuse options that the method does not read, or that contradict each other.
 
     Raises:
         GradlessError: see above.
     """
     chosen = recipe(method)
-    check_ranges(options)
     for field in fields(MethodOptions):
-        check_choices(options, field)
         names = readers(field.name)
         if getattr(options, field.name) != field.default and method not in names:
             raise GradlessError(f"{field.name} is for {' and '.join(names)}; {method} does not read it.")

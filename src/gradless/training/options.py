@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from itertools import product
 
 from gradless.errors import GradlessError
-from gradless.flags import above_zero, check_choices, check_ranges, option, whole
+from gradless.flags import above_zero, check_values, option, whole
 from gradless.methods.recipe import BITS, COUNT, ROWS, SIZE
 from gradless.methods.registry import DEFAULT, RECIPES, MethodOptions, check_options
 
@@ -97,10 +98,10 @@ class RunOptions(MethodOptions):
         try:
             check_options(self, DEFAULT)
         except GradlessError:
-            others = [each.name for each in RECIPES.values() if each.is_automatic and each.name != DEFAULT]
-            for name in others:
-                with suppress(GradlessError):
-                    return check_options(self, name)
+            for each in RECIPES.values():
+                if any(each.suits(self, quantized=q, one_word=w) for q, w in product((True, False), repeat=2)):
+                    with suppress(GradlessError):
+                        return check_options(self, each.name)
             raise
 
     @property
@@ -110,9 +111,7 @@ class RunOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, from flags, YAML and Python alike."""
-        check_ranges(self)
-        for each in fields(self):
-            check_choices(self, each)
+        check_values(self, fields(self))
         if self.method == AUTO:
             self._check_auto()
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalPrediction, denumpify_detensorize, sp
 from gradless import evaluation, objectives
 from gradless.batch import Batch, Closure
 from gradless.errors import GradlessError
-from gradless.flags import option
+from gradless.flags import check_values, option
 from gradless.formats.dense import DenseModel
 from gradless.formats.model import TunableModel
 from gradless.journal import Journal
@@ -51,6 +51,7 @@ class ZOConfig(MethodOptions, TrainingArguments):  # type: ignore[misc]
     learning_rate: float = 5e-5
 
     def __post_init__(self) -> None:
+        check_values(self, fields(MethodOptions))
         check_options(self, self.method)
         if self.lr is None and self.learning_rate != ZOConfig.learning_rate:
             self.lr = self.learning_rate

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradless.methods.recipe import RATIO, AutoOptions, DecayOptions, Defaults, Recipe, SearchOptions, check_auto
-from gradless.targets import Kind
+from gradless.methods.block_values import BlockRecipe
+from gradless.methods.recipe import RATIO, AutoOptions, DecayOptions, Defaults, SearchOptions, check_auto
 
 if TYPE_CHECKING:
     from gradless.formats.checkpoint import Checkpoint
@@ -26,14 +25,13 @@ class EZOOptions(SearchOptions, AutoOptions, DecayOptions):
     """The options of EZO."""
 
 
-class EZORecipe(Recipe[EZOOptions]):
+class EZORecipe(BlockRecipe[EZOOptions]):
     """See `EZO`."""
 
     name = "ezo"
     title = "EZO (gradless's own; a direction for each example): offsets, or scales, of its quantized weights"
     summary = "offsets, with a direction for each example"
     options = EZOOptions
-    moves_scales = True
 
     def method(self) -> type[EZO]:
         from gradless.methods.ezo.method import EZO
@@ -45,15 +43,8 @@ class EZORecipe(Recipe[EZOOptions]):
 
     def groups(self, model: TunableModel, options: EZOOptions) -> list[Group]:
         """A group for the blocks with offsets, and one for those without."""
-        missing = f"{self.name} tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
-        by_default: dict[Defaults, list[str]] = {}
-        for name in self.group(model, options, Kind.BLOCKS, OFFSETS, missing)["names"]:
-            by_default.setdefault(OFFSETS if model.has_offset(name) else SCALES, []).append(name)
-        space = {"part": "offset", "relative": True}
-        return [
-            {"auto": False, **self.group(model, options, Kind.BLOCKS, defaults, missing), "names": names, **space}
-            for defaults, names in by_default.items()
-        ]
+        groups = self.block_groups(model, options, lambda name: OFFSETS if model.has_offset(name) else SCALES)
+        return [{"auto": False, **group, "part": "offset", "relative": True} for group in groups]
 
     def tunable(self, file: Checkpoint) -> tuple[dict[str, int], str]:
         linear = [file.quantized[name] for name in file.linear_layers()]
@@ -62,8 +53,3 @@ class EZORecipe(Recipe[EZOOptions]):
             {"tensors": len(linear), "with offsets": offsets},
             f"the offsets of {offsets} of {len(linear)} linear layers, and the scales of the others",
         )
-
-    def state_bytes(self, linear: Sequence[tuple[int, int]], blocks: int) -> int:
-        """An fp32 master for each block."""
-        del linear
-        return 4 * blocks

@@ -42,7 +42,6 @@ class MeZORecipe(Recipe[MeZOOptions]):
     title = "MeZO ([arXiv 2305.17333](https://arxiv.org/abs/2305.17333)): its plain weights"
     summary = "plain weights"
     options = MeZOOptions
-    is_automatic = True
     pairs = False
     held_packed = False
     ratio = 0.2
@@ -66,9 +65,10 @@ class MeZORecipe(Recipe[MeZOOptions]):
     def groups(self, model: TunableModel, options: MeZOOptions) -> list[Group]:
         if model.quantized:
             missing = "mezo tunes a GGUF's float tensors, and this has none"
-            return [self.group(model, options, Kind.FLOATS, FLOATS, missing)]
+            return [self.group(options, Kind.FLOATS, self.names(model, options, Kind.FLOATS, missing), FLOATS)]
         defaults = Defaults(self.ratio, 1e-3, auto=True)
-        group = self.group(model, options, Kind.PARAMETERS, defaults, "this model has no linear layer")
+        names = self.names(model, options, Kind.PARAMETERS, "this model has no linear layer")
+        group = self.group(options, Kind.PARAMETERS, names, defaults)
         return [{**group, "master": options.master}]
 
     def tunable(self, file: Checkpoint) -> tuple[dict[str, int], str]:

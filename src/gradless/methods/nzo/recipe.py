@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradless.errors import GradlessError
-from gradless.methods.recipe import Defaults, PartOptions, QueryOptions, Recipe, SearchOptions, Setting, Setup
+from gradless.methods.block_values import BlockRecipe
+from gradless.methods.recipe import Defaults, PartOptions, QueryOptions, SearchOptions, Setting, Setup
 from gradless.targets import Kind
 
 if TYPE_CHECKING:
@@ -35,16 +36,14 @@ class NZOOptions(SearchOptions, QueryOptions, PartOptions):
     """The options of NZO."""
 
 
-class NZORecipe(Recipe[NZOOptions]):
+class NZORecipe(BlockRecipe[NZOOptions]):
     """See `NZO`."""
 
     name = "nzo"
     title = "NZO (gradless's own; the last layers' outputs perturbed where answers are given): scales and offsets"
     summary = "scales and offsets, for answers of one word, from perturbed outputs"
     options = NZOOptions
-    is_automatic = True
     queries = QUERIES
-    moves_scales = True
     pairs = False
     tokens_added = 2 * QUERIES
 
@@ -66,9 +65,8 @@ class NZORecipe(Recipe[NZOOptions]):
         return 2 * (options.q or self.queries)
 
     def groups(self, model: TunableModel, options: NZOOptions) -> list[Group]:
-        missing = "nzo tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
         target = _last_layers(model.model.config.get_text_config().num_hidden_layers) if model.quantized else None
-        group = self.group(model, options, Kind.BLOCKS, BLOCKS, missing, target=target)
+        group = self.group(options, Kind.BLOCKS, self.blocks(model, options, target=target), BLOCKS)
         return [{**group, "part": options.part or "both", "relative": True}]
 
     def setup(self, setting: Setting[NZOOptions], earlier: Setup | None = None) -> Setup:
@@ -106,8 +104,7 @@ class NZORecipe(Recipe[NZOOptions]):
 
     def state_bytes(self, linear: Sequence[tuple[int, int]], blocks: int) -> int:
         """At most an fp32 master for each block of the tuned layers."""
-        del linear
-        return round(4 * LAST * blocks)
+        return round(LAST * super().state_bytes(linear, blocks))
 
 
 def _last_layers(layers: int) -> str:

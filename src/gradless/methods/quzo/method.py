@@ -10,6 +10,7 @@ from gradless import noise
 from gradless.batch import Loss
 from gradless.errors import GradlessError
 from gradless.methods.base import GridOptimizer, Group
+from gradless.methods.quzo.recipe import check_noise
 from gradless.noise import Distribution, RoundedGaussian, Stream
 from gradless.spaces import Space
 from gradless.tensor import Move
@@ -60,8 +61,7 @@ class QuZO(GridOptimizer):
         seed: int = 0,
         distribution: str = "gaussian",
     ) -> None:
-        if distribution != "gaussian" or weight_decay:
-            raise GradlessError("QuZO rounds Gaussian directions onto whole codes: distribution gaussian, weight_decay 0.")
+        check_noise(distribution, weight_decay)
         if perturbation_bits is not None and not (2 <= perturbation_bits <= 8 and roundings == 1):
             raise GradlessError("QuZO's perturbation_bits are 2 to 8, and go with one rounding.")
         self.roundings, self.perturbation_bits = roundings, perturbation_bits

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from gradless.methods.quzo.method import QuZO
 
 
+def check_noise(distribution: str, weight_decay: float) -> None:
+    """Refuse directions that are not Gaussian, and a weight decay."""
+    if distribution != "gaussian" or weight_decay:
+        raise GradlessError("QuZO rounds Gaussian directions onto whole codes: distribution gaussian, weight_decay 0.")
+
+
 @dataclass
 class QuZOOptions(CodeOptions):
     """The options of QuZO."""
@@ -41,8 +47,7 @@ class QuZORecipe(CodeRecipe[QuZOOptions]):
 
     def check(self, options: QuZOOptions) -> None:
         super().check(options)
-        if options.distribution != "gaussian" or options.weight_decay:
-            raise GradlessError("QuZO rounds Gaussian directions onto whole codes: distribution gaussian, weight_decay 0.")
+        check_noise(options.distribution, options.weight_decay)
         if options.perturbation_bits is not None and options.roundings != 1:
             raise GradlessError("perturbation_bits goes with one rounding; leave --roundings out, or --perturbation-bits.")
 

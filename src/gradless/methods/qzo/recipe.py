@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gradless.errors import GradlessError
 from gradless.flags import above_zero, option
+from gradless.methods.block_values import BlockRecipe
 from gradless.methods.recipe import (
     FLOATS,
     SIZE,
@@ -17,7 +17,6 @@ from gradless.methods.recipe import (
     DecayOptions,
     Defaults,
     PartOptions,
-    Recipe,
     SearchOptions,
     SharedDirections,
     check_auto,
@@ -51,15 +50,13 @@ class QZOOptions(SearchOptions, AutoOptions, SharedDirections, DecayOptions, Par
     )
 
 
-class QZORecipe(Recipe[QZOOptions]):
+class QZORecipe(BlockRecipe[QZOOptions]):
     """See `QZO`."""
 
     name = "qzo"
     title = "QZO ([arXiv 2505.13430](https://arxiv.org/abs/2505.13430)): the scales of its quantized weights"
     summary = "scales of a quantized model"
     options = QZOOptions
-    is_automatic = True
-    moves_scales = True
 
     def method(self) -> type[QZO]:
         from gradless.methods.qzo.method import QZO
@@ -81,26 +78,22 @@ class QZORecipe(Recipe[QZOOptions]):
 
     def groups(self, model: TunableModel, options: QZOOptions) -> list[Group]:
         """A group for each default of lr and eps, and one for the unquantized tensors if they are searched."""
-        missing = f"{self.name} tunes the scales of quantized weights, and this model has none; use --method mezo, or a GGUF"
-        by_default: dict[Defaults, list[str]] = {}
-        for name in self.group(model, options, Kind.BLOCKS, CENTRED, missing)["names"]:
-            defaults = ABSOLUTE if options.absolute else CENTRED if model.is_centred(name) else FROM_ZERO
-            by_default.setdefault(defaults, []).append(name)
+
+        def defaults_of(name: str) -> Defaults:
+            return ABSOLUTE if options.absolute else CENTRED if model.is_centred(name) else FROM_ZERO
+
         space = {"part": options.part or "scale", "clip": options.clip, "relative": not options.absolute}
-        groups = [
-            {**self.group(model, options, Kind.BLOCKS, defaults, missing), "names": names, **space}
-            for defaults, names in by_default.items()
-        ]
+        groups = [{**group, **space} for group in self.block_groups(model, options, defaults_of)]
         return [*groups, self._unquantized(model, options)] if options.train_unquantized else groups
 
     def _unquantized(self, model: TunableModel, options: QZOOptions) -> Group:
-        group = self.group(model, options, Kind.VECTORS, CENTRED, "this model has no unquantized vector")
+        names = self.names(model, options, Kind.VECTORS, "this model has no unquantized vector")
+        group = self.group(options, Kind.FLOATS, names, CENTRED)
         if options.unquantized_lr or "auto" not in group:
             group.pop("auto", None)
             group["lr"] = options.unquantized_lr or FLOATS.lr
         return {
             **group,
-            "kind": Kind.FLOATS,
             "eps": options.unquantized_eps or FLOATS.eps,
             "weight_decay": 0.0,
             "clip": options.clip,
@@ -110,11 +103,6 @@ class QZORecipe(Recipe[QZOOptions]):
         linear = [file.quantized[name] for name in file.linear_layers()]
         values = sum(tensor.rows * tensor.values_per_row for tensor in linear)
         return {"tensors": len(linear), "values": values}, f"{values:,} block values in {len(linear)} linear layers"
-
-    def state_bytes(self, linear: Sequence[tuple[int, int]], blocks: int) -> int:
-        """An fp32 master for each block."""
-        del linear
-        return 4 * blocks
 
     def scale_eps(self, *, centred: bool) -> float:
         return CENTRED.eps if centred else FROM_ZERO.eps

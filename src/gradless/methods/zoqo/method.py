@@ -13,11 +13,10 @@ from gradless import noise
 from gradless.batch import Batch, Loss
 from gradless.errors import GradlessError
 from gradless.methods.base import Estimate, GridOptimizer, Group, Measurement
+from gradless.methods.zoqo.recipe import HOLD_IN_PARTS, check_noise
 from gradless.noise import Distribution, Signs
 from gradless.spaces import Space
 from gradless.tensor import Move
-
-HOLD_IN_PARTS = "hold compares a query with the loss at x batch by batch; leave accumulation out with it."
 
 
 class ZOQO(GridOptimizer):
@@ -67,8 +66,7 @@ class ZOQO(GridOptimizer):
         seed: int = 0,
         distribution: Distribution | str = "gaussian",
     ) -> None:
-        if (not isinstance(distribution, Distribution) and distribution not in ("gaussian", "uniform")) or weight_decay:
-            raise GradlessError("ZOQO's noise is gaussian (discretized) or uniform on the grid, and its weight_decay is 0.")
+        check_noise("gaussian" if isinstance(distribution, Distribution) else distribution, weight_decay)
         if hold and compare:
             raise GradlessError("hold needs losses, which a comparison does not give; leave one of the two out.")
         self.whole_steps, self.hold, self.compare, self.shape = whole_steps, hold, compare, distribution

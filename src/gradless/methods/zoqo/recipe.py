@@ -13,6 +13,14 @@ from gradless.methods.recipe import Arguments, Defaults
 if TYPE_CHECKING:
     from gradless.methods.zoqo.method import ZOQO
 
+HOLD_IN_PARTS = "hold compares a query with the loss at x batch by batch; leave accumulation out with it."
+
+
+def check_noise(distribution: str, weight_decay: float) -> None:
+    """Refuse a named distribution that has no whole steps, and a weight decay."""
+    if distribution not in ("gaussian", "uniform") or weight_decay:
+        raise GradlessError("ZOQO's noise is gaussian (discretized) or uniform on the grid, and its weight_decay is 0.")
+
 
 @dataclass
 class ZOQOOptions(CodeOptions):
@@ -39,10 +47,9 @@ class ZOQORecipe(CodeRecipe[ZOQOOptions]):
 
     def check(self, options: ZOQOOptions) -> None:
         super().check(options)
-        if options.distribution == "rademacher" or options.weight_decay:
-            raise GradlessError("ZOQO's noise is gaussian (discretized) or uniform on the grid, and its weight_decay is 0.")
+        check_noise(options.distribution, options.weight_decay)
         if options.hold and getattr(options, "accumulate", 1) > 1:
-            raise GradlessError("hold compares a query with the loss at x batch by batch; leave accumulation out with it.")
+            raise GradlessError(HOLD_IN_PARTS)
 
     def arguments(self, options: ZOQOOptions) -> Arguments:
         return {
